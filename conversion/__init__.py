@@ -1,0 +1,1 @@
+"""Original checkpoints onto the Hub format: key tables, shapes to config, tokenizer."""

@@ -1,0 +1,415 @@
+"""The configuration of an original checkpoint, from the names and shapes of its tensors.
+
+What shapes cannot tell stands in two tables: `FAMILIES`, how a release reads its pictures, and `HEAD_DIMS`,
+the heads of vision encoders. Both can be overruled field by field.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from visualrwkv_hf.configuration_visualrwkv import (
+    ENCODER_NAMES,
+    VisualRWKVConfig,
+    VisualRWKVTextConfig,
+    VisualRWKVVisionConfig,
+)
+
+from .key_map import ConversionError, canonical_name
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+class Family(NamedTuple):
+    """A line of releases: what its tensors look like, and what they do not tell."""
+
+    rwkv_version: int
+    encoders: tuple[str, ...]
+    views: int
+    """Input width of the projector in widths of the tower."""
+    has_compressor: bool
+    vision: dict[str, Any]
+    fields: dict[str, Any]
+    tiling: str = "none"
+    """How its image processor cuts pictures into tiles."""
+
+
+THREE_ENCODERS = ("dinov2", "siglip", "sam")
+
+FIRST_CLASS, LAST_CLASS = {"class_token": "first"}, {"class_token": "last"}
+PENULTIMATE = {"feature_layer": -2}
+IN_ORDER = {"scan": "unidirectional", "image_position": "first"}
+SANDWICH = {"scan": "bidirectional", "image_position": "middle"}
+FOUR_WAYS = {"scan": "multidirectional", "image_position": "middle"}
+PER_PICTURE = {"compressor_num_tokens": 1024}
+PER_TILE = {"compressor_num_tokens": 256, "compressor_per_tile": True}
+TOKEN_MEAN = {"text_config": {"loss_reduction": "token"}}
+
+FAMILIES = {
+    "v5.0": Family(5, ("clip",), 1, False, FIRST_CLASS, IN_ORDER | TOKEN_MEAN),
+    "v5.1": Family(5, ("clip",), 1, False, LAST_CLASS, IN_ORDER | TOKEN_MEAN),
+    "v6.0": Family(6, ("clip",), 1, False, LAST_CLASS, SANDWICH),
+    "v6.01": Family(6, ("clip",), 2, False, LAST_CLASS, FOUR_WAYS),
+    "hd": Family(6, THREE_ENCODERS, 1, False, PENULTIMATE, SANDWICH),
+    "uhd": Family(6, THREE_ENCODERS, 2, False, PENULTIMATE | {"tile_grid": 2}, SANDWICH),
+    "v7.00": Family(7, THREE_ENCODERS, 1, False, PENULTIMATE, IN_ORDER),
+    "v7.01": Family(7, ("siglip",), 1, False, {}, IN_ORDER),
+    "v7.02": Family(7, ("siglip",), 1, False, {}, IN_ORDER, tiling="smallest"),
+    "v7.03": Family(7, ("siglip",), 1, True, {}, IN_ORDER | PER_PICTURE, tiling="closest"),
+    "v7.04": Family(7, ("siglip",), 1, True, {}, IN_ORDER | PER_TILE, tiling="closest"),
+}
+"""Of families with the same tensors the first is taken, and the others are reached by their name."""
+
+GENERATION_MARKS = {5: "att.time_mix_g", 6: "att.time_maa_x", 7: "att.x_r"}
+"""A tensor of every block that only one generation has."""
+
+HEAD_DIMS = {1152: 72}
+"""Size of a vision encoder's head by its width: 72 in the so400m shape, else 64."""
+
+VISION_MARKS = {
+    "clip": "vit.vision_model.embeddings.class_embedding",
+    "dinov2": "vit.dino_featurizer.pos_embed",
+    "sam": "vit.sam_featurizer.pos_embed",
+    "siglip": "vit.siglip_featurizer.pos_embed",
+}
+HF_SIGLIP_MARK = "vit.vision_model.embeddings.patch_embedding.bias"
+"""SigLIP's patch embedding has a bias, CLIP's has none."""
+
+
+def _shape(shapes: Shapes, name: str) -> list[int]:
+    if name not in shapes:
+        raise ConversionError(f"Missing tensor {name}: the configuration cannot be told without it.")
+    return list(shapes[name])
+
+
+def _depth(shapes: Shapes, prefix: str) -> int:
+    """Number of blocks below `prefix`, whose names go on with the block's index."""
+    found = {int(m[1]) for name in shapes if (m := re.match(rf"{re.escape(prefix)}(\d+)\.", name))}
+    if not found:
+        raise ConversionError(f"Missing tensors {prefix}0.*: there is no block.")
+    return max(found) + 1
+
+
+def _side(num_positions: int, name: str) -> int:
+    side = math.isqrt(num_positions)
+    if side**2 != num_positions:
+        raise ConversionError(f"{name} has {num_positions} positions of patches, which is not a square.")
+    return side
+
+
+def _heads(width: int, given: Mapping[str, Any], field: str) -> int:
+    if "num_attention_heads" in given:
+        return given["num_attention_heads"]
+    head_dim = HEAD_DIMS.get(width, 64)
+    if width % head_dim:
+        raise ConversionError(
+            f"The number of heads of an encoder of width {width} is not in its shapes: "
+            f"give vision_config.{field}.num_attention_heads."
+        )
+    return width // head_dim
+
+
+def infer_rwkv_version(shapes: Shapes) -> int:
+    """5, 6 or 7. Raises `ConversionError` for none of them, or for several at once."""
+    found = [v for v, mark in GENERATION_MARKS.items() if any(name.endswith(f".{mark}") for name in shapes)]
+    if len(found) > 1:
+        generations = " and ".join(f"RWKV-{version}" for version in found)
+        raise ConversionError(f"The checkpoint mixes generations: it has blocks of {generations}.")
+    if not found and any(name.startswith(("vit.", "proj.")) for name in shapes):
+        raise ConversionError(
+            "There is no language model in the checkpoint: give the _rwkv file that belongs to it as well."
+        )
+    if not found:
+        raise ConversionError(
+            "No tensor is named like one of RWKV-5, RWKV-6 or RWKV-7: not a VisualRWKV checkpoint."
+        )
+    return found[0]
+
+
+RANKS = {
+    5: {},
+    6: {"mix_low_rank_dim": ("att.time_maa_w2", 1), "decay_low_rank_dim": ("att.time_decay_w1", 1)},
+    7: {
+        "decay_low_rank_dim": ("att.w1", 1),
+        "a_low_rank_dim": ("att.a1", 1),
+        "v_low_rank_dim": ("att.v1", 1),
+        "gate_low_rank_dim": ("att.g1", 1),
+    },
+}
+"""Per generation: a rank and the dimension of the tensor in which it stands."""
+
+BONUS = {5: "att.time_faaaa", 6: "att.time_faaaa", 7: "att.r_k"}
+
+
+def text_fields(shapes: Shapes) -> dict[str, Any]:
+    """Fields of `VisualRWKVTextConfig` from the tensors below `rwkv.`."""
+    version = infer_rwkv_version(shapes)
+    num_layers = _depth(shapes, "rwkv.blocks.")
+    vocab_size, hidden_size = _shape(shapes, "rwkv.emb.weight")
+    num_heads, head_dim = _shape(shapes, f"rwkv.blocks.0.{BONUS[version]}")
+    last = f"rwkv.blocks.{num_layers - 1}."  # the first block of RWKV-7 has no value residual
+    has_value_residual = version == 7 and num_layers > 1
+    ranks = {
+        field: _shape(shapes, last + name)[dim]
+        for field, (name, dim) in RANKS[version].items()
+        if field != "v_low_rank_dim" or has_value_residual
+    }
+    return {
+        "rwkv_version": version,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_layers,
+        "head_dim": head_dim,
+        "attention_size": num_heads * head_dim,
+        "intermediate_size": _shape(shapes, "rwkv.blocks.0.ffn.key.weight")[0],
+        **ranks,
+    }
+
+
+def clip_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
+    return _hf_vit_fields(shapes, given, "clip_config", num_class_positions=1)
+
+
+def siglip_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
+    """SigLIP under transformers' names or under timm's, whose activation is the exact GELU."""
+    if VISION_MARKS["siglip"] not in shapes:
+        fields = _hf_vit_fields(shapes, given, "siglip_config", num_class_positions=0)
+        return fields | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vision_use_head": False}
+    fields = _timm_fields(shapes, given, "vit.siglip_featurizer.", "siglip_config")
+    return fields | {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "vision_use_head": False}
+
+
+def dinov2_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
+    fields = _timm_fields(shapes, given, "vit.dino_featurizer.", "dinov2_config")
+    width, intermediate_size = fields["hidden_size"], fields.pop("intermediate_size")
+    if intermediate_size % width:
+        raise ConversionError(
+            f"DINOv2's MLP width ({intermediate_size}) must be a multiple of its width ({width})."
+        )
+    num_registers = _shape(shapes, "vit.dino_featurizer.reg_token")[1]
+    return fields | {
+        "mlp_ratio": intermediate_size // width,
+        "num_register_tokens": num_registers,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+    }
+
+
+def sam_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
+    """SAM's encoder: a block with relative positions over the whole map is global, others tell the window."""
+    prefix = "vit.sam_featurizer."
+    _, side, _, width = _shape(shapes, f"{prefix}pos_embed")
+    patch_size = _shape(shapes, f"{prefix}patch_embed.proj.weight")[-1]
+    depth = _depth(shapes, f"{prefix}blocks.")
+    mlp_dim = _shape(shapes, f"{prefix}blocks.0.mlp.lin1.weight")[0]
+    positions = [_shape(shapes, f"{prefix}blocks.{layer}.attn.rel_pos_h") for layer in range(depth)]
+    reach = [(length + 1) // 2 for length, _ in positions]  # 2 n - 1 differences between n rows
+    windows = {n for n in reach if n != side}
+    if len(windows) > 1:
+        raise ConversionError(
+            f"SAM's blocks must share one window, their relative positions tell {sorted(windows)}."
+        )
+    return {
+        "hidden_size": width,
+        "image_size": side * patch_size,
+        "patch_size": patch_size,
+        "num_hidden_layers": depth,
+        "num_attention_heads": width // positions[0][1],
+        "mlp_dim": mlp_dim,
+        "mlp_ratio": mlp_dim / width,
+        "output_channels": _shape(shapes, f"{prefix}neck.0.weight")[0],
+        "window_size": next(iter(windows), 0),
+        "global_attn_indexes": [layer for layer, n in enumerate(reach) if n == side],
+    }
+
+
+def _hf_vit_fields(
+    shapes: Shapes, given: Mapping[str, Any], field: str, num_class_positions: int
+) -> dict[str, Any]:
+    prefix = "vit.vision_model."
+    width, _, patch_size, _ = _shape(shapes, f"{prefix}embeddings.patch_embedding.weight")
+    position = f"{prefix}embeddings.position_embedding.weight"
+    return {
+        "hidden_size": width,
+        "image_size": _side(_shape(shapes, position)[0] - num_class_positions, position) * patch_size,
+        "patch_size": patch_size,
+        "num_hidden_layers": _depth(shapes, f"{prefix}encoder.layers."),
+        "num_attention_heads": _heads(width, given, field),
+        "intermediate_size": _shape(shapes, f"{prefix}encoder.layers.0.mlp.fc1.weight")[0],
+    }
+
+
+def _timm_fields(shapes: Shapes, given: Mapping[str, Any], prefix: str, field: str) -> dict[str, Any]:
+    width, _, patch_size, _ = _shape(shapes, f"{prefix}patch_embed.proj.weight")
+    position = f"{prefix}pos_embed"
+    return {
+        "hidden_size": width,
+        "image_size": _side(_shape(shapes, position)[1], position) * patch_size,
+        "patch_size": patch_size,
+        "num_hidden_layers": _depth(shapes, f"{prefix}blocks."),
+        "num_attention_heads": _heads(width, given, field),
+        "intermediate_size": _shape(shapes, f"{prefix}blocks.0.mlp.fc1.weight")[0],
+    }
+
+
+ENCODER_FIELDS = {"clip": clip_fields, "dinov2": dinov2_fields, "siglip": siglip_fields, "sam": sam_fields}
+
+
+def encoders_in(shapes: Shapes) -> tuple[str, ...]:
+    """Vision encoders that the checkpoint holds, in channel order."""
+    found = {name for name, mark in VISION_MARKS.items() if mark in shapes}
+    if HF_SIGLIP_MARK in shapes:
+        found.add("siglip")
+    return tuple(name for name in ENCODER_NAMES if name in found)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the fields of `over`, sub-configurations field by field."""
+    merged = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if nested else value
+    return merged
+
+
+def _vision_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {}
+    for name in encoders_in(shapes):
+        config = f"{name}_config"
+        fields[config] = ENCODER_FIELDS[name](shapes, given.get(config, {}))
+    return _merged(fields, given)
+
+
+def _tower_width(vision: Mapping[str, Any]) -> int:
+    """Channels of one view of the tower."""
+    return VisualRWKVVisionConfig(**(dict(vision) | {"tile_grid": 1, "class_token": "none"})).hidden_size
+
+
+def projector_input_width(shapes: Shapes) -> int:
+    for name in ("proj.weight", "proj.proj.weight", "proj.gate.weight"):
+        if name in shapes:
+            return _shape(shapes, name)[1]
+    raise ConversionError("There is no projector in the checkpoint: no tensor is named proj.*.")
+
+
+def _family_of(shapes: Shapes, vision: Mapping[str, Any], version: int, asked: str | None) -> str:
+    encoders = tuple(name for name in ENCODER_NAMES if vision.get(f"{name}_config") is not None)
+    width, tower = projector_input_width(shapes), _tower_width(vision)
+    if width % tower:
+        raise ConversionError(
+            f"The projector reads {width} channels, which is no multiple of the tower's {tower}."
+        )
+    has_compressor = any(name.startswith("vtc.") for name in shapes)
+    signature = (version, encoders, width // tower, has_compressor)
+    fitting = [name for name, family in FAMILIES.items() if family[:4] == signature]
+    told = f"RWKV-{version}, {' + '.join(encoders)}, a projector over {width} channels" + (
+        " and a compressor" if has_compressor else ""
+    )
+    if asked is not None and asked not in FAMILIES:
+        raise ConversionError(f"Unknown family {asked!r}: choose from {', '.join(FAMILIES)}.")
+    if asked is not None and asked not in fitting:
+        raise ConversionError(
+            f"The checkpoint is not of family {asked}: it has {told}, which is {fitting or 'none'}."
+        )
+    if not fitting:
+        raise ConversionError(f"No family has {told}.")
+    return asked or fitting[0]
+
+
+def _projector_of(shapes: Shapes, family: str, gate_is_untrained: bool | None) -> str:
+    if "proj.weight" in shapes:
+        return "linear_flip" if family == "v6.01" else "linear"
+    if "proj.ln_v.weight" in shapes:
+        return "gated_norm"
+    if family != "uhd":
+        return "gated"
+    if gate_is_untrained is None:
+        raise ConversionError(
+            "Only its values tell whether the UHD projector uses its gate: give projector='relu' or 'gated'."
+        )
+    return "relu" if gate_is_untrained else "gated"
+
+
+def gate_is_untrained(gate: Tensor, tolerance: float = 0.01) -> bool:
+    """Whether a projector's gate still lies as `nn.Linear` drew it: flat over [-1/√n, 1/√n] for n inputs.
+
+    UHD's code computed with the gate only before 2024-09-14; later files carry it untouched. Rounding to
+    bfloat16 and a weight decay keep the values flat, training does not.
+
+    Args:
+        gate: `proj.gate.weight` [C, C], any floating dtype.
+        tolerance: largest distance of the cumulative distribution from the flat one, beyond chance's 3/√n.
+    """
+    values = gate.detach().float().flatten().sort().values
+    bound = float(values.abs().max())
+    if bound == 0 or bound > (1 + 2**-7) / math.sqrt(gate.shape[1]):
+        return False
+    flat = torch.linspace(-bound, bound, len(values))
+    distance = float((values - flat).abs().max()) / (2 * bound)
+    return distance < tolerance + 3 / math.sqrt(len(values))
+
+
+class Inferred(NamedTuple):
+    """What the tensors of a checkpoint tell."""
+
+    family: str | None
+    """A name of `FAMILIES`; None for a language model alone."""
+    config: VisualRWKVConfig | VisualRWKVTextConfig
+
+
+def infer(
+    shapes: Shapes,
+    *,
+    vision_config: VisualRWKVVisionConfig | Mapping[str, Any] | None = None,
+    family: str | None = None,
+    gate_is_untrained: bool | None = None,
+    **overrides: Any,
+) -> Inferred:
+    """The family of an original checkpoint and the configuration that its tensors ask for.
+
+    Args:
+        shapes: tensor name -> shape, names as in the file.
+        vision_config: fields of the vision tower: all of them if the checkpoint holds none, else those to
+            overrule, as in `{"clip_config": {"num_attention_heads": 4}}`.
+        family: a name of `FAMILIES`, for those that share their tensors' names and shapes.
+        gate_is_untrained: what `gate_is_untrained` says of `proj.gate.weight`; UHD needs it, or `projector`.
+        **overrides: fields of [`VisualRWKVConfig`] to overrule, or of [`VisualRWKVTextConfig`] for a language
+            model alone.
+
+    Raises:
+        ConversionError: if the tensors belong to no family, to several generations, or do not tell something.
+    """
+    shapes = {canonical_name(name): tuple(shape) for name, shape in shapes.items()}
+    text = text_fields(shapes)
+    if all(name.startswith("rwkv.") for name in shapes):
+        if family is not None or vision_config is not None:
+            raise ConversionError(
+                "The checkpoint is a language model alone: it has no family and no vision tower."
+            )
+        return Inferred(None, VisualRWKVTextConfig(**_merged(text, overrides)))
+    given = vision_config or {}
+    if isinstance(given, VisualRWKVVisionConfig):
+        given = given.to_dict()
+    if not given and not encoders_in(shapes):
+        raise ConversionError("The checkpoint holds no vision tower: name one (vision_config).")
+    vision = _vision_fields(shapes, given)
+    family = _family_of(shapes, vision, text["rwkv_version"], family)
+    found = {
+        "text_config": text,
+        "vision_config": _merged(FAMILIES[family].vision, vision),
+        "projector": overrides.get("projector") or _projector_of(shapes, family, gate_is_untrained),
+        "compressor_num_layers": _depth(shapes, "vtc.blocks.") if FAMILIES[family].has_compressor else 0,
+    }
+    return Inferred(family, VisualRWKVConfig(**_merged(_merged(found, FAMILIES[family].fields), overrides)))
+
+
+def infer_config(shapes: Shapes, **given: Any) -> VisualRWKVConfig | VisualRWKVTextConfig:
+    """The configuration alone; see `infer`."""
+    return infer(shapes, **given).config
+
+
+__all__ = ["FAMILIES", "Family", "Inferred", "gate_is_untrained", "infer", "infer_config"]

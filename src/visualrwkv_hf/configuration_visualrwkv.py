@@ -1,0 +1,425 @@
+"""Configuration of VisualRWKV: a release is a configuration, never a branch in the code."""
+
+import math
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from .scan_orders import SCANS
+
+ENCODER_NAMES = ("clip", "dinov2", "siglip", "sam")
+"""Encoders in the order in which their features stand side by side in the channels."""
+
+ENCODER_MODEL_TYPES = {
+    "clip": "clip_vision_model",
+    "dinov2": "dinov2_with_registers",
+    "siglip": "siglip_vision_model",
+    "sam": "sam_vision_model",
+}
+
+SAM_UNSHUFFLE = 2
+"""SAM's feature map is folded 2 x 2 into channels, without loss, to the grid of the other encoders."""
+
+
+def _low_rank(hidden_size: int, factor: float, exponent: float) -> int:
+    """RWKV-7's rule for the rank of a low-rank map, a multiple of 32 (RWKV-LM, `RWKV-v7`)."""
+    return max(32, 32 * round(factor * hidden_size**exponent / 32))
+
+
+@strict
+class VisualRWKVTextConfig(PreTrainedConfig):
+    r"""Configuration of the language model: RWKV-5 (x052), RWKV-6 (x060) or RWKV-7 (x070).
+
+    rwkv_version (`int`, defaults to 7):
+        The generation of the time mix: 5, 6 or 7.
+    vocab_size (`int`, defaults to 65536):
+        Rows of the embedding. The RWKV World vocabulary uses ids 0 to 65535.
+    hidden_size (`int`, defaults to 768):
+        C, the width of the residual stream.
+    num_hidden_layers (`int`, defaults to 12):
+        Number of blocks.
+    head_dim (`int`, defaults to 64):
+        K = V, the size of a head.
+    attention_size (`int`, *optional*):
+        Width of the time mix, `num_attention_heads * head_dim`. Defaults to `hidden_size`.
+    intermediate_size (`int`, *optional*):
+        F, the width of the channel mix. Defaults to 4 C for RWKV-7, else to 3.5 C rounded down to a multiple of 32.
+    mix_low_rank_dim (`int`, *optional*):
+        RWKV-6: rank of the data-dependent token shift. Defaults to 32, or 64 from C = 4096 on.
+    decay_low_rank_dim (`int`, *optional*):
+        RWKV-6 and 7: rank of the data-dependent decay. RWKV-6 defaults to 64, or 128 from C = 4096 on.
+    a_low_rank_dim, v_low_rank_dim, gate_low_rank_dim (`int`, *optional*):
+        RWKV-7: ranks of the in-context learning rate, the value residual and the gate. Checkpoints differ
+        from the rule used as default (World 0.4B has gate rank 128, the rule says 160).
+    layer_norm_eps (`float`, defaults to 1e-5):
+        Epsilon of every LayerNorm.
+    group_norm_eps (`float`, defaults to 6.4e-4):
+        Epsilon of the per-head norm behind the recurrence: 1e-5 times the square of the original's divisor 8.
+    loss_reduction (`"sample"` or `"token"`, defaults to `"sample"`):
+        Cross entropy averaged per sample and then over the batch (v6.0 and later), or over all labels (v5).
+    l2_wrap (`float`, defaults to 1e-4):
+        Strength of the pull on the largest logit of each position (L2Wrap); 0 turns it off.
+
+    Raises `ValueError`, naming the numbers, if the sizes do not fit together.
+    """
+
+    model_type = "visualrwkv_text"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    rwkv_version: Literal[5, 6, 7] = 7
+    vocab_size: int = 65536
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    head_dim: int = 64
+    attention_size: int | None = None
+    intermediate_size: int | None = None
+    mix_low_rank_dim: int | None = None
+    decay_low_rank_dim: int | None = None
+    a_low_rank_dim: int | None = None
+    v_low_rank_dim: int | None = None
+    gate_low_rank_dim: int | None = None
+    layer_norm_eps: float = 1e-5
+    group_norm_eps: float = 64e-5
+    loss_reduction: Literal["sample", "token"] = "sample"
+    l2_wrap: float = 1e-4
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+
+    def __post_init__(self, **kwargs):
+        wide = self.hidden_size >= 4096
+        rule = {
+            5: {},
+            6: {"mix_low_rank_dim": 64 if wide else 32, "decay_low_rank_dim": 128 if wide else 64},
+            7: {
+                "decay_low_rank_dim": _low_rank(self.hidden_size, 1.8, 0.5),
+                "a_low_rank_dim": _low_rank(self.hidden_size, 1.8, 0.5),
+                "v_low_rank_dim": _low_rank(self.hidden_size, 1.3, 0.5),
+                "gate_low_rank_dim": _low_rank(self.hidden_size, 0.6, 0.8),
+            },
+        }
+        for name, rank in rule.get(self.rwkv_version, {}).items():
+            if getattr(self, name) is None:
+                setattr(self, name, rank)
+        if self.attention_size is None:
+            self.attention_size = self.hidden_size
+        if self.intermediate_size is None:
+            four = 4 * self.hidden_size
+            self.intermediate_size = (
+                four if self.rwkv_version == 7 else int(self.hidden_size * 3.5) // 32 * 32
+            )
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Refuses sizes that do not fit together."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "head_dim",
+            "attention_size",
+            "intermediate_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.attention_size % self.head_dim:
+            raise ValueError(
+                f"attention_size ({self.attention_size}) must be a multiple of head_dim ({self.head_dim})."
+            )
+        if self.rwkv_version == 7 and self.attention_size != self.hidden_size:
+            raise ValueError(
+                f"RWKV-7 needs attention_size ({self.attention_size}) equal to hidden_size ({self.hidden_size})."
+            )
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.attention_size // self.head_dim
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Every layer keeps a recurrent state; this is transformers' word for it."""
+        return ["linear_attention"] * self.num_hidden_layers
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """Two token shifts a layer: in front of the time mix and in front of the channel mix."""
+        return 2
+
+
+@strict
+class VisualRWKVVisionConfig(PreTrainedConfig):
+    r"""Configuration of the vision tower: one or several stock encoders behind one forward.
+
+    clip_config, dinov2_config, siglip_config, sam_config (`dict` or `PreTrainedConfig`, *optional*):
+        The encoders, as configurations of transformers' `CLIPVisionModel`, `Dinov2WithRegistersModel`,
+        `SiglipVisionModel` and `SamVisionModel`. At least one; none given means a SigLIP base. Features of several
+        encoders stand side by side in the channels, in this order.
+    feature_layer (`int`, defaults to -1):
+        -1: what the encoder gives as its last hidden state. -2: the output of the last block but one, without
+        final norm and without class and register tokens (SAM always gives its neck's output).
+    class_token (`"first"`, `"last"` or `"none"`, defaults to `"none"`):
+        Where CLIP's class token stands among the tokens of a picture.
+    tile_grid (`int`, defaults to 1):
+        n > 1: a picture is seen as a whole and as n x n tiles; the tiles' maps are averaged down, put together to
+        one map and stand behind the whole view's in the channels (UHD, arXiv 2410.11665: n = 2).
+
+    Raises `ValueError`, naming the numbers, if the encoders' grids differ or an option does not fit the encoders.
+    """
+
+    model_type = "visualrwkv_vision"
+    base_config_key = "vision_config"
+    sub_configs = {f"{name}_config": AutoConfig for name in ENCODER_NAMES}
+
+    clip_config: dict | PreTrainedConfig | None = None
+    dinov2_config: dict | PreTrainedConfig | None = None
+    siglip_config: dict | PreTrainedConfig | None = None
+    sam_config: dict | PreTrainedConfig | None = None
+    feature_layer: Literal[-1, -2] = -1
+    class_token: Literal["first", "last", "none"] = "none"
+    tile_grid: int = 1
+
+    def __post_init__(self, **kwargs):
+        if not any(getattr(self, f"{name}_config") is not None for name in ENCODER_NAMES):
+            self.siglip_config = {"image_size": 256}
+        for name in ENCODER_NAMES:
+            given = getattr(self, f"{name}_config")
+            if isinstance(given, dict):
+                model_type = ENCODER_MODEL_TYPES[name]
+                if given.get("model_type", model_type) != model_type:
+                    raise ValueError(
+                        f"{name}_config must have model_type {model_type!r}, got {given['model_type']!r}."
+                    )
+                fields = {key: value for key, value in given.items() if key != "model_type"}
+                setattr(self, f"{name}_config", AutoConfig.for_model(model_type, **fields))
+        super().__post_init__(**kwargs)
+
+    @property
+    def encoders(self) -> dict[str, PreTrainedConfig]:
+        """The configured encoders by name, in channel order."""
+        configs = {name: getattr(self, f"{name}_config") for name in ENCODER_NAMES}
+        return {name: config for name, config in configs.items() if config is not None}
+
+    @property
+    def image_sizes(self) -> dict[str, int]:
+        """Side of the square picture that each encoder reads, in pixels."""
+        return {name: config.image_size for name, config in self.encoders.items()}
+
+    @property
+    def grid_sizes(self) -> dict[str, int]:
+        """Side of each encoder's patch grid."""
+        fold = {"sam": SAM_UNSHUFFLE}
+        return {name: c.image_size // c.patch_size // fold.get(name, 1) for name, c in self.encoders.items()}
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the tower's patch grid."""
+        return next(iter(self.grid_sizes.values()))
+
+    @property
+    def num_class_tokens(self) -> int:
+        return 0 if self.class_token == "none" else 1
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the channels of a patch in the tower's output."""
+        widths = {
+            name: c.output_channels * SAM_UNSHUFFLE**2 if name == "sam" else c.hidden_size
+            for name, c in self.encoders.items()
+        }
+        return sum(widths.values()) * (2 if self.tile_grid > 1 else 1)
+
+    @property
+    def num_views(self) -> int:
+        """Pictures that the encoders read for one picture: the whole and its tiles."""
+        return 1 if self.tile_grid == 1 else 1 + self.tile_grid**2
+
+    def validate_architecture(self):
+        """Refuses encoders that do not fit together."""
+        if len(set(self.grid_sizes.values())) > 1:
+            raise ValueError(f"All encoders must give the same patch grid, got sides {self.grid_sizes}.")
+        if self.grid_size < 1:
+            raise ValueError(
+                f"The patch grid is empty: image sizes {self.image_sizes}, grid sides {self.grid_sizes}."
+            )
+        if self.class_token != "none" and list(self.encoders) != ["clip"]:
+            raise ValueError(
+                f"class_token={self.class_token!r} needs CLIP as the only encoder, got {list(self.encoders)}."
+            )
+        if self.tile_grid < 1:
+            raise ValueError(f"tile_grid must be at least 1, got {self.tile_grid}.")
+        if self.grid_size % self.tile_grid:
+            raise ValueError(
+                f"The patch grid's side ({self.grid_size}) must be a multiple of tile_grid ({self.tile_grid})."
+            )
+
+
+@strict
+class VisualRWKVConfig(PreTrainedConfig):
+    r"""Configuration of VisualRWKV (arXiv 2406.13362; HD and UHD: arXiv 2410.11665).
+
+    text_config (`dict` or [`VisualRWKVTextConfig`], *optional*), vision_config (`dict` or [`VisualRWKVVisionConfig`], *optional*):
+        The language model and the vision tower.
+    image_token_id (`int`, defaults to 65535):
+        The placeholder that stands in `input_ids` once for every token of a picture.
+    scan (`str`, defaults to `"unidirectional"`):
+        In which order the layers read the patches; a name of `scan_orders.SCANS`.
+    image_position (`"first"`, `"middle"` or `"last"`, defaults to `"first"`):
+        Where the picture stands in a turn; "middle" is the sandwich: question, picture, question.
+    pooling (`str`, defaults to `"none"`):
+        What makes fewer tokens of the h x h patches, with g = `pooled_grid_size`:
+        `"none"`; `"average"` (stride and window h // g, class token kept); `"adaptive"` (exactly g x g);
+        `"mean"` (one token: the mean over everything); `"class_token"` (only the class token).
+    pooled_grid_size (`int`, *optional*):
+        g, for `"average"` and `"adaptive"`.
+    projector (`str`, defaults to `"gated_norm"`):
+        A name of `modeling_vision.PROJECTORS`: `"linear"`; `"linear_flip"` (v6.01: a token beside the one
+        that stands as far from the other end); `"gated"` (HD); `"relu"` (UHD); `"gated_norm"` (v7).
+    compressor_num_layers (`int`, defaults to 0):
+        Blocks of the Visual Token Compressor (v7.03, v7.04); 0: none.
+    compressor_num_tokens (`int`, *optional*):
+        Tokens that it leaves, of a picture or of a tile.
+    compressor_per_tile (`bool`, defaults to `False`):
+        Whether `compressor_num_tokens` counts per tile (v7.04) or per picture (v7.03).
+    compressor_reduction (`"pool"` or `"step"`, defaults to `"pool"`):
+        Adaptive averages over the sequence, or every n-th token.
+
+    Raises `ValueError`, naming the numbers, if the parts do not fit together.
+
+    Example:
+
+    ```python
+    >>> from visualrwkv_hf import VisualRWKVConfig, VisualRWKVForConditionalGeneration
+
+    >>> config = VisualRWKVConfig(
+    ...     text_config={"rwkv_version": 7, "hidden_size": 128, "num_hidden_layers": 2},
+    ...     vision_config={"siglip_config": {"hidden_size": 32, "num_attention_heads": 2, "image_size": 64}},
+    ... )
+    >>> config.num_image_tokens
+    16
+    ```"""
+
+    model_type = "visualrwkv"
+    sub_configs = {"text_config": VisualRWKVTextConfig, "vision_config": VisualRWKVVisionConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 65535
+    scan: str = "unidirectional"
+    image_position: Literal["first", "middle", "last"] = "first"
+    pooling: Literal["none", "average", "adaptive", "mean", "class_token"] = "none"
+    pooled_grid_size: int | None = None
+    projector: Literal["linear", "linear_flip", "gated", "relu", "gated_norm"] = "gated_norm"
+    compressor_num_layers: int = 0
+    compressor_num_tokens: int | None = None
+    compressor_per_tile: bool = False
+    compressor_reduction: Literal["pool", "step"] = "pool"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = VisualRWKVTextConfig(**_without_model_type(self.text_config))
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = VisualRWKVVisionConfig(**_without_model_type(self.vision_config))
+        super().__post_init__(**kwargs)
+
+    @property
+    def pooled_grid(self) -> tuple[int, int]:
+        """Height and width of the grid of patch tokens behind the pooling; (0, 0) where none is left."""
+        side = self.vision_config.grid_size
+        if self.pooling == "average":
+            window = side // self.pooled_grid_size
+            side = (side - window) // window + 1
+        elif self.pooling == "adaptive":
+            side = self.pooled_grid_size
+        elif self.pooling == "mean":
+            side = 1
+        elif self.pooling == "class_token":
+            side = 0
+        return side, side
+
+    @property
+    def class_token(self) -> str:
+        """Where the class token stands behind the pooling: "first", "last" or "none"."""
+        return "none" if self.pooling == "mean" else self.vision_config.class_token
+
+    @property
+    def num_tile_tokens(self) -> int:
+        """Tokens of one tile in front of the compressor."""
+        height, width = self.pooled_grid
+        return height * width + (self.class_token != "none")
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of a picture that is read as one tile."""
+        return self.num_image_tokens_of(1)
+
+    def num_image_tokens_of(self, num_tiles: int) -> int:
+        """Tokens of a picture that the image processor cut into `num_tiles` tiles."""
+        if not self.compressor_num_layers:
+            return self.num_tile_tokens * num_tiles
+        kept = self.compressor_num_tokens * (num_tiles if self.compressor_per_tile else 1)
+        if self.compressor_reduction == "pool":
+            return kept
+        length = self.num_tile_tokens * num_tiles
+        if self.compressor_per_tile:
+            return math.ceil(length / (self.num_tile_tokens // self.compressor_num_tokens))
+        return min(kept, math.ceil(length / max(1, length // kept)))
+
+    def validate_architecture(self):
+        """Refuses parts that do not fit together."""
+        if self.scan not in SCANS:
+            raise ValueError(f"scan must be one of {', '.join(SCANS)}, got {self.scan!r}.")
+        if not 0 <= self.image_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"image_token_id ({self.image_token_id}) must be below vocab_size ({self.text_config.vocab_size})."
+            )
+        self._validate_pooling()
+        self._validate_compressor()
+
+    def _validate_pooling(self):
+        side, pooled = self.vision_config.grid_size, self.pooled_grid_size
+        if self.pooling in ("average", "adaptive"):
+            if pooled is None or not 1 <= pooled <= side:
+                raise ValueError(
+                    f"pooling={self.pooling!r} needs pooled_grid_size from 1 to the patch grid's side ({side}), "
+                    f"got {pooled}."
+                )
+        elif pooled is not None:
+            raise ValueError(f"pooled_grid_size ({pooled}) has no use with pooling={self.pooling!r}.")
+        if self.pooling == "class_token" and self.vision_config.class_token == "none":
+            raise ValueError("pooling='class_token' needs a tower with a class token, this one has none.")
+
+    def _validate_compressor(self):
+        if self.compressor_num_layers < 0:
+            raise ValueError(f"compressor_num_layers must be at least 0, got {self.compressor_num_layers}.")
+        if not self.compressor_num_layers:
+            return
+        if self.text_config.rwkv_version != 7:
+            raise ValueError(
+                f"The compressor is made of RWKV-7 blocks, got rwkv_version {self.text_config.rwkv_version}."
+            )
+        if self.compressor_num_tokens is None or self.compressor_num_tokens < 1:
+            raise ValueError(
+                f"A compressor needs compressor_num_tokens of at least 1, got {self.compressor_num_tokens}."
+            )
+        if self.compressor_per_tile and self.compressor_num_tokens > self.num_tile_tokens:
+            raise ValueError(
+                f"compressor_num_tokens ({self.compressor_num_tokens}) is more than a tile has ({self.num_tile_tokens})."
+            )
+        if self.scan != "unidirectional":
+            raise ValueError(
+                f"Compressed tokens have no 2D order: scan must be 'unidirectional', got {self.scan!r}."
+            )
+
+
+def _without_model_type(fields: dict | None) -> dict:
+    return {key: value for key, value in (fields or {}).items() if key != "model_type"}
+
+
+__all__ = ["VisualRWKVConfig", "VisualRWKVTextConfig", "VisualRWKVVisionConfig"]

@@ -1,0 +1,62 @@
+"""What a saved folder needs to load where this package is not installed (`trust_remote_code=True`)."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+MODEL_CODE = {
+    "visualrwkv": {
+        "AutoConfig": "configuration_visualrwkv.VisualRWKVConfig",
+        "AutoModel": "modeling_visualrwkv.VisualRWKVModel",
+        "AutoModelForImageTextToText": "modeling_visualrwkv.VisualRWKVForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_visualrwkv.VisualRWKVForConditionalGeneration",
+        "AutoProcessor": "processing_visualrwkv.VisualRWKVProcessor",
+    },
+    "visualrwkv_text": {
+        "AutoConfig": "configuration_visualrwkv.VisualRWKVTextConfig",
+        "AutoModel": "modeling_rwkv.VisualRWKVTextModel",
+        "AutoModelForCausalLM": "modeling_rwkv.VisualRWKVForCausalLM",
+    },
+}
+"""`auto_map` of a configuration, by `model_type`."""
+
+PROCESSOR_CODE = {"AutoProcessor": "processing_visualrwkv.VisualRWKVProcessor"}
+IMAGE_PROCESSOR_CODE = {"AutoImageProcessor": "image_processing_visualrwkv.VisualRWKVImageProcessor"}
+
+
+def ship_remote_code(folder: str | Path) -> None:
+    """Writes the code that the model in `folder` needs beside it, and names it in `config.json`."""
+    config_file = Path(folder) / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    write_auto_map(config_file, MODEL_CODE[config["model_type"]])
+
+
+def write_auto_map(config_file: Path, auto_map: dict[str, str]) -> None:
+    """Names in `config_file` the classes that load it, and copies the files that they stand in."""
+    here = Path(__file__).parent
+    known = {
+        name: target for name, target in auto_map.items() if (here / f"{target.split('.')[0]}.py").exists()
+    }
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["auto_map"] = known
+    config_file.write_text(
+        json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    for module in needed_modules({target.split(".")[0] for target in known.values()}):
+        target = config_file.parent / f"{module}.py"
+        if not (target.exists() and target.samefile(here / f"{module}.py")):
+            shutil.copyfile(here / f"{module}.py", target)
+
+
+def needed_modules(modules: set[str]) -> set[str]:
+    """`modules` and all that they import from beside them. Only `from .name import` is seen, as by transformers."""
+    here = Path(__file__).parent
+    found: set[str] = set()
+    todo = set(modules)
+    while todo:
+        module = todo.pop()
+        found.add(module)
+        source = (here / f"{module}.py").read_text(encoding="utf-8")
+        todo |= set(re.findall(r"^\s*from \.(\w+) import", source, flags=re.MULTILINE)) - found
+    return found

@@ -1,0 +1,470 @@
+"""Pictures to pixels with Pillow alone, for towers that transformers' own image processors do not serve.
+
+Sizes are (width, height), boxes (left, upper, right, lower), as in Pillow. Letters: N pictures, S pixels of a
+side.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, load_image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.processing_utils import ImagesKwargs
+
+from .configuration_visualrwkv import ENCODER_NAMES, VisualRWKVConfig
+
+Size = tuple[int, int]
+Box = tuple[int, int, int, int]
+
+# Opening: whatever a person may call a picture -> a Pillow picture in RGB.
+
+SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+"""Pillow's modes of grey pictures with 65536 levels ("I" is where Pillow puts such a PGM)."""
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode in RGB, as Pillow's `convert("RGB")` but without clipping.
+
+    Transparency is dropped, not blended (the colour below it shows), palettes are looked up, grey of 16 bits
+    is scaled down by 257. An EXIF orientation is left alone, as in the original.
+
+    Raises:
+        ValueError: if values lie outside the mode's range, or Pillow knows no such conversion.
+    """
+    if image.mode in SIXTEEN_BIT_MODES:
+        return _gray(np.asarray(image), 65535, image.mode)
+    if image.mode == "F":
+        return _gray(np.asarray(image), 255, image.mode)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _gray(values: np.ndarray, white: int, mode: str) -> Image.Image:
+    return Image.fromarray(_to_bytes(values, white, f"A picture of mode {mode!r}")).convert("RGB")
+
+
+def _to_bytes(values: np.ndarray, white: float, what: str) -> np.ndarray:
+    """Values from 0 to `white` as uint8 of the same shape, rounded."""
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= white):  # NaN fails too
+        raise ValueError(f"{what} must have values from 0 to {white}, got {low:g} to {high:g}.")
+    return np.round(values.astype(np.float64) * (255 / white)).astype(np.uint8)
+
+
+WHITE = {"bool": 1, "uint16": 65535}
+"""The largest value of an array's dtype where it is neither 1 (floats) nor 255 (all other integers)."""
+
+
+def _array_to_rgb(array: np.ndarray, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
+    """[H, W], [H, W, c] or [c, H, W] with c = 1, 3 or 4; floats from 0 to 1, bool, uint16 or 0 to 255."""
+    if array.ndim == 2:
+        array = array[..., None]
+    elif array.ndim == 3:
+        axis = input_data_format or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
+        array = np.moveaxis(array, 0, -1) if axis == ChannelDimension.FIRST else array
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"An array must be [H, W] or have 1, 3 or 4 channels, got shape {array.shape}.")
+    if 0 in array.shape:
+        raise ValueError(f"An array without pixels: shape {array.shape}.")
+    if array.dtype != np.uint8:
+        white = 1 if np.issubdtype(array.dtype, np.floating) else WHITE.get(array.dtype.name, 255)
+        array = _to_bytes(array, white, f"An array of dtype {array.dtype}")
+    if array.shape[-1] == 1:
+        array = np.repeat(array, 3, axis=-1)
+    return Image.fromarray(np.ascontiguousarray(array[..., :3]))
+
+
+def open_picture(source, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
+    """Anything that is a picture, decoded and in RGB.
+
+    Args:
+        source: a Pillow picture, an array or tensor (see `_array_to_rgb`), a path, a URL, or base64 text. Of
+            an animation the first frame. An EXIF orientation is left alone, except behind a URL or in base64
+            text, which transformers opens and turns upright.
+        input_data_format: "channels_first" or "channels_last", where the shape of an array leaves it open.
+
+    Raises:
+        ValueError: if it is no picture, cannot be decoded, is empty or larger than Pillow allows; it names
+            a path.
+    """
+    name = f"{str(source)[:200]!r}" if isinstance(source, str | os.PathLike) else type(source).__name__
+    try:
+        if isinstance(source, torch.Tensor):
+            source = source.detach().cpu()
+            source = (source.float() if source.is_floating_point() else source).numpy()
+        if isinstance(source, np.ndarray):
+            return _array_to_rgb(source, input_data_format)
+        if isinstance(source, str | os.PathLike):
+            path = os.fspath(source)
+            source = Image.open(path) if os.path.isfile(path) else load_image(path)
+        if not isinstance(source, Image.Image):
+            raise ValueError("it must be a Pillow picture, an array, a tensor, a path, a URL or base64 text.")
+        if 0 in source.size:
+            raise ValueError(f"it has no pixels: its size is {source.size[0]} x {source.size[1]}.")
+        source.load()  # decodes: here a truncated file fails
+        return to_rgb(source)
+    except Exception as error:  # decoders raise what they like
+        reason = str(error)[:300]  # base64 text would be quoted in full
+        raise ValueError(f"{name} cannot be read as a picture: {reason}") from error
+
+
+def _flat(images) -> Iterator:
+    """Single pictures of a picture, a nested list, or a batch in one array."""
+    if isinstance(images, list | tuple):
+        for item in images:
+            yield from _flat(item)
+    elif isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
+        yield from images
+    else:
+        yield images
+
+
+def _open_all(images, input_data_format: str | ChannelDimension | None) -> list[Image.Image]:
+    pictures = []
+    for index, source in enumerate(_flat(images)):
+        try:
+            pictures.append(open_picture(source, input_data_format))
+        except ValueError as error:
+            raise ValueError(f"Picture {index}: {error}") from error
+    if not pictures:
+        raise ValueError("No pictures given.")
+    return pictures
+
+
+# Tiling: the size of a picture -> what is cut out of it.
+
+
+class Layout(NamedTuple):
+    """What the encoders see of a picture: `boxes` of it, resized to `resize` before if that is given."""
+
+    resize: Size | None
+    boxes: list[Box]
+
+
+def grid_boxes(size: Size, columns: int, rows: int) -> list[Box]:
+    """Boxes of one size, row by row; what does not divide is left at the right and lower edge.
+
+    A picture narrower than its columns gives boxes of one pixel, several of the same.
+    """
+    width, height = (max(1, length // count) for length, count in zip(size, (columns, rows)))
+    corners = [
+        (min(column * width, size[0] - width), min(row * height, size[1] - height))
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    return [(left, upper, left + width, upper + height) for left, upper in corners]
+
+
+def wasted_area(size: Size, canvas: Size) -> int:
+    """Pixels of `canvas` that stay empty when a picture fills it as far as its aspect ratio allows."""
+    width, height = size
+    scale = min(canvas[0] / width, canvas[1] / height)
+    return canvas[0] * canvas[1] - int(width * scale) * int(height * scale)
+
+
+def region_grid(size: Size, side: int, closest: bool) -> Size:
+    """Columns and rows of regions of `side` pixels for a picture (v7.02; v7.03 and v7.04 with `closest`).
+
+    The least wasted area among as many regions as cover the picture and one fewer, per direction; the first
+    of equals, columns before rows. `closest` adds by how much the area differs from the picture's.
+    """
+    most = [-(-length // side) for length in size]
+    candidates = [
+        (columns, rows)
+        for columns in range(max(1, most[0] - 1), most[0] + 1)
+        for rows in range(max(1, most[1] - 1), most[1] + 1)
+    ]
+
+    def cost(grid: Size) -> int:
+        canvas = (grid[0] * side, grid[1] * side)
+        surplus = abs(canvas[0] * canvas[1] - size[0] * size[1])
+        return wasted_area(size, canvas) + (surplus if closest else 0)
+
+    return min(candidates, key=cost)
+
+
+GRIDS_700 = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
+"""Columns and rows that v7.00 chooses from."""
+
+
+def grid_700(size: Size, side: int) -> Size:
+    """Columns and rows for v7.00's tiles: the least wasted area, the first of equals."""
+    return min(GRIDS_700, key=lambda grid: wasted_area(size, (grid[0] * side, grid[1] * side)))
+
+
+def _whole(size: Size) -> Box:
+    return (0, 0, *size)
+
+
+def _lay_out_whole(size: Size, side: int, tile_grid: int) -> Layout:
+    return Layout(None, [_whole(size)])
+
+
+def _lay_out_views(size: Size, side: int, tile_grid: int) -> Layout:
+    return Layout(None, [_whole(size), *grid_boxes(size, tile_grid, tile_grid)])
+
+
+def _lay_out_700(size: Size, side: int, tile_grid: int) -> Layout:
+    columns, rows = grid_700(size, side)
+    is_small = (columns, rows) == (2, 2) and size[0] * size[1] <= (2 * side) ** 2
+    return Layout(None, [_whole(size), *([] if is_small else grid_boxes(size, columns, rows))])
+
+
+def _lay_out_regions(size: Size, side: int, closest: bool) -> Layout:
+    columns, rows = region_grid(size, side, closest)
+    canvas = (columns * side, rows * side)
+    return Layout(canvas, grid_boxes(canvas, columns, rows))
+
+
+def _lay_out_smallest(size: Size, side: int, tile_grid: int) -> Layout:
+    return _lay_out_regions(size, side, closest=False)
+
+
+def _lay_out_closest(size: Size, side: int, tile_grid: int) -> Layout:
+    return _lay_out_regions(size, side, closest=True)
+
+
+class Tiling(NamedTuple):
+    """A way to cut a picture, from its size, S of the first encoder and `tile_grid`.
+
+    `has_tokens`: whether each piece is a tile with tokens of its own, so that `num_tiles` counts them; else
+    the tower makes one picture's tokens of all pieces.
+    """
+
+    lay_out: Callable[[Size, int, int], Layout]
+    has_tokens: bool
+
+
+TILINGS = {
+    "none": Tiling(_lay_out_whole, has_tokens=False),
+    "views": Tiling(_lay_out_views, has_tokens=False),
+    "whole_and_tiles": Tiling(_lay_out_700, has_tokens=True),
+    "smallest": Tiling(_lay_out_smallest, has_tokens=True),
+    "closest": Tiling(_lay_out_closest, has_tokens=True),
+}
+
+# Pixels.
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+CLIP = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+STATISTICS = {"clip": CLIP, "dinov2": IMAGENET, "siglip": HALF, "sam": IMAGENET}
+"""Mean and standard deviation by encoder. SAM is given ImageNet's, as in the original."""
+
+
+def squash(image: Image.Image, size: int, image_mean: list[float], image_std: list[float]) -> np.ndarray:
+    """A picture as an encoder reads it: bicubic to a square whatever its shape; (x / 255 - mean) / std.
+
+    Returns:
+        float32 [3, S, S], bit-equal to the original's.
+    """
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))  # uint8 [S, S, 3]
+    scaled = pixels.astype(np.float32) / np.float32(255)
+    normalized = (scaled - np.asarray(image_mean, dtype=np.float32)) / np.asarray(image_std, dtype=np.float32)
+    return np.ascontiguousarray(np.moveaxis(normalized, -1, 0))
+
+
+class VisualRWKVImagesKwargs(TypedDict, total=False):
+    """What a call may set."""
+
+    encoders: dict[str, dict]
+    tiling: str
+    tile_grid: int
+    input_data_format: str | ChannelDimension | None
+    return_tensors: str | None
+    device: str | torch.device | None
+
+
+class VisualRWKVImageProcessor(PilBackend):
+    r"""Pictures for towers of several encoders (v6 HD and UHD, v7.00) and for tiles (UHD, v7.02 to v7.04).
+
+    encoders (`dict[str, dict]`, defaults to DINOv2 at 448, SigLIP at 448 and SAM at 1024):
+        For each encoder of the tower (`"clip"`, `"dinov2"`, `"siglip"`, `"sam"`): `size`, the side of its
+        square picture in pixels, `image_mean` and `image_std`, three numbers each. The first, in this order,
+        gives `pixel_values`, every other one `pixel_values_{name}`.
+    tiling (`str`, defaults to `"none"`):
+        `"none"`; `"views"` (UHD: the whole and `tile_grid` x `tile_grid` tiles, which the tower fuses); with
+        tokens for every tile, counted by `num_tiles`: `"whole_and_tiles"` (v7.00's option), `"smallest"`
+        (v7.02), `"closest"` (v7.03, v7.04).
+    tile_grid (`int`, defaults to 1):
+        n, for `"views"`.
+
+    Raises `ValueError`, naming the numbers, if the fields do not fit together.
+    """
+
+    valid_kwargs = VisualRWKVImagesKwargs
+    encoders = {
+        name: {"size": size, **STATISTICS[name]}
+        for name, size in (("dinov2", 448), ("siglip", 448), ("sam", 1024))
+    }
+    tiling = "none"
+    tile_grid = 1
+
+    def __init__(self, **kwargs):
+        _refuse_options(kwargs.keys() & ImagesKwargs.__annotations__.keys())
+        super().__init__(**kwargs)
+        _check_fields(self.encoders, self.tiling, self.tile_grid)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        names = [_pixel_name(name, self.encoders) for name in ENCODER_NAMES if name in self.encoders]
+        return names + ["num_tiles"] * TILINGS[self.tiling].has_tokens
+
+    def preprocess(self, images, **kwargs) -> BatchFeature:
+        """Pictures to pixels.
+
+        Args:
+            images: a picture, a list, nested or not, or a batch in one array; see [`open_picture`].
+            kwargs: `encoders`, `tiling`, `tile_grid` in place of the processor's own, `return_tensors`,
+                `input_data_format`; `device` has no meaning for Pillow.
+
+        Returns:
+            `pixel_values` and `pixel_values_{name}`, float32 [pieces of all pictures, 3, S, S], pieces of a
+            picture adjacent: the whole first, then its tiles row by row. `num_tiles`, int64 [N], where tiles
+            have tokens.
+
+        Raises:
+            ValueError: if a picture cannot be read (it says which one), or an option has no meaning here.
+        """
+        _refuse_options(kwargs)
+        encoders, tiling, tile_grid = self._fields(kwargs)
+        pictures = _open_all(images, kwargs.get("input_data_format"))
+        pieces = [_cut(picture, _lay_out(picture.size, encoders, tiling, tile_grid)) for picture in pictures]
+        data = {
+            _pixel_name(name, encoders): np.stack(
+                [squash(piece, **encoders[name]) for cut in pieces for piece in cut]
+            )
+            for name in ENCODER_NAMES
+            if name in encoders
+        }
+        if TILINGS[tiling].has_tokens:
+            data["num_tiles"] = np.array([len(cut) for cut in pieces], dtype=np.int64)
+        return BatchFeature(data, tensor_type=kwargs.get("return_tensors"))
+
+    def get_number_of_image_patches(
+        self, height: int, width: int, images_kwargs: Mapping | None = None
+    ) -> int:
+        """How many tiles with tokens of their own a picture of this size is cut into, without its pixels."""
+        encoders, tiling, tile_grid = self._fields(images_kwargs or {})
+        boxes = _lay_out((width, height), encoders, tiling, tile_grid).boxes
+        return len(boxes) if TILINGS[tiling].has_tokens else 1
+
+    def _fields(self, kwargs: Mapping) -> tuple[dict[str, dict], str, int]:
+        """The processor's fields, or those of a call."""
+        fields = [
+            getattr(self, name) if kwargs.get(name) is None else kwargs[name]
+            for name in ("encoders", "tiling", "tile_grid")
+        ]
+        _check_fields(*fields)
+        return tuple(fields)
+
+
+def _refuse_options(names: Iterable[str]) -> None:
+    """Another size or mean would not be what the encoders were trained on: such options do not exist here."""
+    options = VisualRWKVImagesKwargs.__annotations__
+    if unknown := sorted(set(names) - set(options)):
+        raise ValueError(
+            f"VisualRWKVImageProcessor has no option {', '.join(unknown)}; it has {', '.join(options)}."
+        )
+
+
+def _pixel_name(encoder: str, encoders: Mapping[str, dict]) -> str:
+    first = next(name for name in ENCODER_NAMES if name in encoders)
+    return "pixel_values" if encoder == first else f"pixel_values_{encoder}"
+
+
+def _lay_out(size: Size, encoders: Mapping[str, dict], tiling: str, tile_grid: int) -> Layout:
+    first = next(name for name in ENCODER_NAMES if name in encoders)
+    return TILINGS[tiling].lay_out(size, encoders[first]["size"], tile_grid)
+
+
+def _cut(picture: Image.Image, layout: Layout) -> list[Image.Image]:
+    if layout.resize is not None:
+        picture = picture.resize(layout.resize, Image.Resampling.LANCZOS)
+    return [picture.crop(box) for box in layout.boxes]
+
+
+def _check_fields(encoders: Mapping[str, dict], tiling: str, tile_grid: int) -> None:
+    if not encoders or (unknown := sorted(set(encoders) - set(ENCODER_NAMES))):
+        raise ValueError(
+            f"encoders must be some of {', '.join(ENCODER_NAMES)}, got {unknown if encoders else 'none'}."
+        )
+    for name, fields in encoders.items():
+        _check_encoder(name, fields)
+    if tiling not in TILINGS:
+        raise ValueError(f"tiling must be one of {', '.join(TILINGS)}, got {tiling!r}.")
+    if (tiling == "views") != (tile_grid > 1) or tile_grid < 1:
+        raise ValueError(
+            f"tile_grid must be above 1 with tiling='views' and 1 otherwise, got {tile_grid} with {tiling!r}."
+        )
+    if tiling in ("smallest", "closest") and len(encoders) > 1:
+        raise ValueError(
+            f"tiling={tiling!r} cuts to the size of one encoder, got {len(encoders)}: {list(encoders)}."
+        )
+
+
+def _check_encoder(name: str, fields: Mapping) -> None:
+    if set(fields) != {"size", "image_mean", "image_std"}:
+        raise ValueError(f"encoders[{name!r}] needs size, image_mean and image_std, got {sorted(fields)}.")
+    size = fields["size"]
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"encoders[{name!r}]['size'] must be a whole number of pixels from 1, got {size!r}.")
+    for key in ("image_mean", "image_std"):
+        if len(fields[key]) != 3 or not all(isinstance(value, int | float) for value in fields[key]):
+            raise ValueError(f"encoders[{name!r}][{key!r}] must be three numbers, got {fields[key]}.")
+    if min(fields["image_std"]) <= 0:
+        raise ValueError(f"encoders[{name!r}]['image_std'] must be above 0, got {fields['image_std']}.")
+
+
+# Which image processor a model needs.
+
+
+def _clip_processor(size: int) -> BaseImageProcessor:
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **CLIP
+    )
+
+
+def _siglip_processor(size: int) -> BaseImageProcessor:
+    return SiglipImageProcessorPil(size={"height": size, "width": size}, **HALF)
+
+
+STOCK_PROCESSORS = {"clip": _clip_processor, "siglip": _siglip_processor}
+"""transformers' own, for towers of this one encoder: CLIP's resizes the shorter edge and crops the centre."""
+
+
+def image_processor_for(config: VisualRWKVConfig, tiling: str = "none") -> BaseImageProcessor:
+    """The image processor that a model's tower was made for.
+
+    Args:
+        config: of the model. A tower with `tile_grid` > 1 gets its views.
+        tiling: `"whole_and_tiles"`, `"smallest"` or `"closest"`, for models that read tiles.
+
+    Raises:
+        ValueError: if the tiling does not fit the tower.
+    """
+    vision = config.vision_config
+    sizes = vision.image_sizes
+    if vision.tile_grid > 1:
+        if tiling not in ("none", "views"):
+            raise ValueError(
+                f"A tower with tile_grid {vision.tile_grid} makes its views itself: no tiling {tiling!r}."
+            )
+        tiling = "views"
+    if tiling == "none" and len(sizes) == 1 and (stock := STOCK_PROCESSORS.get(*sizes)):
+        return stock(*sizes.values())
+    encoders = {name: {"size": size, **STATISTICS[name]} for name, size in sizes.items()}
+    return VisualRWKVImageProcessor(encoders=encoders, tiling=tiling, tile_grid=vision.tile_grid)
+
+
+__all__ = ["VisualRWKVImageProcessor"]

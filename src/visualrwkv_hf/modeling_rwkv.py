@@ -1,0 +1,817 @@
+"""The language model of VisualRWKV: RWKV-5 (x052), RWKV-6 (x060) and RWKV-7 (x070).
+
+RWKV-5 and RWKV-6: arXiv 2404.05892. RWKV-7: arXiv 2503.14456.
+
+Letters: B batch, T time, H heads, K = V size of a head, A = H K width of the time mix, C hidden size,
+F width of the channel mix, D rank of a low-rank map. Inside a block parameters carry the papers' names.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_visualrwkv import (
+    CHANNEL_MIX_SHIFT,
+    TIME_MIX_SHIFT,
+    VisualRWKVCache,
+    VisualRWKVCacheLayer,
+    VisualRWKVStaticCache,
+)
+from .configuration_visualrwkv import VisualRWKVTextConfig
+from .hub import ship_remote_code
+from .loss_visualrwkv import visualrwkv_loss
+from .scan_orders import inverse_order
+from .wkv import wkv6, wkv7
+
+DECAY_SCALE = 0.6065306597126334
+"""e^(-1/2): the log decay of RWKV-7 lies between minus this and 0."""
+
+
+class Padding(NamedTuple):
+    """Where the real tokens are. All indices point into [what the cache carried, token 0, ..., token T-1]."""
+
+    mask: torch.Tensor  # [B, T] bool, True at real tokens
+    before: torch.Tensor  # [B, T] index of the last real token before each position
+    last: torch.Tensor  # [B] index of the last real token of the sequence
+
+
+class Order(NamedTuple):
+    """In which order a layer reads the sequence, and the way back."""
+
+    index: torch.Tensor  # [B, T] position p of the layer's sequence is token index[p]
+    inverse: torch.Tensor  # [B, T]
+
+
+def padding_of(mask: torch.Tensor) -> Padding:
+    """Indices of the real tokens of `mask` [B, T]."""
+    mask = mask.bool()
+    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    up_to = torch.where(mask, positions, 0).cummax(dim=1).values  # [B, T]
+    return Padding(mask, F.pad(up_to[:, :-1], (1, 0)), up_to[:, -1])
+
+
+def take(sequence: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`sequence` [B, T, C] read at `index` [B, N] -> [B, N, C]."""
+    return sequence.gather(1, index[..., None].expand(-1, -1, sequence.shape[-1]))
+
+
+def token_shift(
+    hidden_states: torch.Tensor,
+    which: int,
+    state: VisualRWKVCacheLayer | None = None,
+    padding: Padding | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The previous real token of each of `hidden_states` [B, T, C], and the one to carry over, [B, C].
+
+    The first token's predecessor is what the cache carried, or zero at the start of the text.
+    """
+    carried = state.token_shift(which) if state is not None else None
+    if carried is None:
+        carried = torch.zeros_like(hidden_states[:, 0])
+    if hidden_states.shape[1] == 1 and padding is None:
+        return carried[:, None].to(hidden_states.dtype).clone(), hidden_states[:, 0]
+    extended = torch.cat([carried[:, None].to(hidden_states.dtype), hidden_states], dim=1)  # [B, 1 + T, C]
+    if padding is None:
+        return extended[:, :-1], extended[:, -1]
+    return take(extended, padding.before), take(extended, padding.last[:, None])[:, 0]
+
+
+class TimeMix(nn.Module):
+    """Time mixing: token shift -> projections -> WKV -> per-head norm -> gate -> output.
+
+    A generation writes `project` (what goes into the recurrence), `wkv` (which recurrence) and, if it has one, `bonus`.
+    """
+
+    def __init__(self, config: VisualRWKVTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        hidden_size, width = config.hidden_size, config.attention_size
+        self.receptance = nn.Linear(hidden_size, width, bias=False)
+        self.key = nn.Linear(hidden_size, width, bias=False)
+        self.value = nn.Linear(hidden_size, width, bias=False)
+        self.output = nn.Linear(width, hidden_size, bias=False)
+        self.ln_x = nn.GroupNorm(config.num_attention_heads, width, eps=config.group_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        v_first: torch.Tensor | None = None,
+        state: VisualRWKVCacheLayer | None = None,
+        padding: Padding | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`hidden_states` [B, T, C] -> the same shape, and layer 0's values [B, T, C] (RWKV-7)."""
+        previous, last = token_shift(hidden_states, TIME_MIX_SHIFT, state, padding)
+        inputs, gate, v_first = self.project(hidden_states, previous, v_first)
+        if padding is not None:
+            inputs = self.without_pads(inputs, padding.mask)
+        before = state.wkv_state() if state is not None else None
+        out, after = self.wkv(inputs, before)  # [B, T, H, V], [B, H, K, V]
+        if state is not None:
+            state.update_wkv_state(hidden_states.shape[1], after, partial(self._wkv_state_after, inputs))
+            state.update_token_shift(TIME_MIX_SHIFT, previous, last)
+        out = self.ln_x(out.flatten(0, 1).flatten(1)).view(gate.shape)  # [B, T, A]
+        out = out + self.bonus(inputs)
+        return self.output(out * gate), v_first
+
+    def project(
+        self, hidden_states: torch.Tensor, previous: torch.Tensor, v_first: torch.Tensor | None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+        """What the recurrence reads, each [B, T, H, K], the gate [B, T, A] and `v_first`."""
+        raise NotImplementedError
+
+    def wkv(
+        self, inputs: dict[str, torch.Tensor], initial_state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The recurrence: output [B, T, H, V] and state [B, H, K, V] behind the last token."""
+        raise NotImplementedError
+
+    def bonus(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | float:
+        """What is added behind the norm, [B, T, A]."""
+        return 0.0
+
+    def heads(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[B, T, A] -> [B, T, H, K]."""
+        return tensor.unflatten(-1, (-1, self.head_dim))
+
+    @staticmethod
+    def without_pads(inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """At a pad nothing is written and nothing decays: k = a = b = 0, log decay 0. `mask` is [B, T]."""
+        pad = ~mask[..., None, None]
+        return {name: x if name in ("r", "v") else x.masked_fill(pad, 0) for name, x in inputs.items()}
+
+    def _wkv_state_after(
+        self, inputs: dict[str, torch.Tensor], length: int, before: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The state behind the first `length` tokens: what cropping a cache goes back to."""
+        return self.wkv({name: x[:, :length] for name, x in inputs.items()}, before)[1]
+
+    def _layer_position(self) -> tuple[float, float, torch.Tensor]:
+        """r01 = l / (L - 1), r10 = 1 - l / L and d_i = i / C: what the initialisation depends on."""
+        num_layers, hidden_size = self.config.num_hidden_layers, self.config.hidden_size
+        return (
+            self.layer_idx / max(num_layers - 1, 1),
+            1 - self.layer_idx / num_layers,
+            torch.arange(hidden_size, dtype=torch.float32) / hidden_size,
+        )
+
+
+class Rwkv5TimeMix(TimeMix):
+    """RWKV-5.2 (arXiv 2404.05892, section 3): a decay per channel, constant in time.
+
+    x_m = m x_t + (1 - m) x_{t-1};  w = exp(-exp(time_decay));  y = WKV(r, w, k, v, u);  out = norm(y) silu(g).
+    """
+
+    def __init__(self, config: VisualRWKVTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        for name in "kvrg":
+            setattr(self, f"time_mix_{name}", nn.Parameter(torch.empty(1, 1, config.hidden_size)))
+        self.time_decay = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
+        self.time_faaaa = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
+        self.gate = nn.Linear(config.hidden_size, config.attention_size, bias=False)
+
+    def project(self, hidden_states, previous, v_first):
+        def mixed(weight: torch.Tensor) -> torch.Tensor:
+            return torch.lerp(previous, hidden_states, weight.to(hidden_states.dtype))
+
+        r = self.heads(self.receptance(mixed(self.time_mix_r)))
+        k = self.heads(self.key(mixed(self.time_mix_k)))
+        v = self.heads(self.value(mixed(self.time_mix_v)))
+        w = -torch.exp(self.time_decay.float()).expand(r.shape)
+        return {"r": r, "w": w, "k": k, "v": v}, F.silu(self.gate(mixed(self.time_mix_g))), v_first
+
+    def wkv(self, inputs, initial_state):
+        return wkv6(**inputs, u=self.time_faaaa, initial_state=initial_state)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """The original's initialisation of what is not a linear layer."""
+        r01, r10, d = self._layer_position()
+        init.copy_(self.time_mix_k, (d**r10).view(1, 1, -1))
+        init.copy_(self.time_mix_v, (d**r10 + 0.3 * r01).view(1, 1, -1))
+        init.copy_(self.time_mix_r, (d ** (0.5 * r10)).view(1, 1, -1))
+        init.copy_(self.time_mix_g, (d ** (0.5 * r10)).view(1, 1, -1))
+        init.copy_(self.time_decay, _decay_speed(self.config.attention_size, r01).view_as(self.time_decay))
+        init.copy_(
+            self.time_faaaa, _first_token_bonus(self.config.attention_size, r01).view_as(self.time_faaaa)
+        )
+
+
+class Rwkv6TimeMix(TimeMix):
+    """RWKV-6 (arXiv 2404.05892, section 4): token shift and decay depend on the data.
+
+    x_m = x_t + (x_{t-1} - x_t)(maa_m + lora_m);  w_t = exp(-exp(time_decay + lora(x_w)));  out = norm(y) silu(g).
+    """
+
+    def __init__(self, config: VisualRWKVTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        hidden_size, width = config.hidden_size, config.attention_size
+        mix_rank, decay_rank = config.mix_low_rank_dim, config.decay_low_rank_dim
+        for name in "xwkvrg":
+            setattr(self, f"time_maa_{name}", nn.Parameter(torch.empty(1, 1, hidden_size)))
+        self.time_maa_w1 = nn.Parameter(torch.empty(hidden_size, 5 * mix_rank))
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, mix_rank, hidden_size))
+        self.time_decay = nn.Parameter(torch.empty(1, 1, width))
+        self.time_decay_w1 = nn.Parameter(torch.empty(hidden_size, decay_rank))
+        self.time_decay_w2 = nn.Parameter(torch.empty(decay_rank, width))
+        self.time_faaaa = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
+        self.gate = nn.Linear(hidden_size, width, bias=False)
+
+    def project(self, hidden_states, previous, v_first):
+        x_w, x_k, x_v, x_r, x_g = self.mixed(hidden_states, previous - hidden_states)
+        decay = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2  # [B, T, A]
+        inputs = {
+            "r": self.heads(self.receptance(x_r)),
+            "w": self.heads(-torch.exp(decay.float())),
+            "k": self.heads(self.key(x_k)),
+            "v": self.heads(self.value(x_v)),
+        }
+        return inputs, F.silu(self.gate(x_g)), v_first
+
+    def mixed(self, hidden_states: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The five interpolations [B, T, C] with the previous token, in the order w, k, v, r, g."""
+        ranks = torch.tanh((hidden_states + delta * self.time_maa_x) @ self.time_maa_w1)
+        ranks = ranks.unflatten(-1, (5, -1)).movedim(-2, 0)  # [5, B, T, D]
+        data_dependent = ranks @ self.time_maa_w2[:, None]  # [5, B, T, C]
+        constant = torch.stack([getattr(self, f"time_maa_{name}") for name in "wkvrg"])  # [5, 1, 1, C]
+        return tuple(hidden_states + delta * (constant + data_dependent))
+
+    def wkv(self, inputs, initial_state):
+        return wkv6(**inputs, u=self.time_faaaa, initial_state=initial_state)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """The original's initialisation of what is not a linear layer."""
+        r01, r10, d = self._layer_position()
+        kept = dict.fromkeys("xwk", d ** r10) | {
+            "v": d**r10 + 0.3 * r01,
+            "r": d ** (0.5 * r10),
+            "g": d ** (0.5 * r10),
+        }
+        for name, weight in kept.items():
+            init.copy_(getattr(self, f"time_maa_{name}"), (1 - weight).view(1, 1, -1))
+        init.zeros_(self.time_maa_w1)
+        init.uniform_(self.time_maa_w2, -0.01, 0.01)
+        init.zeros_(self.time_decay_w1)
+        init.uniform_(self.time_decay_w2, -0.01, 0.01)
+        init.copy_(self.time_decay, _decay_speed(self.config.attention_size, r01).view_as(self.time_decay))
+        init.copy_(
+            self.time_faaaa, _first_token_bonus(self.config.attention_size, r01).view_as(self.time_faaaa)
+        )
+
+
+class Rwkv7TimeMix(TimeMix):
+    """RWKV-7 (arXiv 2503.14456, section 4): the generalised delta rule.
+
+    S_t = S_{t-1} (diag(w_t) - kk_t (a_t kk_t)^T) + k_t v_t^T with in-context learning rate a_t; layers after the
+    first mix their values with the first layer's; out = (norm(y) + (r k r_k) v) g.
+    """
+
+    def __init__(self, config: VisualRWKVTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        hidden_size = config.hidden_size
+        for name in "rwkvag":
+            setattr(self, f"x_{name}", nn.Parameter(torch.empty(1, 1, hidden_size)))
+        for name, rank in self._ranks().items():
+            setattr(self, f"{name}1", nn.Parameter(torch.empty(hidden_size, rank)))
+            setattr(self, f"{name}2", nn.Parameter(torch.empty(rank, hidden_size)))
+            if name != "g":
+                setattr(self, f"{name}0", nn.Parameter(torch.empty(1, 1, hidden_size)))
+        self.k_k = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.k_a = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.r_k = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
+
+    def _ranks(self) -> dict[str, int]:
+        """Rank of each low-rank map: decay, in-context learning rate, value residual (not in layer 0), gate."""
+        config = self.config
+        ranks = {"w": config.decay_low_rank_dim, "a": config.a_low_rank_dim, "g": config.gate_low_rank_dim}
+        return ranks if self.layer_idx == 0 else ranks | {"v": config.v_low_rank_dim}
+
+    def project(self, hidden_states, previous, v_first):
+        delta = previous - hidden_states
+        x_r, x_w, x_k, x_v, x_a, x_g = (
+            torch.addcmul(hidden_states, delta, getattr(self, f"x_{n}")) for n in "rwkvag"
+        )
+        k, v = self.key(x_k), self.value(x_v)
+        if self.layer_idx == 0:
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2))
+        rate = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)  # [B, T, C], in-context learning rate
+        kk = F.normalize(self.heads(k * self.k_k), dim=-1, eps=1e-12)
+        decay = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2
+        inputs = {
+            "r": self.heads(self.receptance(x_r)),
+            "w": self.heads(-DECAY_SCALE * torch.sigmoid(decay.float())),
+            "k": self.heads(k * (1 + (rate - 1) * self.k_a)),
+            "v": self.heads(v),
+            "a": -kk,
+            "b": kk * self.heads(rate),
+        }
+        return inputs, torch.sigmoid(x_g @ self.g1) @ self.g2, v_first
+
+    def wkv(self, inputs, initial_state):
+        return wkv7(**inputs, initial_state=initial_state)
+
+    def bonus(self, inputs):
+        weight = (inputs["r"] * inputs["k"] * self.r_k).sum(-1, keepdim=True)  # [B, T, H, 1]
+        return (weight * inputs["v"]).flatten(-2)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """The original's initialisation, linear layers included."""
+        r01, r10, d = self._layer_position()
+        hidden_size = self.config.hidden_size
+        kept = {"r": d ** (0.2 * r10), "w": d ** (0.9 * r10), "k": d ** (0.9 * r10) + 0.4 * r01}
+        kept |= {"v": d ** (0.4 * r10) + 0.6 * r01, "a": d ** (0.9 * r10), "g": d ** (0.2 * r10)}
+        for name, weight in kept.items():
+            init.copy_(getattr(self, f"x_{name}"), (1 - weight).view(1, 1, -1))
+        for name in self._ranks():
+            up = getattr(self, f"{name}2")
+            init.zeros_(getattr(self, f"{name}1"))
+            init.orthogonal_(up, gain=0.1 * max(1.0, (up.shape[0] / up.shape[1]) ** 0.5))
+        n = torch.arange(hidden_size, dtype=torch.float32) / max(hidden_size - 1, 1)
+        init.copy_(self.w0, (-7 + 5 * n ** (0.85 + r01**0.5) + 0.5).view(1, 1, -1))
+        init.zeros_(self.a0)
+        if self.layer_idx > 0:
+            init.ones_(self.v0)
+        init.constant_(self.k_k, 0.85)
+        init.ones_(self.k_a)
+        init.zeros_(self.r_k)
+        for linear, bound in ((self.receptance, 0.5), (self.key, 0.05), (self.value, 0.5)):
+            init.uniform_(linear.weight, -bound / hidden_size**0.5, bound / hidden_size**0.5)
+        init.zeros_(self.output.weight)
+
+
+def _decay_speed(width: int, r01: float) -> torch.Tensor:
+    """-6 + 5 (n / (A - 1))^(0.7 + 1.3 r01), the initial decay of RWKV-5 and 6, [A]."""
+    n = torch.arange(width, dtype=torch.float32) / max(width - 1, 1)
+    return -6 + 5 * n ** (0.7 + 1.3 * r01)
+
+
+def _first_token_bonus(width: int, r01: float) -> torch.Tensor:
+    """r01 (1 - n / (A - 1)) + 0.1 ((n + 1) mod 3 - 1), the initial u of RWKV-5 and 6, [A]."""
+    n = torch.arange(width, dtype=torch.float32)
+    return r01 * (1 - n / max(width - 1, 1)) + 0.1 * ((n + 1) % 3 - 1)
+
+
+class ChannelMix(nn.Module):
+    """Channel mixing: a squared-ReLU MLP on the shifted tokens; RWKV-5 and 6 gate it with a receptance."""
+
+    mix_names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: VisualRWKVTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        for name in self.mix_names:
+            setattr(self, name, nn.Parameter(torch.empty(1, 1, config.hidden_size)))
+        self.key = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.value = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        state: VisualRWKVCacheLayer | None = None,
+        padding: Padding | None = None,
+    ) -> torch.Tensor:
+        """`hidden_states` [B, T, C] -> the same shape."""
+        previous, last = token_shift(hidden_states, CHANNEL_MIX_SHIFT, state, padding)
+        if state is not None:
+            state.update_token_shift(CHANNEL_MIX_SHIFT, previous, last)
+        return self.mix(hidden_states, previous)
+
+    def mix(self, hidden_states: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """value(relu(key(x))^2), [B, T, C] -> the same shape."""
+        return self.value(torch.relu(self.key(x)).square())
+
+    def init_weights(self) -> None:
+        """d^r10 for the current token (RWKV-5), the rest for the previous one (RWKV-6)."""
+        position = torch.arange(self.config.hidden_size, dtype=torch.float32) / self.config.hidden_size
+        weight = position ** (1 - self.layer_idx / self.config.num_hidden_layers)
+        for name in self.mix_names:
+            init.copy_(getattr(self, name), self.shift_weight(weight).view(1, 1, -1))
+
+    @staticmethod
+    def shift_weight(weight: torch.Tensor) -> torch.Tensor:
+        return 1 - weight
+
+
+class Rwkv5ChannelMix(ChannelMix):
+    """x_m = m x_t + (1 - m) x_{t-1};  out = sigmoid(R x_r) V relu(K x_k)^2."""
+
+    mix_names = ("time_mix_k", "time_mix_r")
+
+    def __init__(self, config: VisualRWKVTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.receptance = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def mix(self, hidden_states, previous):
+        x_k = torch.lerp(previous, hidden_states, self.time_mix_k.to(hidden_states.dtype))
+        x_r = torch.lerp(previous, hidden_states, self.time_mix_r.to(hidden_states.dtype))
+        return torch.sigmoid(self.receptance(x_r)) * self.mlp(x_k)
+
+    @staticmethod
+    def shift_weight(weight):
+        return weight
+
+
+class Rwkv6ChannelMix(ChannelMix):
+    """x_m = x_t + (x_{t-1} - x_t) m;  out = sigmoid(R x_r) V relu(K x_k)^2."""
+
+    mix_names = ("time_maa_k", "time_maa_r")
+
+    def __init__(self, config: VisualRWKVTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.receptance = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def mix(self, hidden_states, previous):
+        delta = previous - hidden_states
+        x_k = torch.addcmul(hidden_states, delta, self.time_maa_k)
+        x_r = torch.addcmul(hidden_states, delta, self.time_maa_r)
+        return torch.sigmoid(self.receptance(x_r)) * self.mlp(x_k)
+
+
+class Rwkv7ChannelMix(ChannelMix):
+    """x_k = x_t + (x_{t-1} - x_t) m;  out = V relu(K x_k)^2, without receptance."""
+
+    mix_names = ("x_k",)
+
+    def mix(self, hidden_states, previous):
+        return self.mlp(torch.addcmul(hidden_states, previous - hidden_states, self.x_k))
+
+    def init_weights(self) -> None:
+        """1 - d^(r10^4); small uniform key, zero value."""
+        hidden_size = self.config.hidden_size
+        position = torch.arange(hidden_size, dtype=torch.float32) / hidden_size
+        r10 = 1 - self.layer_idx / self.config.num_hidden_layers
+        init.copy_(self.x_k, (1 - position ** (r10**4)).view(1, 1, -1))
+        init.uniform_(self.key.weight, -0.5 / hidden_size**0.5, 0.5 / hidden_size**0.5)
+        init.zeros_(self.value.weight)
+
+
+TIME_MIX: dict[int, type[TimeMix]] = {5: Rwkv5TimeMix, 6: Rwkv6TimeMix, 7: Rwkv7TimeMix}
+CHANNEL_MIX: dict[int, type[ChannelMix]] = {5: Rwkv5ChannelMix, 6: Rwkv6ChannelMix, 7: Rwkv7ChannelMix}
+
+
+class RwkvBlock(GradientCheckpointingLayer):
+    """One block: x + att(ln1 x), then x + ffn(ln2 x), with the picture read in the block's own order."""
+
+    def __init__(self, config: VisualRWKVTextConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.ln1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ln2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.att = TIME_MIX[config.rwkv_version](config, layer_idx)
+        self.ffn = CHANNEL_MIX[config.rwkv_version](config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        v_first: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        padding: Padding | None = None,
+        order: Order | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`hidden_states` [B, T, C] -> the same, and `v_first` [B, T, C], both in the order of the text.
+
+        The block sees the tokens in `order`: token shifts, recurrence and channel mix. Pads stay where they are,
+        for an order moves only patches, and patches are never pads.
+        """
+        state = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+        values = v_first
+        if order is not None:
+            hidden_states = take(hidden_states, order.index)
+            values = take(v_first, order.index) if v_first is not None else None
+        mixed, values = self.att(self.ln1(hidden_states), values, state, padding)
+        hidden_states = hidden_states + mixed
+        hidden_states = hidden_states + self.ffn(self.ln2(hidden_states), state, padding)
+        if order is not None:
+            hidden_states = take(hidden_states, order.inverse)
+            values = take(values, order.inverse) if values is not None else None
+        return hidden_states, v_first if v_first is not None else values
+
+
+class VisualRWKVPreTrainedModel(PreTrainedModel):
+    """What all models here share: initialisation, loading with clear refusals, saving with remote code."""
+
+    config_class = VisualRWKVTextConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RwkvBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = False  # a recorded past can be taken back: assisted decoding works
+    _can_compile_fullgraph = True
+    _supports_sdpa = True  # the vision tower's attention
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, TimeMix | ChannelMix):
+            module.init_weights()
+        elif isinstance(module, nn.Linear):
+            # torch's own default. RWKV-7's blocks have set theirs: a block comes behind its linear layers.
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.uniform_(module.weight, -1e-4, 1e-4)  # small, for ln0 stands behind it (RWKV-LM)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(
+        cls, *args, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs
+    ):
+        """As [`~transformers.PreTrainedModel.from_pretrained`], with refusals in place of warnings.
+
+        Raises:
+            ValueError: if the checkpoint lacks tensors of the model, has others or of other shapes (unless
+                `ignore_mismatched_sizes=True`: then they are initialised), or holds NaN or infinite weights.
+        """
+        model, info = super().from_pretrained(
+            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if not ignore_mismatched_sizes:
+            _refuse_misfit(cls.__name__, source, info)
+        refuse_non_finite(model, source)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+        """As [`~transformers.PreTrainedModel.save_pretrained`], with the code that loads it anywhere."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            ship_remote_code(save_directory)
+
+
+def _refuse_misfit(model_name: str, source: object, info: dict) -> None:
+    """Refuses a checkpoint whose tensors are not the model's; a base model leaves the head of a whole one aside."""
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith("lm_head.")]
+    misshapen = [f"{key} {list(found)} for {list(wanted)}" for key, found, wanted in info["mismatched_keys"]]
+    for names, problem in (
+        (info["missing_keys"], "lacks {} tensors of {}: {}"),
+        (unexpected, "has {} tensors that {} does not: {}"),
+        (misshapen, "has {} tensors of another shape than {}: {}"),
+    ):
+        if names:
+            raise ValueError(
+                f"{source} {problem.format(len(names), model_name, _some(sorted(names)))}. "
+                "ignore_mismatched_sizes=True initialises them anew."
+            )
+
+
+def refuse_non_finite(model: nn.Module, source: object = "the model") -> None:
+    """Raises `ValueError` naming every weight that holds NaN or infinity. Weights on disk are not read."""
+    broken = [
+        name
+        for name, weight in model.state_dict(keep_vars=True).items()
+        if weight.is_floating_point() and not weight.is_meta and weight.numel() and not _is_finite(weight)
+    ]
+    if broken:
+        raise ValueError(f"{source} has NaN or infinite weights in {len(broken)} tensors: {_some(broken)}.")
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    low, high = torch.aminmax(weight.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+class VisualRWKVTextModel(VisualRWKVPreTrainedModel):
+    """The blocks between embedding and head. The norm behind the embedding (ln0) is for text and picture alike."""
+
+    input_modalities = ("text",)
+    _can_record_outputs = {"hidden_states": RwkvBlock}
+
+    def __init__(self, config: VisualRWKVTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(
+            RwkvBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        scan_orders: Sequence[torch.Tensor | None] | torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Reads tokens, from the start of the text or on from a cache.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T] or [B, past + T], 0 at pads. Pads change nothing, wherever they are.
+            past_key_values: a [`VisualRWKVCache`]; updated in place.
+            inputs_embeds: [B, T, C] in place of `input_ids`, in front of the embedding norm.
+            use_cache: whether to return the state. Not while training.
+            scan_orders: [B, D, T], or D entries [B, T] (None: the order of the text). Layer l reads the sequence
+                in order l mod D, as an index: its position p is token `scan_orders[:, l % D, p]`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = VisualRWKVCache(self.config)
+        padding = local_padding(attention_mask, inputs_embeds.shape[1])
+        orders = layer_orders(scan_orders)
+
+        hidden_states = self.embed_norm(inputs_embeds)  # [B, T, C]
+        v_first = None
+        for layer_idx, layer in enumerate(self.layers):
+            order = orders[layer_idx % len(orders)]
+            hidden_states, v_first = layer(
+                hidden_states, v_first, past_key_values=past_key_values, padding=padding, order=order
+            )
+        if past_key_values is not None:
+            past_key_values.advance(inputs_embeds.shape[1])
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+def local_padding(attention_mask: torch.Tensor | dict | None, length: int) -> Padding | None:
+    """Where the pads of the last `length` tokens are, or None if there are none.
+
+    `attention_mask` is [B, past + length], or what `generate()` makes of it for a compiled step.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("linear_attention")
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        raise ValueError(f"attention_mask must be [B, T], got {tuple(attention_mask.shape)}.")
+    if attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask is shorter ({attention_mask.shape[1]}) than the tokens given ({length})."
+        )
+    mask = attention_mask[:, attention_mask.shape[1] - length :]
+    if length > 1 and not torch.compiler.is_compiling() and bool(mask.all()):
+        return None
+    return padding_of(mask)
+
+
+def layer_orders(scan_orders: Sequence[torch.Tensor | None] | torch.Tensor | None) -> list[Order | None]:
+    """The distinct orders of the layers, each with its way back."""
+    if scan_orders is None:
+        return [None]
+    directions = scan_orders.unbind(1) if isinstance(scan_orders, torch.Tensor) else scan_orders
+    return [None if index is None else Order(index, inverse_order(index)) for index in directions]
+
+
+class VisualRWKVGenerationMixin(GenerationMixin):
+    """`generate()` with the recurrent state as its cache."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # transformers says no to every class with "rwkv" in its name; its own RWKV-4 has no cache.
+        return True
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            if not hasattr(given, "advance"):
+                raise ValueError(
+                    f"past_key_values must be a VisualRWKVCache, got {type(given).__name__}: a recurrent state is no "
+                    "key-value cache. Leave it out, or make one with VisualRWKVCache(model.config)."
+                )
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            return
+        if generation_config.use_cache is False:
+            return
+        implementation = generation_config.cache_implementation
+        if implementation not in CACHES:
+            raise ValueError(
+                f"cache_implementation={implementation!r} has no meaning for a recurrent state of constant size; "
+                f"use one of {', '.join(map(repr, CACHES))}."
+            )
+        cache = CACHES[implementation](self.config)
+        if getattr(generation_config, "is_assistant", False):
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool | None = False, **kwargs) -> dict:
+        """As the stock method; what belongs to the prompt is not handed on to later steps."""
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and inputs.get("use_cache", True):
+            for name in PROMPT_INPUTS:
+                inputs.pop(name, None)
+        return inputs
+
+
+CACHES: dict[str | None, Callable] = {
+    None: VisualRWKVCache,
+    "dynamic": VisualRWKVCache,
+    "offloaded": VisualRWKVCache,  # a state of a few megabytes is not worth moving
+    "static": VisualRWKVStaticCache,
+}
+
+PROMPT_INPUTS = (
+    "pixel_values",
+    "pixel_values_siglip",
+    "pixel_values_sam",
+    "num_tiles",
+    "scan_orders",
+    "mm_encoder_outputs",
+)
+
+
+class VisualRWKVForCausalLM(VisualRWKVPreTrainedModel, VisualRWKVGenerationMixin):
+    """RWKV-5, 6 or 7 with a language-modelling head: what a plain RWKV-World checkpoint becomes."""
+
+    input_modalities = ("text",)
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: VisualRWKVTextConfig):
+        super().__init__(config)
+        self.model = VisualRWKVTextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocab_size] and, with `labels` [B, T] (-100: no label), the loss.
+
+        Args: see [`VisualRWKVTextModel.forward`]; `logits_to_keep` keeps the last n positions (0: all), or those
+        that it indexes.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = visualrwkv_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions of `hidden_states` [B, T, C] whose logits are asked for."""
+    if isinstance(logits_to_keep, int):
+        logits_to_keep = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+    return hidden_states[:, logits_to_keep]
+
+
+__all__ = [
+    "VisualRWKVForCausalLM",
+    "VisualRWKVPreTrainedModel",
+    "VisualRWKVTextModel",
+]

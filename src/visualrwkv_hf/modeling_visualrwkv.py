@@ -1,0 +1,395 @@
+"""VisualRWKV: picture -> vision tower -> pooling -> projector -> RWKV language model (arXiv 2406.13362).
+
+Letters: N pictures, L tokens of a picture, D channels of the vision tower, B batch, T time, C hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+
+from .configuration_visualrwkv import VisualRWKVConfig
+from .loss_visualrwkv import visualrwkv_loss
+from .modeling_rwkv import (
+    RwkvBlock,
+    VisualRWKVGenerationMixin,
+    VisualRWKVPreTrainedModel,
+    VisualRWKVTextModel,
+    kept_positions,
+)
+from .modeling_vision import PROJECTORS, VisualRWKVVisionModel, pool_patches
+from .scan_orders import is_identity, num_directions, sequence_orders
+
+COMPRESSOR_MULTIPLE = 16
+"""The compressor's input is padded in front with zero vectors to a multiple of this, as it was in training."""
+
+
+@dataclass
+class VisualRWKVModelOutputWithPast(BaseModelOutputWithPast):
+    """As the text model's output; `image_hidden_states` [sum of L, C] are the projected pictures."""
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class VisualRWKVCausalLMOutputWithPast(ModelOutput):
+    """`loss` scalar, `logits` [B, T, vocab_size], `past_key_values`, `hidden_states`, `image_hidden_states`."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class VisualTokenCompressor(nn.Module):
+    """Visual Token Compressor of v7.03 and v7.04: RWKV-7 blocks, every other one from the end, then fewer tokens."""
+
+    def __init__(self, config: VisualRWKVConfig):
+        super().__init__()
+        self.config = config
+        text = config.text_config
+        self.embed_norm = nn.LayerNorm(text.hidden_size, eps=text.layer_norm_eps)
+        self.layers = nn.ModuleList(
+            RwkvBlock(text, layer_idx) for layer_idx in range(config.compressor_num_layers)
+        )
+        self.norm = nn.LayerNorm(text.hidden_size, eps=text.layer_norm_eps)
+
+    def forward(self, tokens: torch.Tensor, num_tiles: int) -> torch.Tensor:
+        """All tokens of pictures with `num_tiles` tiles each, [N, L, C] -> the tokens kept, [N, L', C]."""
+        return self.reduce(self.read(tokens), num_tiles)
+
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The blocks: [N, L, C] -> [N, L, C]. The zero vectors in front are read as tokens."""
+        length = tokens.shape[1]
+        hidden_states = self.embed_norm(F.pad(tokens, (0, 0, -length % COMPRESSOR_MULTIPLE, 0)))
+        v_first = None
+        for layer_idx, layer in enumerate(self.layers):
+            backwards = layer_idx % 2 == 1
+            if backwards:
+                hidden_states, v_first = hidden_states.flip(1), v_first.flip(1)
+            hidden_states, v_first = layer(hidden_states, v_first)
+            if backwards:
+                hidden_states, v_first = hidden_states.flip(1), v_first.flip(1)
+        return self.norm(hidden_states)[:, -length:]
+
+    def reduce(self, tokens: torch.Tensor, num_tiles: int) -> torch.Tensor:
+        """[N, L, C] -> [N, L', C], L' as the configuration's `num_image_tokens_of(num_tiles)`."""
+        config, length = self.config, tokens.shape[1]
+        kept = config.compressor_num_tokens * (num_tiles if config.compressor_per_tile else 1)
+        if config.compressor_reduction == "pool":
+            return F.adaptive_avg_pool1d(tokens.transpose(1, 2), kept).transpose(1, 2)
+        if config.compressor_per_tile:
+            return tokens[:, :: length // num_tiles // config.compressor_num_tokens]
+        return tokens[:, :: max(1, length // kept)][:, -kept:]
+
+
+class VisualRWKVModel(VisualRWKVPreTrainedModel):
+    """VisualRWKV without its language-modelling head."""
+
+    config_class = VisualRWKVConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+
+    def __init__(self, config: VisualRWKVConfig):
+        super().__init__(config)
+        self.vision_tower = VisualRWKVVisionModel(config.vision_config)
+        self.multi_modal_projector = PROJECTORS[config.projector](
+            config.vision_config.hidden_size,
+            config.text_config.hidden_size,
+            config.text_config.layer_norm_eps,
+        )
+        self.compressor = VisualTokenCompressor(config) if config.compressor_num_layers else None
+        self.language_model = VisualRWKVTextModel(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """The tower's features [N, L, D] -> pooled and projected [N, L', C]."""
+        return self.multi_modal_projector(pool_patches(features, self.config))
+
+    def compress(self, tokens: torch.Tensor, num_tiles: torch.Tensor | None) -> list[torch.Tensor]:
+        """Projected tiles [sum of tiles, L, C] -> the tokens of each picture, N tensors [L', C].
+
+        `num_tiles` [N] says how many tiles in a row belong to a picture; None: one each.
+        """
+        counts = [1] * len(tokens) if num_tiles is None else num_tiles.tolist()
+        if sum(counts) != len(tokens):
+            raise ValueError(f"num_tiles counts {sum(counts)} tiles, pixel_values holds {len(tokens)}.")
+        pictures = [tiles.flatten(0, 1) for tiles in tokens.split(counts)]  # N x [tiles * L, C]
+        if self.compressor is None:
+            return pictures
+        return [self.compressor(picture[None], count)[0] for picture, count in zip(pictures, counts)]
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        pixel_values_siglip: torch.FloatTensor | None = None,
+        pixel_values_sam: torch.FloatTensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Pictures as the language model reads them.
+
+        Args:
+            pixel_values: [views, 3, S, S] for the first encoder of the tower.
+            pixel_values_siglip, pixel_values_sam: the same pictures for the further encoders of a tower that has them.
+            num_tiles: [N] tiles of each picture, where the image processor tiles.
+
+        Returns:
+            `last_hidden_state` [views or pictures, L, D] of the tower, and `pooler_output`: a list of N projected
+            pictures [L', C].
+        """
+        outputs = self.vision_tower(pixel_values, pixel_values_siglip, pixel_values_sam)
+        features = outputs.last_hidden_state
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features, pooler_output=self.compress(self.project(features), num_tiles)
+        )
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor
+    ) -> torch.BoolTensor:
+        """Where the tokens of pictures stand, [B, T]. Without ids, where the placeholder's embedding stands."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+
+    def insert_images(
+        self,
+        inputs_embeds: torch.FloatTensor,
+        placeholders: torch.BoolTensor,
+        image_features: torch.FloatTensor,
+    ) -> torch.FloatTensor:
+        """Puts `image_features` [sum of L, C] in the place of the placeholders [B, T] of `inputs_embeds` [B, T, C]."""
+        found = placeholders.sum()
+        torch_compilable_check(
+            found == image_features.shape[0],
+            lambda: (
+                f"The text has {int(found)} image placeholders, the pictures give {image_features.shape[0]} tokens; "
+                f"a picture of one tile takes {self.config.num_image_tokens}. Was the text cut, or are there more or "
+                "fewer pictures than <image> in it?"
+            ),
+        )
+        return inputs_embeds.masked_scatter(placeholders[..., None], image_features)
+
+    def scan_orders(self, placeholders: torch.BoolTensor) -> tuple[torch.Tensor | None, ...] | None:
+        """The distinct orders of the layers for pictures at `placeholders` [B, T], each [B, T]; None: the text's.
+
+        Raises:
+            ValueError: if a picture does not lie whole in this sequence.
+        """
+        config = self.config
+        height, width = config.pooled_grid
+        if not height or is_trivial(config.scan):
+            return None
+        orders = sequence_orders(
+            placeholders,
+            config.scan,
+            height,
+            width,
+            leading=int(config.class_token == "first"),
+            trailing=int(config.class_token == "last"),
+        )
+        return self.without_identities(orders)
+
+    def without_identities(self, orders: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """[B, D, T] -> D entries, None for those that leave every order as it is: they cost nothing then."""
+        scan = self.config.scan
+        if orders.shape[1] != num_directions(scan):
+            raise ValueError(
+                f"scan_orders has {orders.shape[1]} directions, scan {scan!r} has {num_directions(scan)}."
+            )
+        return tuple(
+            None if is_identity(scan, direction) else order
+            for direction, order in enumerate(orders.unbind(1))
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_siglip: torch.FloatTensor | None = None,
+        pixel_values_sam: torch.FloatTensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        scan_orders: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VisualRWKVModelOutputWithPast:
+        """Reads text and pictures.
+
+        Args:
+            input_ids: [B, T], with `config.image_token_id` once for every token of a picture.
+            pixel_values, pixel_values_siglip, pixel_values_sam, num_tiles: see [`~VisualRWKVModel.get_image_features`].
+            attention_mask, past_key_values: see [`VisualRWKVTextModel.forward`].
+            inputs_embeds: [B, T, C] in place of `input_ids`.
+            scan_orders: [B, D, T], in which order the layers read, as `processor(..., return_scan_orders=True)`
+                gives it; by default derived from the placeholders.
+            mm_encoder_outputs: pictures that were encoded before, in place of the pixels.
+
+        Raises:
+            ValueError: if pictures and placeholders do not match, or a picture is cut by the end of the sequence
+                while the layers read it in different orders.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and encoded is not None:
+            raise ValueError("Give either pixel_values or mm_encoder_outputs, not both.")
+        if pixel_values is not None:
+            encoded = self.get_image_features(
+                pixel_values, pixel_values_siglip, pixel_values_sam, num_tiles, return_dict=True
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        image_features = None
+        if encoded is not None:
+            placeholders = self.get_placeholder_mask(input_ids, inputs_embeds)
+            image_features = torch.cat(list(encoded.pooler_output)).to(inputs_embeds)  # [sum of L, C]
+            inputs_embeds = self.insert_images(inputs_embeds, placeholders, image_features)
+            orders = (
+                self.scan_orders(placeholders)
+                if scan_orders is None
+                else self.without_identities(scan_orders)
+            )
+        else:
+            self._refuse_empty_placeholders(input_ids)
+            orders = None if scan_orders is None else self.without_identities(scan_orders)
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            scan_orders=orders,
+            **kwargs,
+        )
+        return VisualRWKVModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            image_hidden_states=image_features,
+        )
+
+    def _refuse_empty_placeholders(self, input_ids: torch.LongTensor | None) -> None:
+        """A prompt with placeholders and no picture would be answered as if there had been one."""
+        if input_ids is None or input_ids.shape[1] == 1 or torch.compiler.is_compiling():
+            return
+        found = int((input_ids == self.config.image_token_id).sum())
+        if found:
+            raise ValueError(f"The text has {found} image placeholders, but no pixel_values were given.")
+
+
+def is_trivial(scan: str) -> bool:
+    """Whether every layer reads in the order of the text."""
+    return all(is_identity(scan, direction) for direction in range(num_directions(scan)))
+
+
+class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, VisualRWKVGenerationMixin):
+    """VisualRWKV with its language-modelling head: pictures and text in, text out.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from transformers import AutoProcessor
+    >>> from visualrwkv_hf import VisualRWKVForConditionalGeneration
+
+    >>> processor = AutoProcessor.from_pretrained(folder)
+    >>> model = VisualRWKVForConditionalGeneration.from_pretrained(folder)
+    >>> messages = [{"role": "user", "content": [
+    ...     {"type": "image", "image": Image.open("cat.png")}, {"type": "text", "text": "What is this?"}]}]
+    >>> inputs = processor.apply_chat_template(
+    ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    >>> output = model.generate(**inputs, max_new_tokens=20)
+    >>> processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    ```"""
+
+    config_class = VisualRWKVConfig
+    input_modalities = ("image", "text")
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: VisualRWKVConfig):
+        super().__init__(config)
+        self.model = VisualRWKVModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`VisualRWKVModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_siglip: torch.FloatTensor | None = None,
+        pixel_values_sam: torch.FloatTensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        scan_orders: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VisualRWKVCausalLMOutputWithPast:
+        """Logits [B, T, vocab_size] and, with `labels` [B, T] (-100: no label), the loss.
+
+        Args: see [`VisualRWKVModel.forward`]; `logits_to_keep` keeps the last n positions (0: all), or those that
+        it indexes.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            pixel_values_siglip=pixel_values_siglip,
+            pixel_values_sam=pixel_values_sam,
+            num_tiles=num_tiles,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            scan_orders=scan_orders,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = visualrwkv_loss(logits, labels, self.config.text_config, kwargs.get("num_items_in_batch"))
+        return VisualRWKVCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+__all__ = ["VisualRWKVForConditionalGeneration", "VisualRWKVModel", "VisualRWKVPreTrainedModel"]

@@ -1,0 +1,308 @@
+"""Processor of VisualRWKV: chat messages or text with `<image>`, and pictures -> what the model reads."""
+
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import __version__
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+
+from .configuration_visualrwkv import VisualRWKVConfig
+from .data_visualrwkv import TURN_END
+from .image_processing_visualrwkv import open_picture
+from .scan_orders import num_directions, sequence_orders
+
+CONFIG_FIELDS = (
+    "image_position",
+    "num_tile_tokens",
+    "pooled_grid",
+    "class_token",
+    "scan",
+    "compressor_num_layers",
+    "compressor_num_tokens",
+    "compressor_per_tile",
+    "compressor_reduction",
+)
+"""What the processor must know of the model: attributes of the configuration, by the same names here."""
+
+
+def release_chat_template(image_position: str) -> str:
+    """The chat template of a release: it places pictures at `image_position` unless told otherwise."""
+    template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+    default = 'image_position | default("first")'
+    assert template.count(default) == 1
+    return template.replace(default, default.replace("first", image_position))
+
+
+class VisualRWKVProcessor(ProcessorMixin):
+    r"""Image processor and tokenizer behind one call. [`~VisualRWKVProcessor.from_config`] makes a model's.
+
+    Chats: `processor.apply_chat_template(messages, ...)`. Messages are of the roles user and assistant; a
+    system message may stand first and is put in front of the first user message's text. Texts lose their
+    blank lines, so that only the template ends a turn; a text that holds `<image>` or `<|endoftext|>` is
+    refused with jinja's `TemplateError`. Texts given to `processor(text=...)` are taken as they are: there
+    every `<image>` is a picture, so build them of trusted text only.
+
+    image_processor, tokenizer:
+        The parts.
+    chat_template (`str`, *optional*):
+        The jinja template. A saved processor has its own.
+    num_tile_tokens (`int`, defaults to 1):
+        Tokens of a picture, of one tile if the image processor tiles; as in [`VisualRWKVConfig`], like
+        `compressor_num_layers`, `compressor_num_tokens`, `compressor_per_tile` and `compressor_reduction`.
+    image_position (`"first"`, `"middle"` or `"last"`, defaults to `"first"`):
+        Where chats place the pictures of a message.
+    scan (`str`, defaults to `"unidirectional"`):
+        In which order the layers read a picture, as in [`VisualRWKVConfig`], like `pooled_grid` and
+        `class_token`.
+    pad_prompt_to_multiple_of (`int`, *optional*):
+        If given, every prompt is lengthened at its front to a multiple of it with unmasked tokens `"\n\n"`,
+        as the original RWKV-7 code does (16) in each forward. The original thus moves the prompt with every
+        generated token; here it stays, so only the first one is predicted from the same input.
+    """
+
+    def __init__(
+        self,
+        image_processor,
+        tokenizer,
+        chat_template=None,
+        num_tile_tokens: int = 1,
+        image_position: str = "first",
+        scan: str = "unidirectional",
+        pooled_grid: tuple[int, int] = (0, 0),
+        class_token: str = "none",
+        compressor_num_layers: int = 0,
+        compressor_num_tokens: int | None = None,
+        compressor_per_tile: bool = False,
+        compressor_reduction: str = "pool",
+        pad_prompt_to_multiple_of: int | None = None,
+    ):
+        self.image_token = tokenizer.image_token
+        self.image_token_id = tokenizer.image_token_id
+        self.num_tile_tokens = num_tile_tokens
+        self.image_position = image_position
+        self.scan = scan
+        self.pooled_grid = list(pooled_grid)
+        self.class_token = class_token
+        self.compressor_num_layers = compressor_num_layers
+        self.compressor_num_tokens = compressor_num_tokens
+        self.compressor_per_tile = compressor_per_tile
+        self.compressor_reduction = compressor_reduction
+        self.pad_prompt_to_multiple_of = pad_prompt_to_multiple_of
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    # The rule reads nothing of a configuration but attributes that the processor has too.
+    num_image_tokens_of = VisualRWKVConfig.num_image_tokens_of
+
+    @classmethod
+    def from_config(
+        cls, config: VisualRWKVConfig, image_processor, tokenizer, **overrides
+    ) -> "VisualRWKVProcessor":
+        """A processor for a model: what it must know of the model comes from `config`, unless in `overrides`.
+
+        Raises:
+            ValueError: the tokenizer's placeholder is not the model's.
+        """
+        if tokenizer.image_token_id != config.image_token_id:
+            raise ValueError(
+                f"The tokenizer's image_token_id ({tokenizer.image_token_id}) must be the configuration's "
+                f"({config.image_token_id})."
+            )
+        fields = {name: getattr(config, name) for name in CONFIG_FIELDS} | overrides
+        fields.setdefault("chat_template", release_chat_template(fields["image_position"]))
+        return cls(image_processor, tokenizer, **fields)
+
+    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
+        """As transformers' `ProcessorMixin.apply_chat_template`, with two variables of the template:
+        `image_position` (defaults to the processor's) and `sandwich_history`, see the template.
+
+        Raises:
+            ValueError: `continue_final_message` for a message that is not the assistant's.
+            jinja2.TemplateError: messages that the template refuses.
+        """
+        template = chat_template or self.chat_template
+        if isinstance(template, str) and "image_position" in template:
+            kwargs.setdefault("image_position", self.image_position)
+        if kwargs.get("continue_final_message"):
+            _check_continued(conversation)
+        if kwargs.get("return_assistant_tokens_mask") and not hasattr(
+            self, "_adjust_assistant_masks_indices"
+        ):
+            raise ImportError(
+                f"transformers {__version__} would get return_assistant_tokens_mask wrong behind a picture: "
+                "it needs a newer version."
+            )
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        return_scan_orders: bool = False,
+        pad_prompt_to_multiple_of: int | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Pictures and text -> `input_ids`, `attention_mask` [B, T] and what the image processor gives.
+
+        Args:
+            images: pictures, paths, URLs or base64 texts: one, a list in the order of the placeholders, or
+                one list for every text.
+            text: one text or several, with one `<image>` for every picture.
+            return_scan_orders: whether to add `scan_orders`, int64 [B, D, T]: position p of the sequence is
+                read from position scan_orders[b, d, p], in layers l with l mod D = d.
+            pad_prompt_to_multiple_of: see the class; 1 turns the processor's own setting off.
+            kwargs: as for any processor, e.g. `padding=True`, `return_tensors="pt"`. Padding is on the left
+                unless the tokenizer says otherwise.
+
+        Raises:
+            ValueError: pictures and placeholders do not match in number, a picture cannot be read, a picture
+                would be truncated, or options contradict one another.
+        """
+        multiple = pad_prompt_to_multiple_of or self.pad_prompt_to_multiple_of
+        if multiple and text is not None:
+            kwargs = _padded_to_multiple(kwargs, multiple)
+        data = super().__call__(images, text, **kwargs)
+        if multiple and "input_ids" in data:
+            self._lengthen_prompts(data, multiple)
+        if return_scan_orders:
+            data["scan_orders"] = self._scan_orders(data["input_ids"])
+        return data
+
+    def _lengthen_prompts(self, data: BatchFeature, multiple: int) -> None:
+        """Turns the last pads in front of each prompt into turn ends, so that it becomes a multiple long."""
+        (turn_end_id,) = self.tokenizer.encode(TURN_END, add_special_tokens=False)
+        for ids, mask in zip(data["input_ids"], data["attention_mask"]):
+            length = int(sum(mask))
+            start, missing = len(ids) - length, -length % multiple
+            for position in range(start - missing, start):
+                ids[position] = turn_end_id
+                mask[position] = 1
+
+    def _scan_orders(self, input_ids) -> torch.Tensor:
+        lengths = {len(ids) for ids in input_ids}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"return_scan_orders needs texts of one length, got {sorted(lengths)}: use padding=True."
+            )
+        image_mask = torch.as_tensor(input_ids) == self.image_token_id  # [B, T]
+        height, width = self.pooled_grid
+        if self.scan == "unidirectional" or not height:
+            identity = torch.arange(image_mask.shape[1])
+            return identity.repeat(len(image_mask), num_directions(self.scan), 1)
+        leading, trailing = int(self.class_token == "first"), int(self.class_token == "last")
+        return sequence_orders(image_mask, self.scan, height, width, leading, trailing)
+
+    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+        """Opens the pictures one by one, so that an error can say which one it is."""
+        if images is not None:
+            number = count()
+            images = _map_nested(images, lambda picture: _open_numbered(picture, next(number)))
+            images = images if next(number) else None
+        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        """Refuses another number of pictures than of placeholders, text by text if pictures are nested."""
+        if text is not None:
+            wanted = [
+                sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)
+            ]
+            nested = isinstance(images, list) and all(isinstance(sample, list) for sample in images)
+            given = [len(sample) for sample in images] if nested else _number_of(images)
+            if given != (wanted if nested else sum(wanted)):
+                raise ValueError(
+                    f"Every {self.image_token} needs one picture: found {wanted} {self.image_token} in the "
+                    f"texts and {given} pictures."
+                )
+        super().validate_inputs(images=images, text=text, **kwargs)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The placeholders of one picture."""
+        num_tiles = int(image_inputs["num_tiles"][image_idx]) if "num_tiles" in image_inputs else 1
+        return self.image_token * self.num_image_tokens_of(num_tiles)
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """How many tokens and tiles pictures of these sizes (height, width) take."""
+        if image_sizes is None:
+            return MultiModalData()
+        tiles_of = getattr(
+            self.image_processor, "get_number_of_image_patches", lambda height, width, kwargs: 1
+        )
+        num_tiles = [tiles_of(height, width, kwargs) for height, width in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[self.num_image_tokens_of(n) for n in num_tiles], num_image_patches=num_tiles
+        )
+
+    def post_process_image_text_to_text(
+        self,
+        generated_outputs,
+        skip_special_tokens: bool = True,
+        prompt_length: int | None = None,
+        **kwargs,
+    ) -> list[str]:
+        r"""Generated ids -> texts.
+
+        Args:
+            generated_outputs: what `generate` gave, [B, T] or [T].
+            skip_special_tokens: whether to leave out pads and placeholders.
+            prompt_length: tokens of the prompt in front, e.g. `inputs["input_ids"].shape[1]`, 0 if there are
+                none: the text is then the answer alone, up to the first `"\n\n"` and stripped, as in the
+                original's evaluation. None: all of it, prompt included, without white space at the end.
+            kwargs: for `tokenizer.batch_decode`.
+        """
+        rows = torch.atleast_2d(torch.as_tensor(generated_outputs))[:, prompt_length or 0 :]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=skip_special_tokens, **kwargs)
+        if prompt_length is None:
+            return [text.rstrip() for text in texts]
+        return [text.split(TURN_END)[0].strip() for text in texts]
+
+
+def _check_continued(conversation) -> None:
+    """A user message cannot be continued: the sandwich repeats it, and its turn has an end."""
+    chats = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
+    for chat in chats:
+        role = chat[-1]["role"]
+        if role != "assistant":
+            raise ValueError(f"Only an assistant message can be continued, the last one is of role {role!r}.")
+
+
+def _padded_to_multiple(kwargs: dict, multiple: int) -> dict:
+    """Options that leave room in front of every prompt to lengthen it to a multiple."""
+    if kwargs.get("padding_side", "left") != "left":
+        raise ValueError(
+            "pad_prompt_to_multiple_of lengthens prompts at the front: padding_side must be 'left'."
+        )
+    padding = kwargs.get("padding") or True
+    return kwargs | {"padding": padding, "pad_to_multiple_of": multiple, "padding_side": "left"}
+
+
+def _map_nested(items, function: Callable):
+    if isinstance(items, (list, tuple)):
+        return [_map_nested(item, function) for item in items]
+    return function(items)
+
+
+def _number_of(images) -> int:
+    return 0 if images is None else len(make_flat_list_of_images(images))
+
+
+def _open_numbered(picture, number: int):
+    """The picture, decoded and in RGB; arrays and tensors as they are, for the image processor to interpret.
+
+    Raises:
+        ValueError: it cannot be read or has no pixels; it says which one it is.
+    """
+    if isinstance(picture, np.ndarray | torch.Tensor):
+        if 0 in picture.shape:
+            raise ValueError(f"Picture {number} has no pixels: its shape is {tuple(picture.shape)}.")
+        return picture
+    try:
+        return open_picture(picture)
+    except ValueError as error:
+        raise ValueError(f"Picture {number}: {error}") from error
+
+
+__all__ = ["VisualRWKVProcessor"]

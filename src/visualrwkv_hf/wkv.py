@@ -1,0 +1,384 @@
+"""The WKV recurrences of RWKV-5, 6 and 7 in plain torch, and the one place that chooses a faster kernel.
+
+Letters: B batch, T time, H heads, K / V key / value size of a head, C tokens of a chunk, n chunks,
+N = n * B * H. The state S is [B, H, K, V]: key rows, value columns. (The original CUDA kernel of RWKV-7
+keeps the transpose.) All arithmetic and the state are float32 whatever the inputs are, inside autocast
+too; float64 inputs are computed in float64. No scale is applied to r.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+CHUNK_SIZE = 32
+# Up to here stepping token by token is faster than filling a chunk.
+MAX_STEPS = 16
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+class _Chosen(threading.local):  # not a ContextVar: torch.compile cannot trace those
+    backend = "auto"
+
+
+_chosen = _Chosen()
+
+
+def wkv6(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    initial_state: Tensor | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of RWKV-6 (arXiv 2404.05892, section 4.2), and of RWKV-5, whose w does not depend on t.
+
+        y_t = r_t^T (S_{t-1} + diag(u) k_t v_t^T)
+        S_t = diag(exp(w_t)) S_{t-1} + k_t v_t^T
+
+    A token with k_t = 0 and w_t = 0 leaves the state as it was.
+
+    Args:
+        r: receptance, [B, T, H, K], T >= 1.
+        w: log decay, <= 0 and as low as -inf; [B, T, H, K] or anything that broadcasts to it.
+        k: key, [B, T, H, K].
+        v: value, [B, T, H, V].
+        u: bonus of the current token, [H, K].
+        initial_state: S_0, [B, H, K, V] in float32 (float64 with float64 inputs); None is zeros.
+        chunk_size: tokens computed at once, a power of two. Changes speed and rounding only.
+
+    Returns:
+        y [B, T, H, V] in the dtype of r, and S_T [B, H, K, V] in float32 (float64 with float64 inputs).
+
+    Raises:
+        ValueError: shapes that do not fit, T = 0, a state of another dtype, a chunk size not a power of two.
+        RuntimeError: `wkv_backend("triton")` is in force and there is no such kernel.
+    """
+    w = _check(r, w, k, v, initial_state, chunk_size)
+    if u.shape != r.shape[2:]:
+        raise ValueError(f"u must be [H, K] = {list(r.shape[2:])}, got {list(u.shape)}.")
+    if kernel := _kernel("wkv6", r):
+        return kernel(r, w, k, v, u, initial_state)
+    with _no_autocast(r.device):
+        state = _initial_state(r, v, initial_state)
+        compute = _wkv6_steps if r.shape[1] <= MAX_STEPS else functools.partial(_wkv6_chunks, C=chunk_size)
+        out, state = compute(*(x.to(state.dtype) for x in (r, w, k, v, u)), state)
+        return out.to(r.dtype), state
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Tensor, Tensor]:
+    """The generalised delta rule of RWKV-7 (arXiv 2503.14456, section 4).
+
+        S_t = diag(exp(w_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T
+        y_t = r_t^T S_t
+
+    In the model a = -kk, the key to remove, and b = kk * (in-context learning rate). A token with
+    w_t = k_t = a_t = b_t = 0 leaves the state as it was.
+
+    Args:
+        r: receptance, [B, T, H, K], T >= 1.
+        w: log decay, <= 0; [B, T, H, K] or anything that broadcasts to it.
+        k: key, [B, T, H, K].
+        v: value, [B, T, H, V].
+        a: what is read from the state before it decays, [B, T, H, K].
+        b: where that is written, [B, T, H, K].
+        initial_state: S_0, [B, H, K, V] in float32 (float64 with float64 inputs); None is zeros.
+        chunk_size: tokens computed at once, a power of two. Changes speed and rounding only.
+
+    Returns:
+        y [B, T, H, V] in the dtype of r, and S_T [B, H, K, V] in float32 (float64 with float64 inputs).
+
+    Raises:
+        ValueError: shapes that do not fit, T = 0, a state of another dtype, a chunk size not a power of two.
+        RuntimeError: `wkv_backend("triton")` is in force and there is no such kernel.
+    """
+    w = _check(r, w, k, v, initial_state, chunk_size)
+    for name, x in (("a", a), ("b", b)):
+        if x.shape != r.shape:
+            raise ValueError(f"{name} must be [B, T, H, K] = {list(r.shape)} as r is, got {list(x.shape)}.")
+    if kernel := _kernel("wkv7", r):
+        return kernel(r, w, k, v, a, b, initial_state)
+    with _no_autocast(r.device):
+        state = _initial_state(r, v, initial_state)
+        compute = _wkv7_steps if r.shape[1] <= MAX_STEPS else functools.partial(_wkv7_chunks, C=chunk_size)
+        out, state = compute(*(x.to(state.dtype) for x in (r, w, k, v, a, b)), state)
+        return out.to(r.dtype), state
+
+
+def _check(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, chunk_size: int
+) -> Tensor:
+    """Refuse what does not fit; return w as [B, T, H, K]."""
+    if r.dim() != 4 or r.shape[1] == 0:
+        raise ValueError(f"r must be [B, T, H, K] with T >= 1, got {list(r.shape)}.")
+    if not r.is_floating_point():
+        raise ValueError(f"r must be floating point, got {r.dtype}.")
+    if k.shape != r.shape:
+        raise ValueError(f"k must be [B, T, H, K] = {list(r.shape)} as r is, got {list(k.shape)}.")
+    if v.dim() != 4 or v.shape[:3] != r.shape[:3]:
+        raise ValueError(f"v must be [B, T, H, V] with [B, T, H] = {list(r.shape[:3])}, got {list(v.shape)}.")
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size must be a power of two, got {chunk_size}.")
+    if initial_state is not None:
+        shape, dtype = [r.shape[0], r.shape[2], r.shape[3], v.shape[3]], _compute_dtype(r)
+        if list(initial_state.shape) != shape or initial_state.dtype != dtype:
+            raise ValueError(
+                f"initial_state must be [B, H, K, V] = {shape} in {dtype} (inputs are {r.dtype}), "
+                f"got {list(initial_state.shape)} in {initial_state.dtype}."
+            )
+    if w.dim() > 4 or any(i not in (1, j) for i, j in zip(reversed(w.shape), reversed(r.shape))):
+        raise ValueError(f"w must broadcast to [B, T, H, K] = {list(r.shape)} of r, got {list(w.shape)}.")
+    return w.expand(r.shape)
+
+
+def _compute_dtype(r: Tensor) -> torch.dtype:
+    return torch.float64 if r.dtype == torch.float64 else torch.float32
+
+
+def _initial_state(r: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
+    if initial_state is not None:
+        return initial_state
+    B, _, H, K = r.shape
+    return torch.zeros(B, H, K, v.shape[-1], dtype=_compute_dtype(r), device=r.device)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager:
+    # Autocast would round the operands of the matrix products below to 8 bits.
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # such as the meta device
+
+
+# --- token by token -----------------------------------------------------------------------------------
+
+
+def _wkv6_steps(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    decay = w.exp()
+    bonus = (r * u * k).sum(-1, keepdim=True) * v  # [B, T, H, V]
+    out = []
+    for t in range(r.shape[1]):
+        out.append((r[:, t, :, None] @ S).squeeze(-2))
+        S = torch.addcmul(k[:, t, :, :, None] * v[:, t, :, None], decay[:, t, :, :, None], S)
+    return torch.stack(out, 1) + bonus, S
+
+
+def _wkv7_steps(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor
+) -> tuple[Tensor, Tensor]:
+    decay = w.exp()
+    bk = torch.stack([b, k], -1)  # [B, T, H, K, 2]
+    out = []
+    for t in range(r.shape[1]):
+        sa_v = torch.cat([a[:, t, :, None] @ S, v[:, t, :, None]], -2)  # [B, H, 2, V]
+        S = torch.addcmul(bk[:, t] @ sa_v, decay[:, t, :, :, None], S)
+        out.append((r[:, t, :, None] @ S).squeeze(-2))
+    return torch.stack(out, 1), S
+
+
+# --- chunk by chunk -----------------------------------------------------------------------------------
+# Within a chunk that begins with the state S, with D(s, t] = prod_{s < j <= t} diag(exp(w_j)), unrolling
+# the recurrence of RWKV-6 gives
+#     y_t = r_t^T D(0, t-1] S + sum_{s<t} (r_t^T D(s, t-1] k_s) v_s + (r_t^T diag(u) k_t) v_t
+#     S'  = D(0, C] S + sum_s D(s, C] k_s v_s^T
+# so a chunk is a few matrix products once the decayed rows, columns and their products are known.
+
+
+def _decayed_products(rows: Tensor, cols: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A[t, s] = rows_t^T D(s, t-1] cols_s for s < t and 0 elsewhere, by doubling the size of a block.
+
+    Two neighbouring blocks meet where the first ends: the columns of the first are decayed to its end, the
+    rows of the second from its start. Every exponent is a sum of log decays, so <= 0; nothing is divided or
+    subtracted. So no decay overflows or cancels, be it 0 or 1, and its gradient does not either.
+
+    Args:
+        rows: [N, C, R, K], R vectors per token.
+        cols: [N, C, R, K], likewise.
+        w: log decay, [N, C, K].
+
+    Returns:
+        A [N, C * R, C * R]; D(0, t-1] rows_t [N, C, R, K]; D(t, C] cols_t [N, C, R, K]; D(0, C] [N, K].
+    """
+    N, C, R, K = rows.shape
+    w = w.flatten(0, 1)  # log decay over a block, [blocks, K]
+    A = rows.new_zeros(()).expand(N * C, R, R)  # [blocks, m, m]
+    for level in range(C.bit_length() - 1):
+        m = R << level
+        (A11, A22), (_, rows2), (cols1, _) = (
+            _halves(x) for x in (A, rows.view(-1, m, K), cols.view(-1, m, K))
+        )
+        A = _lower(A11, rows2 @ cols1.mT, A22)
+        w1, w2 = _halves(w)
+        one, decay1, decay2 = torch.ones_like(w1), w1.exp(), w2.exp()
+        rows = rows.view(-1, 2, m, K) * torch.stack([one, decay1], 1)[:, :, None]
+        cols = cols.view(-1, 2, m, K) * torch.stack([decay2, one], 1)[:, :, None]
+        w = w1 + w2
+    return A, rows.view(N, C, R, K), cols.view(N, C, R, K), w.exp()
+
+
+def _inverse(A: Tensor) -> Tensor:
+    """(1 - A)^-1 of strictly lower triangular A [N, C, C], by doubling the size of a block.
+
+    [[1 - A11, 0], [-A21, 1 - A22]]^-1 = [[T1, 0], [T2 A21 T1, T2]] is substitution by blocks. (The power
+    series would not do: with equal keys the powers of A grow as binomials and cancel.)
+    """
+    N, C, _ = A.shape
+    T = A.new_ones(()).expand(N * C, 1, 1)
+    for level in range(C.bit_length() - 1):
+        m = 1 << level
+        T1, T2 = _halves(T)
+        A21 = A.view(N, C // (2 * m), 2 * m, C // (2 * m), 2 * m).diagonal(dim1=1, dim2=3)[:, m:, :m]
+        A21 = A21.permute(0, 3, 1, 2).reshape(-1, m, m)
+        T = _lower(T1, T2 @ A21 @ T1, T2)
+    return T
+
+
+def _lower(upper_left: Tensor, lower_left: Tensor, lower_right: Tensor) -> Tensor:
+    """Four blocks [i, m, m], of which the upper right is 0 -> [i, 2 m, 2 m]."""
+    upper = pad(upper_left, (0, upper_left.shape[-1]))
+    return torch.cat([upper, torch.cat([lower_left, lower_right], -1)], -2)
+
+
+def _halves(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """[2 i, ...] -> the even and the odd blocks, [i, ...] each."""
+    return blocks[0::2], blocks[1::2]
+
+
+def _chunks(x: Tensor, C: int) -> Tensor:
+    """[B, T, H, X] -> [N, C, X], chunks outermost. Zeros fill the last one: the state passes through them."""
+    B, T, H, X = x.shape
+    n = len(range(0, T, C))  # a plain number, where a division would stay symbolic under torch.compile
+    x = pad(x, (0, 0, 0, 0, 0, n * C - T))
+    return x.view(B, n, C, H, X).permute(1, 0, 3, 2, 4).reshape(-1, C, X).contiguous()
+
+
+def _unchunk(x: Tensor, B: int, T: int, H: int) -> Tensor:
+    """[N, C, X] -> [B, T, H, X], the inverse of `_chunks`."""
+    _, C, X = x.shape
+    return x.view(-1, B, H, C, X).permute(1, 0, 3, 2, 4).reshape(B, -1, H, X)[:, :T]
+
+
+def _wkv6_chunks(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, S: Tensor, C: int
+) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = r.shape
+    bonus = _chunks((r * u * k).sum(-1, keepdim=True), C)  # [N, C, 1]
+    r, k, v, w = (_chunks(x, C) for x in (r, k, v, w))
+
+    A, r_in, k_out, total = _decayed_products(r[:, :, None], k[:, :, None], w)
+    r_in, k_out = r_in.squeeze(2), k_out.squeeze(2)  # [N, C, K]
+    out = torch.baddbmm(bonus * v, A, v)  # [N, C, V], what the chunk's own tokens say
+
+    per_chunk = (x.unflatten(0, (-1, B * H)).unbind() for x in (total[..., None], k_out.mT @ v))
+    S = S.flatten(0, 1)
+    states = []
+    for total_c, written_c in zip(*per_chunk):
+        states.append(S)
+        S = torch.addcmul(written_c, total_c, S)
+    out = torch.baddbmm(out, r_in, torch.cat(states))
+    return _unchunk(out, B, T, H), S.unflatten(0, (B, H))
+
+
+def _wkv7_chunks(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor, C: int
+) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = r.shape
+    # y_t reads S_t and not S_{t-1}: beside the row r_t exp(w_t), which reads S_{t-1}, it sees what t writes.
+    r_k, r_b = (_chunks((r * x).sum(-1, keepdim=True), C) for x in (k, b))  # [N, C, 1]
+    rows = torch.stack([_chunks(r * w.exp(), C), _chunks(a, C)], 2)  # [N, C, 2, K]
+    cols = torch.stack([_chunks(k, C), _chunks(b, C)], 2)
+    v, w = _chunks(v, C), _chunks(w, C)
+
+    A, rows_in, cols_out, total = _decayed_products(rows, cols, w)
+    A_r, A_a = A.view(-1, C, 2, 2 * C).unbind(2)  # [N, C, 2 C], the two columns of a token side by side
+    A_ak, A_ab = A_a.view(-1, C, C, 2).unbind(-1)
+    r_in, a_in = rows_in.unbind(2)  # [N, C, K]
+    k_out, b_out = cols_out.unbind(2)
+
+    # sa_t = a_t^T S_{t-1} for all t of a chunk: (1 - A_ab) sa = a_in S + A_ak v, hence sa = W S + sa_0.
+    T_ab = _inverse(A_ab)
+    W, sa_0 = T_ab @ a_in, T_ab @ (A_ak @ v)
+    per_chunk = (
+        x.unflatten(0, (-1, B * H)).unbind() for x in (W, sa_0, total[..., None], k_out.mT @ v, b_out.mT)
+    )
+    S = S.flatten(0, 1)
+    states, read = [], []
+    for W_c, sa_0c, total_c, written_c, b_out_c in zip(*per_chunk):
+        states.append(S)
+        read.append(torch.baddbmm(sa_0c, W_c, S))  # [B * H, C, V]
+        S = torch.baddbmm(torch.addcmul(written_c, total_c, S), b_out_c, read[-1])
+
+    sa = torch.cat(read)  # [N, C, V]
+    out = torch.baddbmm(r_k * v + r_b * sa, A_r, torch.stack([v, sa], 2).view(-1, 2 * C, v.shape[-1]))
+    out = torch.baddbmm(out, r_in, torch.cat(states))
+    return _unchunk(out, B, T, H), S.unflatten(0, (B, H))
+
+
+# --- which kernel -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def wkv_backend(name: str) -> Iterator[None]:
+    """Choose the kernel within a `with` block, for this thread only.
+
+    What torch.compile has traced keeps the choice it was traced with.
+
+    Args:
+        name: "auto" (a Triton kernel on a CUDA device if installed, else torch), "torch" (always the plain
+            functions here) or "triton" (never these).
+
+    Raises:
+        ValueError: another name. RuntimeError comes from the op if "triton" is asked for and absent.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"Unknown WKV backend {name!r}: choose from {', '.join(BACKENDS)}.")
+    before, _chosen.backend = _chosen.backend, name
+    try:
+        yield
+    finally:
+        _chosen.backend = before
+
+
+def _kernel(op: str, r: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The kernel for this call, None for the torch functions of this file."""
+    backend = _chosen.backend
+    # Kernels accumulate in float32, so float64 inputs are for torch.
+    suits = r.device.type == "cuda" and r.dtype != torch.float64
+    if backend == "torch" or (backend == "auto" and not suits):
+        return None
+    kernel, reason = _triton_kernel(op)
+    if kernel is None and backend == "triton":
+        raise RuntimeError(f'wkv_backend("triton") is in force, but there is no {op} kernel: {reason}.')
+    return kernel
+
+
+@functools.cache
+def _triton_kernel(op: str) -> tuple[Callable[..., tuple[Tensor, Tensor]] | None, str]:
+    """The kernel, or None and why. Imported late: this file also runs alone, from the Hub, without Triton."""
+    try:
+        if op == "wkv6":
+            from visualrwkv_hf.triton_kernels.wkv6 import wkv6 as triton_wkv6
+
+            return triton_wkv6, ""
+        from visualrwkv_hf.triton_kernels.wkv7 import wkv7 as triton_wkv7
+
+        return triton_wkv7, ""
+    except ImportError as error:
+        return None, str(error)

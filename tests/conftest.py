@@ -1,0 +1,32 @@
+"""Shared by all tests: Triton's interpreter, threads, and where the golden data stands."""
+
+import os
+from pathlib import Path
+
+# Before any kernel is decorated: without a GPU, Triton kernels run in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        type=Path,
+        default=GOLDEN,
+        metavar="FOLDER",
+        help="judge by the golden data of another folder",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The tests' tensors are small: further threads wait for one another, and for those of other workers.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden_folder(pytestconfig: pytest.Config) -> Path:
+    return pytestconfig.getoption("golden").resolve()

@@ -1,0 +1,208 @@
+"""Golden cases: what stands in a folder of the original's numbers, and models made of its weights.
+
+A folder holds `index.json`, `weights/` and `<kind>/<case>/` with `case.json`, `inputs.safetensors`,
+`expected.safetensors` and, for kinds that are text, other files. Weights carry the original's names and go
+through the real converter.
+"""
+
+import functools
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from visualrwkv_hf.conversion.convert import load_original
+
+STOP_TOKEN = 261
+IMAGE_ID = -200
+"""The original's placeholder up to UHD; v7 has an id of the vocabulary, its last one."""
+
+FAMILY_OF = {
+    "v50": "v5.0",
+    "v51": "v5.1",
+    "v60": "v6.0",
+    "v601": "v6.01",
+    "hd": "hd",
+    "uhd": "uhd",
+    "v700": "v7.00",
+    "v701": "v7.01",
+    "v703": "v7.03",
+    "v704": "v7.04",
+}
+"""First word of a case's name -> the release that it is about."""
+
+
+@dataclass(eq=False)
+class Case:
+    """One case; its tensors in float32 where they are stored in bfloat16 for size."""
+
+    folder: Path
+    path: str
+    files_read: set[str] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        return self.path.split("/")[-1]
+
+    @property
+    def family(self) -> str:
+        return FAMILY_OF[self.name.split("_")[0]]
+
+    @functools.cached_property
+    def info(self) -> dict[str, Any]:
+        return json.loads((self.folder / self.path / "case.json").read_text("utf-8"))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.info["config"]
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, Tensor]:
+        return upcast(self._tensors("inputs.safetensors"))
+
+    @functools.cached_property
+    def expected(self) -> dict[str, Tensor]:
+        return self._tensors("expected.safetensors")
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        path = self.folder / self.path / name
+        return load_file(path) if path.exists() else {}
+
+    def file(self, name: str) -> Path:
+        self.files_read.add(name)
+        return self.folder / self.path / name
+
+    def json(self, name: str) -> Any:
+        return json.loads(self.file(name).read_text("utf-8"))
+
+    def rows(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in self.file(name).read_text("utf-8").splitlines()]
+
+    def picture(self, name: str) -> Image.Image:
+        return Image.open(self.file(name))
+
+    def variants(self, quantity: str) -> list[str]:
+        """`["grid-1", "grid0"]` for expected tensors `quantity.grid-1` and `quantity.grid0`."""
+        return sorted(name.split(".", 1)[1] for name in self.expected if name.startswith(f"{quantity}."))
+
+    def is_float_in_bfloat16(self, name: str) -> bool:
+        return self.expected[name].dtype == torch.bfloat16
+
+    @property
+    def image_token_id(self) -> int:
+        """The placeholder for our model: the original's, or the largest id that no text here uses."""
+        vocab_size = self.config["vocab_size"]
+        if self.family.startswith("v7"):
+            return vocab_size - 1
+        used = {int(i) for name, ids in self.inputs.items() if "input_ids" in name for i in ids.unique()}
+        return max(set(range(vocab_size)) - used)
+
+    def weights(self) -> dict[str, Tensor]:
+        self.files_read |= {
+            name.rsplit("/", 1)[-1] for name in self.info["weights"] if name.startswith(self.path)
+        }
+        return read_weights(self.folder, tuple(self.info["weights"]))
+
+    def model(self, side: int | None = None, **overrides: Any) -> torch.nn.Module:
+        """The converted model; `side` is the towers' grid's where the case gives features in their place."""
+        fields = {"family": self.family, "image_token_id": self.image_token_id, **overrides}
+        fields["vision_config"] = vision_fields(self.config, side)
+        self.weights()
+        return converted(self.folder, tuple(self.info["weights"]), json.dumps(fields, sort_keys=True))
+
+
+COLUMNS = 128
+"""Columns of the vocabulary that `logits128` holds."""
+
+
+class Public(NamedTuple):
+    """Logits by the package's own way of calling, of some samples of a batch."""
+
+    rows: Tensor  # [R] which samples
+    logits: Tensor  # [R, T, vocab_size]
+    mask: Tensor  # [R, T], which positions are tokens
+
+
+@dataclass
+class Result:
+    """What a case's runner found, under the names of the expected tensors."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    public: dict[str, Public] = field(default_factory=dict)
+    facts: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """What is no tensor: name -> (found, expected)."""
+
+    def add(self, variant: str = "", **tensors: Tensor | Public) -> None:
+        for name, tensor in tensors.items():
+            name = f"{name}.{variant}" if variant else name
+            if isinstance(tensor, Public):
+                self.public[name] = tensor
+            else:
+                self.tensors[name] = tensor[..., :COLUMNS] if name.startswith("logits128") else tensor
+
+
+def upcast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in tensors.items()}
+
+
+def read_cases(folder: Path) -> list[str]:
+    """Paths of all cases of a folder: those of its index and those that stand there."""
+    indexed = {row["path"] for row in json.loads((folder / "index.json").read_text("utf-8"))}
+    found = {path.parent.relative_to(folder).as_posix() for path in folder.glob("*/*/case.json")}
+    return sorted(indexed | found)
+
+
+@functools.lru_cache(maxsize=4)
+def read_weights(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """The union of the files, later ones before earlier ones."""
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if name.endswith(".npz"):
+            with np.load(folder / name) as arrays:
+                tensors |= {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        else:
+            tensors |= load_file(folder / name)
+    return upcast(tensors)
+
+
+@functools.lru_cache(maxsize=8)
+def converted(folder: Path, weights: tuple[str, ...], fields: str) -> torch.nn.Module:
+    torch.manual_seed(0)  # for vision towers that have no weights here
+    return load_original(read_weights(folder, weights), **json.loads(fields))
+
+
+def vision_fields(config: dict[str, Any], side: int | None) -> dict[str, Any]:
+    """What the shapes of a case's vision tower do not tell: the heads, or everything if it is not there."""
+    if "towers" in config:
+        names = {"dino": "dinov2", "siglip": "siglip", "sam": "sam"}
+        heads = {f"{names[tower]}_config": fields["num_heads"] for tower, fields in config["towers"].items()}
+        return {name: {"num_attention_heads": n} for name, n in heads.items()}
+    vit = config.get("vit", {"dino_dim": 24, "siglip_dim": 20, "sam_dim": 16})
+    if "hidden_size" in vit:
+        encoder = "clip_config" if "projection_dim" in vit else "siglip_config"
+        return {encoder: {"num_attention_heads": vit["num_attention_heads"]}}
+    return three_encoders(vit, side or 4)
+
+
+def three_encoders(widths: dict[str, int], side: int) -> dict[str, Any]:
+    """Encoders of the given widths over side x side patches, small as can be: only their widths are used."""
+    small = {"num_hidden_layers": 1, "num_attention_heads": 1, "image_size": side, "patch_size": 1}
+    sam = {"output_channels": widths["sam_dim"] // 4, "hidden_size": 4, "mlp_dim": 4, "window_size": 0}
+    return {
+        "dinov2_config": {**small, "hidden_size": widths["dino_dim"], "mlp_ratio": 1},
+        "siglip_config": {**small, "hidden_size": widths["siglip_dim"], "intermediate_size": 4},
+        "sam_config": {**small, **sam, "image_size": 2 * side, "global_attn_indexes": [0]},
+    }
+
+
+def grid_side(num_patches: int) -> int:
+    side = math.isqrt(num_patches)
+    assert side**2 == num_patches, num_patches
+    return side

@@ -1,0 +1,296 @@
+"""generate() over the recurrent state: every way of decoding, with and without pictures, cached or not."""
+
+import pytest
+import torch
+from tiny import pixels, prompt, tiny_vlm
+from transformers import DynamicCache
+
+from visualrwkv_hf import VisualRWKVCache, VisualRWKVForConditionalGeneration, VisualRWKVStaticCache
+
+VERSIONS = (5, 6, 7)
+GREEDY = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+@pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: f"rwkv{version}")
+def model(request) -> VisualRWKVForConditionalGeneration:
+    return tiny_vlm(version=request.param)
+
+
+@pytest.fixture
+def inputs(model) -> dict:
+    return {"input_ids": prompt(model), "pixel_values": pixels()}
+
+
+def new_tokens(output: torch.Tensor, inputs: dict) -> torch.Tensor:
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+def test_cached_equals_recomputed(model, inputs):
+    cached = model.generate(**inputs, **GREEDY)
+    assert cached.tolist() == model.generate(**inputs, **GREEDY, use_cache=False).tolist()
+
+
+def test_generate_equals_a_loop_over_forward(model, inputs):
+    ids = inputs["input_ids"]
+    for _ in range(GREEDY["max_new_tokens"]):
+        with torch.no_grad():
+            logits = model(ids, pixel_values=inputs["pixel_values"], use_cache=False).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    assert model.generate(**inputs, **GREEDY).tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(cache_implementation="static"),
+        dict(cache_implementation="dynamic"),
+        dict(cache_implementation="offloaded"),
+        dict(prompt_lookup_num_tokens=3),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_other_ways_give_the_greedy_answer(model, inputs, options):
+    assert (
+        model.generate(**inputs, **GREEDY, **options).tolist() == model.generate(**inputs, **GREEDY).tolist()
+    )
+
+
+def test_assisted_decoding_by_a_text_model_gives_the_greedy_answer(model):
+    """The assistant is another model: its guesses are often wrong and taken back."""
+    from tiny import awake, text_config
+
+    from visualrwkv_hf import VisualRWKVForCausalLM
+
+    ids = torch.randint(1, 300, (1, 9), generator=torch.Generator().manual_seed(3))
+    assistant = awake(VisualRWKVForCausalLM(text_config(7)), seed=5)
+    for helper in (assistant, VisualRWKVForCausalLM(model.config.text_config)):
+        helper.eval()
+        assisted = model.generate(ids, **GREEDY, assistant_model=helper)
+        assert assisted.tolist() == model.generate(ids, **GREEDY).tolist()
+
+
+def beam_search(model, inputs: dict, num_beams: int, steps: int) -> tuple[list[int], float]:
+    """Plain beam search by recomputing: an oracle for transformers' own over our cache."""
+    beams = [([], 0.0)]
+    prefix = inputs["input_ids"][0].tolist()
+    for _ in range(steps):
+        grown = []
+        for words, score in beams:
+            with torch.no_grad():
+                logits = model(
+                    torch.tensor([prefix + words]), pixel_values=inputs["pixel_values"], use_cache=False
+                ).logits[0, -1]
+            best = torch.log_softmax(logits, -1).topk(num_beams)
+            grown += [
+                (words + [int(word)], score + float(value)) for value, word in zip(best.values, best.indices)
+            ]
+        beams = sorted(grown, key=lambda beam: -beam[1])[:num_beams]
+    return beams[0]
+
+
+def test_beam_search_equals_the_plain_algorithm(model, inputs):
+    options = dict(GREEDY, max_new_tokens=5, num_beams=3, length_penalty=0.0)
+    found = new_tokens(model.generate(**inputs, **options), inputs)[0].tolist()
+    assert found == beam_search(model, inputs, 3, 5)[0]
+
+
+def test_beams_and_several_pictures_in_a_prompt(model):
+    ids = torch.cat([prompt(model), prompt(model, seed=1)], dim=1)
+    inputs = {"input_ids": ids.repeat(2, 1), "pixel_values": pixels(4)}
+    alone = [
+        model.generate(ids, pixel_values=pixels(4)[2 * row : 2 * row + 2], **GREEDY, num_beams=2)
+        for row in range(2)
+    ]
+    together = model.generate(**inputs, **GREEDY, num_beams=2)
+    assert together.tolist() == torch.cat(alone).tolist()
+
+
+def test_num_return_sequences(model, inputs):
+    torch.manual_seed(0)
+    output = model.generate(
+        **inputs, max_new_tokens=8, do_sample=True, num_return_sequences=4, eos_token_id=None
+    )
+    assert output.shape == (4, inputs["input_ids"].shape[1] + 8)
+    assert len({tuple(row) for row in new_tokens(output, inputs).tolist()}) > 1
+    beams = model.generate(**inputs, **GREEDY, num_beams=4, num_return_sequences=3)
+    assert len({tuple(row) for row in beams.tolist()}) == 3
+
+
+def test_left_padded_batches_equal_rows_alone(model):
+    """A long prompt, a short one and text alone: pads on the left change nothing."""
+    rows = [prompt(model, 3, 9), prompt(model, 2, 4, seed=1), torch.randint(1, 300, (1, 7))]
+    pictures = [pixels(1, seed=1), pixels(1, seed=2), None]
+    length = max(row.shape[1] for row in rows)
+    ids = torch.cat([torch.nn.functional.pad(row, (length - row.shape[1], 0)) for row in rows])
+    mask = torch.cat(
+        [torch.nn.functional.pad(torch.ones_like(row), (length - row.shape[1], 0)) for row in rows]
+    )
+    batch = model.generate(ids, attention_mask=mask, pixel_values=torch.cat(pictures[:2]), **GREEDY)[
+        :, length:
+    ]
+    for row, picture, together in zip(rows, pictures, batch):
+        alone = model.generate(row, pixel_values=picture, **GREEDY)[0, row.shape[1] :]
+        assert together.tolist() == alone.tolist()
+
+
+def test_inputs_embeds(model, inputs):
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        features = model.get_image_features(inputs["pixel_values"]).pooler_output
+        placeholders = inputs["input_ids"] == model.config.image_token_id
+        embeds[placeholders] = features[0]
+        # No placeholder is left in the embeddings, so the order of the patches has to be told.
+        orders = torch.stack([torch.arange(embeds.shape[1]) if o is None else o[0] for o in
+                              model.model.scan_orders(placeholders)])[None]  # fmt: skip
+        direct = model.generate(inputs_embeds=embeds, scan_orders=orders, **GREEDY)
+    assert direct.tolist() == new_tokens(model.generate(**inputs, **GREEDY), inputs).tolist()
+
+
+def test_inputs_embeds_with_pixels_find_their_placeholders(model, inputs):
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    direct = model.generate(inputs_embeds=embeds, pixel_values=inputs["pixel_values"], **GREEDY)
+    assert direct.tolist() == new_tokens(model.generate(**inputs, **GREEDY), inputs).tolist()
+
+
+def test_a_chat_goes_on_from_a_returned_cache(model, inputs):
+    """Second turn over the first one's state == both turns in one prompt."""
+    first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    question = torch.randint(1, 300, (1, 5), generator=torch.Generator().manual_seed(9))
+    whole = torch.cat([first.sequences, question], 1)
+    expected = model.generate(whole, pixel_values=inputs["pixel_values"], **GREEDY)
+    actual = model.generate(whole, past_key_values=first.past_key_values, **GREEDY)
+    assert actual.tolist() == expected.tolist()
+    # the same with nothing but the new words: the last one generated was not read yet
+    first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    unread = whole[:, first.past_key_values.get_seq_length() :]
+    with torch.no_grad():
+        logits = model(unread, past_key_values=first.past_key_values).logits[:, -1]
+    assert logits.argmax(-1).tolist() == expected[:, whole.shape[1]].tolist()
+
+
+def test_a_users_cache_is_used(model, inputs):
+    cache = VisualRWKVCache(model.config)
+    output = model.generate(**inputs, **GREEDY, past_key_values=cache)
+    assert cache.get_seq_length() == output.shape[1] - 1
+
+
+def test_a_key_value_cache_is_refused(model, inputs):
+    with pytest.raises(ValueError, match=r"must be a VisualRWKVCache, got DynamicCache"):
+        model.generate(**inputs, **GREEDY, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="'quantized' has no meaning"):
+        model.generate(**inputs, **GREEDY, cache_implementation="quantized")
+
+
+def test_chunked_prefill_may_cut_text_but_no_picture(model, inputs):
+    expected = model.generate(**inputs, **GREEDY)
+    with pytest.raises(ValueError, match="must lie whole in one forward"):
+        model.generate(**inputs, **GREEDY, prefill_chunk_size=5)
+    after = prompt(model, before=2, after=40)
+    chunk = 2 + model.config.num_image_tokens
+    expected = model.generate(after, pixel_values=inputs["pixel_values"], **GREEDY)
+    actual = model.generate(after, pixel_values=inputs["pixel_values"], **GREEDY, prefill_chunk_size=chunk)
+    assert actual.tolist() == expected.tolist()
+
+
+def test_a_unidirectional_picture_may_be_cut():
+    model = tiny_vlm(version=7, scan="unidirectional")
+    inputs = {"input_ids": prompt(model), "pixel_values": pixels()}
+    for size in (1, 5):
+        chunked = model.generate(**inputs, **GREEDY, prefill_chunk_size=size)
+        assert chunked.tolist() == model.generate(**inputs, **GREEDY).tolist()
+
+
+def test_static_cache_compiles_without_graph_breaks_or_recompilation(model, inputs):
+    """One graph for every step: the step's tensors keep their shapes, and the length is no Python number."""
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    expected = model.generate(**inputs, **GREEDY)
+    cache = VisualRWKVStaticCache(model.config)
+    with torch.no_grad():
+        logits = model(**inputs, past_key_values=cache, use_cache=True).logits
+        step = torch.compile(model, backend=count, fullgraph=True)
+        words = []
+        for _ in range(GREEDY["max_new_tokens"]):
+            words.append(logits[:, -1:].argmax(-1))
+            logits = step(input_ids=words[-1], past_key_values=cache, use_cache=True).logits
+    assert torch.cat(words, 1).tolist() == new_tokens(expected, inputs).tolist()
+    assert len(graphs) == 1
+    assert int(cache.get_seq_length()) == inputs["input_ids"].shape[1] + GREEDY["max_new_tokens"]
+
+
+def test_state_is_constant_in_length(model):
+    def held(tokens: int) -> int:
+        cache = VisualRWKVCache(model.config)
+        with torch.no_grad():
+            model(torch.randint(1, 300, (1, tokens)), past_key_values=cache)
+        return sum(
+            t.nbytes for layer in cache.layers for t in (*layer.conv_states.values(), layer.wkv_state())
+        )
+
+    assert held(10) == held(200) > 0
+
+
+@torch.no_grad()
+def test_cropping_takes_tokens_back(model):
+    ids = torch.randint(1, 300, (2, 30), generator=torch.Generator().manual_seed(2))
+    cache = VisualRWKVCache(model.config)
+    model(ids[:, :12], past_key_values=cache)
+    cache.activate_past_recording()
+    model(ids[:, 12:20], past_key_values=cache)
+    model(ids[:, 20:21], past_key_values=cache)
+    cache.crop(-4)  # the last step and three tokens of the one before
+    assert cache.get_seq_length() == 17
+    after = model(ids[:, 17:], past_key_values=cache).logits
+    torch.testing.assert_close(after, model(ids, use_cache=False).logits[:, 17:], atol=2e-5, rtol=0)
+    with pytest.raises(RuntimeError, match=r"Cannot remove 14 tokens: only the last 13 are recorded"):
+        cache.crop(-14)
+    with pytest.raises(ValueError, match="as a negative int, got 3"):
+        cache.crop(3)
+    with pytest.raises(RuntimeError, match="needs a recorded past"):
+        VisualRWKVCache(model.config).crop(-1)
+
+
+@torch.no_grad()
+def test_cache_of_a_batch_can_be_taken_apart(model):
+    ids = torch.randint(1, 300, (3, 8), generator=torch.Generator().manual_seed(4))
+    cache = model(ids).past_key_values
+    cache.batch_select_indices(torch.tensor([2]))
+    cache.batch_repeat_interleave(2)
+    step = model(ids[2:, :1].repeat(2, 1), past_key_values=cache).logits
+    alone = model(torch.cat([ids[2:], ids[2:, :1]], 1), use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(step, alone.repeat(2, 1, 1), atol=2e-5, rtol=0)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(
+        model(ids[:2], past_key_values=cache).logits,
+        model(ids[:2], use_cache=False).logits,
+        atol=2e-5,
+        rtol=0,
+    )
+
+
+def test_pictures_and_placeholders_must_match(model, inputs):
+    with pytest.raises(ValueError, match="17 image placeholders, the pictures give 34 tokens"):
+        model(inputs["input_ids"], pixel_values=pixels(2))
+    with pytest.raises(ValueError, match="17 image placeholders, but no pixel_values"):
+        model(inputs["input_ids"])
+    with pytest.raises(ValueError, match="0 image placeholders, the pictures give 17"):
+        model(torch.ones(1, 5, dtype=torch.long), pixel_values=pixels())
+    with pytest.raises(ValueError, match=r"scan_orders has 1 directions, scan 'bidirectional' has 2"):
+        model(**inputs, scan_orders=torch.arange(26)[None, None])
+
+
+def test_scan_orders_given_equal_scan_orders_derived(model, inputs):
+    ids = torch.cat([inputs["input_ids"], prompt(model, 1, 8, seed=2)])
+    orders = torch.stack(
+        [torch.arange(ids.shape[1]).expand(ids.shape) if order is None else order
+         for order in model.model.scan_orders(ids == model.config.image_token_id)], 1)  # fmt: skip
+    with torch.no_grad():
+        derived = model(ids, pixel_values=pixels(2)).logits
+        given = model(ids, pixel_values=pixels(2), scan_orders=orders).logits
+    torch.testing.assert_close(given, derived, atol=0, rtol=0)

@@ -1,0 +1,1 @@
+"""Triton kernels behind the WKV ops. A leaf: imports torch and triton only."""
