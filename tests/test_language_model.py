@@ -11,7 +11,7 @@ from visualrwkv_hf import VisualRWKVCache, VisualRWKVForCausalLM, VisualRWKVText
 from visualrwkv_hf.modeling_rwkv import refuse_non_finite
 
 VERSIONS = (5, 6, 7)
-ATOL = 2e-5  # float32, values around 4, sums of 64 to 256 terms in another order
+ATOL = 5e-5  # float32, values around 4: another order of summation, amplified by three layers' norms
 
 
 @pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: f"rwkv{version}")

@@ -3,6 +3,7 @@
 Importing this package makes transformers' Auto classes and pipelines know its models.
 """
 
+import contextlib
 from pathlib import Path
 
 from transformers import (
@@ -39,9 +40,10 @@ def register() -> None:
     AutoModelForMultimodalLM.register(VisualRWKVConfig, VisualRWKVForConditionalGeneration, exist_ok=True)
     AutoModelForCausalLM.register(VisualRWKVTextConfig, VisualRWKVForCausalLM, exist_ok=True)
     AutoProcessor.register(VisualRWKVConfig, VisualRWKVProcessor, exist_ok=True)
-    AutoImageProcessor.register(
-        VisualRWKVConfig, image_processor_classes={"pil": VisualRWKVImageProcessor}, exist_ok=True
-    )
+    with contextlib.suppress(ImportError):  # older transformers keep this class behind torchvision
+        AutoImageProcessor.register(
+            VisualRWKVConfig, image_processor_classes={"pil": VisualRWKVImageProcessor}, exist_ok=True
+        )
 
 
 def bundled_model() -> Path:

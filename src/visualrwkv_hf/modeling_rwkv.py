@@ -728,9 +728,17 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
 
-    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool | None = False, **kwargs) -> dict:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.FloatTensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict:
         """As the stock method; what belongs to the prompt is not handed on to later steps."""
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration and inputs.get("use_cache", True):
             for name in PROMPT_INPUTS:
                 inputs.pop(name, None)
