@@ -351,11 +351,12 @@ def test_first_frame_of_an_animation(tmp_path):
     assert open_picture(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_exif_orientation_is_left_alone(tmp_path):
+def test_a_file_is_turned_upright_and_an_opened_picture_is_not(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     picture(40, 30).save(tmp_path / "turned.png", exif=exif)
-    assert open_picture(tmp_path / "turned.png").size == (40, 30)
+    assert open_picture(tmp_path / "turned.png").size == (30, 40)
+    assert open_picture(Image.open(tmp_path / "turned.png")).size == (40, 30)
 
 
 # --- refusals -------------------------------------------------------------------------------------

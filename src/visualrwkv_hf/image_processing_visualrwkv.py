@@ -10,7 +10,7 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor
@@ -34,7 +34,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode in RGB, as Pillow's `convert("RGB")` but without clipping.
 
     Transparency is dropped, not blended (the colour below it shows), palettes are looked up, grey of 16 bits
-    is scaled down by 257. An EXIF orientation is left alone, as in the original.
+    is scaled down by 257.
 
     Raises:
         ValueError: if values lie outside the mode's range, or Pillow knows no such conversion.
@@ -86,8 +86,8 @@ def open_picture(source, input_data_format: str | ChannelDimension | None = None
 
     Args:
         source: a Pillow picture, an array or tensor (see `_array_to_rgb`), a path, a URL, or base64 text. Of
-            an animation the first frame. An EXIF orientation is left alone, except behind a URL or in base64
-            text, which transformers opens and turns upright.
+            an animation the first frame. What is opened here is turned upright as its EXIF data says, as
+            transformers does (the original does not look); an opened Pillow picture is taken as it is.
         input_data_format: "channels_first" or "channels_last", where the shape of an array leaves it open.
 
     Raises:
@@ -103,7 +103,7 @@ def open_picture(source, input_data_format: str | ChannelDimension | None = None
             return _array_to_rgb(source, input_data_format)
         if isinstance(source, str | os.PathLike):
             path = os.fspath(source)
-            source = Image.open(path) if os.path.isfile(path) else load_image(path)
+            source = ImageOps.exif_transpose(Image.open(path)) if os.path.isfile(path) else load_image(path)
         if not isinstance(source, Image.Image):
             raise ValueError("it must be a Pillow picture, an array, a tensor, a path, a URL or base64 text.")
         if 0 in source.size:

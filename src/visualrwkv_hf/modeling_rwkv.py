@@ -525,6 +525,14 @@ class VisualRWKVPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """For Trainer: whether the loss is a share of all labels of an accumulated batch (`num_items_in_batch`).
+
+        A mean over samples is not: Trainer then averages the accumulated losses itself.
+        """
+        return self.config.get_text_config().loss_reduction == "token"
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, TimeMix | ChannelMix):

@@ -1,0 +1,103 @@
+"""The training loss by hand: cross entropy per sample or per token, and L2Wrap's pull on the largest logits."""
+
+import math
+
+import pytest
+import torch
+from tiny import pixels, prompt, text_config, tiny_vlm
+from transformers import Trainer, TrainingArguments
+
+from visualrwkv_hf.loss_visualrwkv import visualrwkv_loss
+
+LOGITS = torch.randn(3, 6, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+LABELS = torch.tensor([[1, 2, 3, 4, 5, 6], [-100, -100, 7, -100, 8, -100], [-100] * 6])
+
+
+def by_hand() -> list[list[float]]:
+    """Losses of each sample: position t predicts label t + 1."""
+    losses = []
+    for logits, labels in zip(LOGITS.tolist(), LABELS.tolist()):
+        pairs = [(logits[t], labels[t + 1]) for t in range(5) if labels[t + 1] != -100]
+        losses.append([math.log(sum(map(math.exp, row))) - row[label] for row, label in pairs])
+    return losses
+
+
+def loss(reduction: str, num_items: int | None = None, l2_wrap: float = 0.0) -> torch.Tensor:
+    return visualrwkv_loss(
+        LOGITS, LABELS, text_config(7, loss_reduction=reduction, l2_wrap=l2_wrap), num_items
+    )
+
+
+def test_mean_of_samples_counts_a_sample_without_labels_as_zero():
+    expected = sum(sum(sample) / max(len(sample), 1) for sample in by_hand()) / 3
+    assert loss("sample").item() == pytest.approx(expected, rel=1e-6)  # computed in float32
+
+
+def test_mean_of_tokens_and_of_accumulated_tokens():
+    total = sum(map(sum, by_hand()))
+    assert loss("token").item() == pytest.approx(total / 7, rel=1e-6)
+    assert loss("token", num_items=20).item() == pytest.approx(total / 20, rel=1e-6)
+
+
+def test_l2_wrap_pulls_each_largest_logit_whatever_the_gradient():
+    def gradient(l2_wrap: float, scale: float) -> torch.Tensor:
+        logits = LOGITS.clone().requires_grad_()
+        config = text_config(7, l2_wrap=l2_wrap)
+        (scale * visualrwkv_loss(logits, LABELS, config)).backward()
+        return logits.grad
+
+    for scale in (1.0, 0.0):
+        extra = gradient(1e-4, scale) - gradient(0.0, scale)
+        expected = torch.zeros_like(LOGITS)
+        largest, index = LOGITS.max(-1, keepdim=True)
+        torch.testing.assert_close(
+            extra, expected.scatter(-1, index, largest * 1e-4 / 18), atol=1e-12, rtol=1e-6
+        )
+    assert loss("sample", l2_wrap=1e-4).item() == loss("sample").item()
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(ValueError, match=r"logits are for \(3, 6\) positions, labels for \(3, 5\)"):
+        visualrwkv_loss(LOGITS, LABELS[:, 1:], text_config(7))
+
+
+@pytest.mark.parametrize("reduction", ["sample", "token"])
+def test_accumulated_gradients_equal_those_of_one_batch(tmp_path, reduction):
+    """Trainer with 1 x 4 and 4 x 1 samples of different lengths: one optimizer step, the same weights."""
+    weights = []
+    for batch_size in (4, 1):
+        model = tiny_vlm(version=7, scan="unidirectional").float()
+        model.config.text_config.loss_reduction = reduction
+        model.config.text_config.l2_wrap = (
+            0.0  # its pull depends on the micro-batch's size, as the original's
+        )
+        arguments = TrainingArguments(
+            tmp_path / f"{reduction}{batch_size}",
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=4 // batch_size,
+            max_steps=1,
+            learning_rate=0.1,
+            optim="sgd",
+            max_grad_norm=0.0,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            remove_unused_columns=False,
+        )
+        Trainer(model, arguments, train_dataset=_samples(model), data_collator=_collate).train()
+        weights.append(model.lm_head.weight.detach().clone())
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=0)
+
+
+def _samples(model) -> list[dict]:
+    samples = []
+    for row in range(4):
+        ids = prompt(model, before=3, after=8, seed=row)[0]
+        labels = ids.clone()
+        labels[: 20 + row] = -100
+        samples.append({"input_ids": ids, "labels": labels, "pixel_values": pixels(1, seed=row)[0]})
+    return samples
+
+
+def _collate(samples: list[dict]) -> dict:
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
