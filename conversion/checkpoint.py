@@ -1,11 +1,15 @@
 """Files: original checkpoints read tensor by tensor, safetensors shards written tensor by tensor."""
 
+import contextlib
+import hashlib
 import json
 import math
 import pickle
 import re
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,8 +43,11 @@ NOT_CHECKPOINTS = {
 NESTED_UNDER = ("state_dict", "module", "model")
 """Names under which training frameworks put the tensors into a dict with other things."""
 
-RELEASE_EVERY = 1 << 28
+RELEASE_EVERY = 1 << 29
 """Bytes read from a mapped file before its pages are given back."""
+
+WRITE_BYTES = 1 << 20
+"""Bytes written at once: from a mapped file, larger pieces were two to four times as slow."""
 
 
 class TensorInfo(NamedTuple):
@@ -220,6 +227,31 @@ def read_checkpoint(*paths: str | Path) -> Checkpoint:
     return Checkpoint(paths)
 
 
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def hashed_meanwhile(paths: Sequence[Path]) -> Iterator[Callable[[], list[str]]]:
+    """Reads the sha256 of files in a thread beside the body; calling what is given waits for them."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        digests = pool.submit(lambda: [sha256_of(path, stop) for path in paths])
+        try:
+            yield digests.result
+        finally:
+            stop.set()  # a body that failed waits for nothing
+
+
+def sha256_of(path: Path, stop: threading.Event | None = None) -> str:
+    """sha256 of a file in hexadecimal; of its beginning only if `stop` is set meanwhile."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while (block := file.read(1 << 22)) and not (stop and stop.is_set()):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite, in one pass without a copy."""
     if not tensor.is_floating_point() or not tensor.numel():
@@ -229,7 +261,15 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b))
+    """Whether two tensors are equal in dtype, shape and every bit, NaN and the sign of zero included."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    a, b = as_bytes(a), as_bytes(b)
+    end = len(a) // 8 * 8
+    if a.storage_offset() % 8 or b.storage_offset() % 8:  # torch views bytes as words from a multiple on
+        end = 0
+    words = a[:end].view(torch.int64), b[:end].view(torch.int64)  # compared five times as fast as bytes
+    return torch.equal(*words) and torch.equal(a[end:], b[end:])
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -286,7 +326,8 @@ def write_safetensors(
         file.write(len(head).to_bytes(8, "little") + head)
         for (name, tensor), expected in zip(tensors, infos, strict=True):
             assert name == expected and (tensor.dtype, tuple(tensor.shape)) == infos[name], (name, expected)
-            data = as_bytes(tensor).numpy()
-            file.write(data)
+            data = as_bytes(tensor).numpy().data
+            for start in range(0, len(data), WRITE_BYTES):
+                file.write(data[start : start + WRITE_BYTES])
             if progress is not None:
                 progress(path.name, len(data))

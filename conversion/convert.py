@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -21,8 +20,10 @@ from . import infer_config as inference
 from .checkpoint import (
     Checkpoint,
     TensorInfo,
+    hashed_meanwhile,
     is_finite,
     read_checkpoint,
+    read_json,
     same_bits,
     shard_names,
     shards_of,
@@ -37,11 +38,14 @@ from .key_map import (
     to_ours,
 )
 from .key_map import to_original as rows_to_original
+from .towers import Assembled, TowerSource, assembled, read_tower
 
 logger = logging.getLogger(__name__)
 
 Config = VisualRWKVConfig | VisualRWKVTextConfig
 Progress = Callable[[str, int], None]
+SourceTensors = Checkpoint | Assembled
+"""Tensors under canonical original names, with the `infos` and `paths` of their files."""
 
 CONVERTER_VERSION = 1
 STOP_TOKENS = [0, 261]
@@ -171,6 +175,7 @@ def to_hf(
     verify: bool = True,
     tiling: str | None = None,
     progress: Progress | None = None,
+    vision_tower: TowerSource | None = None,
     **overrides: Any,
 ) -> Path:
     """Turns an original checkpoint into a folder for `from_pretrained`, streaming, whole or not at all.
@@ -185,6 +190,8 @@ def to_hf(
         verify: whether to read everything that was written once more and compare it to the bit.
         tiling: how the image processor cuts pictures into tiles; None: as the checkpoint's family does.
         progress: called with a file's name and the bytes written since the last call.
+        vision_tower: where the vision weights are that the checkpoint has not; see `read_tower`. They take
+            the language model's dtype.
         **overrides: see `infer`.
 
     Returns:
@@ -193,13 +200,45 @@ def to_hf(
     Raises:
         ConversionError: in one sentence, with nothing written.
     """
-    sources = [Path(path) for path in ([sources] if isinstance(sources, str | Path) else sources)]
+    paths = [Path(path) for path in ([sources] if isinstance(sources, str | Path) else sources)]
+    dtype, max_shard_size = parse_dtype(dtype), parse_size(max_shard_size)
+    refuse_target(Path(output_dir), paths, overwrite)
+    checkpoint: SourceTensors = read_checkpoint(*paths)
+    if vision_tower is not None:
+        checkpoint, overrides = with_tower(checkpoint, vision_tower, dtype, overrides)
+    refuse_without_vision(checkpoint)
+    return write_folder(
+        checkpoint,
+        infer_from(checkpoint, **overrides),
+        output_dir,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        keep_unused=keep_unused,
+        verify=verify,
+        tiling=tiling,
+        progress=progress,
+    )
+
+
+def write_folder(
+    checkpoint: SourceTensors,
+    inferred: inference.Inferred,
+    output_dir: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    keep_unused: bool = True,
+    verify: bool = True,
+    tiling: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """The model folder of tensors under the original's names; arguments as of `to_hf`."""
     output_dir = Path(output_dir).absolute()
     dtype, max_bytes = parse_dtype(dtype), parse_size(max_shard_size)
-    refuse_target(output_dir, sources, overwrite)
-    checkpoint = read_checkpoint(*sources)
-    refuse_without_vision(checkpoint)
-    family, config = infer_from(checkpoint, **overrides)
+    refuse_target(output_dir, checkpoint.paths, overwrite)
+    family, config = inferred
     processor = processor_of(config, tiling or (inference.FAMILIES[family].tiling if family else "none"))
     rows = _rows_of_files(checkpoint, config)
     infos = {name: info for row in rows for name, info in _infos(row, checkpoint.infos, dtype)}
@@ -207,7 +246,7 @@ def to_hf(
         [row.original for row in rows if row.is_unused and row.original in checkpoint] if keep_unused else []
     )
     refuse_without_space(output_dir.parent, [*infos.values(), *(checkpoint.infos[name] for name in unused)])
-    with whole_or_nothing(output_dir, overwrite) as folder:
+    with whole_or_nothing(output_dir, overwrite) as folder, hashed_meanwhile(checkpoint.paths) as digests:
         write_model(folder, checkpoint, rows, infos, dtype, max_bytes, progress)
         if unused:
             extras = {name: checkpoint.infos[name] for name in unused}
@@ -216,21 +255,46 @@ def to_hf(
             )
         if verify:
             verify_model(folder, checkpoint, rows, dtype)
-        describe(config, family, infos, sources, unused)
+        describe(config, family, infos, dict(zip(checkpoint.paths, digests())), unused)
         write_companions(folder, config, processor)
     return output_dir
+
+
+def with_tower(
+    checkpoint: SourceTensors, source: TowerSource, dtype: torch.dtype | None, overrides: Mapping[str, Any]
+) -> tuple[Assembled, dict[str, Any]]:
+    """The checkpoint with the tensors of a vision tower named apart, and `overrides` with its configuration.
+
+    Raises:
+        ConversionError: if the checkpoint has a tower itself, or needs none.
+    """
+    groups = {name.split(".")[0] for name in checkpoint}
+    if "vit" in groups:
+        raise ConversionError("The checkpoint has a vision tower: vision_tower has no use.")
+    if "proj" not in groups:
+        raise ConversionError(
+            "The checkpoint has no projector: use start_vlm for a new model with a fresh one."
+        )
+    tower = read_tower(source, dtype or language_dtype(checkpoint))
+    fields = inference.merged(tower.fields, inference.as_fields(overrides.get("vision_config")))
+    return assembled(checkpoint, tower.tensors), {**overrides, "vision_config": fields}
+
+
+def language_dtype(checkpoint: SourceTensors) -> torch.dtype:
+    """The dtype of the language model's head, which stands for all."""
+    if "rwkv.head.weight" not in checkpoint:
+        raise ConversionError("Missing tensor rwkv.head.weight: there is no whole language model.")
+    return checkpoint.infos["rwkv.head.weight"].dtype
 
 
 def refuse_without_vision(names: Iterable[str]) -> None:
     """Raises `ConversionError` for a projector without a vision tower: a model folder needs both."""
     groups = {name.split(".")[0] for name in names}
     if "proj" in groups and "vit" not in groups:
-        raise ConversionError(
-            "The checkpoint has a projector and no vision tower: a model folder needs its weights."
-        )
+        raise ConversionError("The checkpoint has a projector and no vision tower: name one (vision_tower).")
 
 
-def _rows_of_files(checkpoint: Checkpoint, config: Config) -> list[Row]:
+def _rows_of_files(checkpoint: SourceTensors, config: Config) -> list[Row]:
     try:
         return checked_rows({name: info.shape for name, info in checkpoint.infos.items()}, config)
     except ConversionError as error:
@@ -310,7 +374,7 @@ def open_folder(folder: Path) -> Checkpoint:
     """The tensors of a model folder under our names."""
     index = folder / INDEX_FILE
     files = [folder / "model.safetensors"]
-    if index.exists():
+    if index.exists() and not files[0].exists():  # transformers leaves an old index behind
         files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     return Checkpoint(files, rename=str)
 
@@ -319,7 +383,7 @@ def describe(
     config: Config,
     family: str | None,
     infos: Mapping[str, TensorInfo],
-    sources: Sequence[Path],
+    digests: Mapping[Path, str],
     unused: Sequence[str],
 ) -> None:
     """Writes into the configuration which class it is for, in which dtype, and from which files it came."""
@@ -329,18 +393,11 @@ def describe(
         "converter_version": CONVERTER_VERSION,
         "family": family,
         "sources": [
-            {"name": path.name, "size": path.stat().st_size, "sha256": sha256_of(path)} for path in sources
+            {"name": path.name, "size": path.stat().st_size, "sha256": digest}
+            for path, digest in digests.items()
         ],
         "unused_tensors": len(unused),
     }
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def processor_of(config: Config, tiling: str = "none") -> Any:
@@ -460,7 +517,7 @@ def read_config(folder: Path) -> Config:
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype in DTYPES.values():
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
         return dtype
     if dtype not in DTYPES:
         raise ConversionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -547,10 +604,6 @@ def friendly_errors(target: Path) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise ConversionError(f"The disk filled up while {target} was written.") from error
         raise
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, content: Mapping) -> None:

@@ -262,31 +262,27 @@ ENCODER_FIELDS = {"clip": clip_fields, "dinov2": dinov2_fields, "siglip": siglip
 def encoders_in(shapes: Shapes) -> tuple[str, ...]:
     """Vision encoders that the checkpoint holds, in channel order."""
     found = {name for name, mark in VISION_MARKS.items() if mark in shapes}
+    if found and "clip" not in found and not found >= set(THREE_ENCODERS):
+        raise ConversionError(
+            f"The vision tower has {' + '.join(sorted(found))} of its own code alone: such towers come "
+            f"as the three of {', '.join(THREE_ENCODERS)}."
+        )
     if HF_SIGLIP_MARK in shapes:
         found.add("siglip")
     return tuple(name for name in ENCODER_NAMES if name in found)
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def as_fields(config: VisualRWKVVisionConfig | Mapping[str, Any] | None) -> dict[str, Any]:
+    return config.to_dict() if isinstance(config, VisualRWKVVisionConfig) else dict(config or {})
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the fields of `over`, sub-configurations field by field."""
-    merged = dict(base)
+    result = dict(base)
     for key, value in over.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merged(merged[key], value) if nested else value
-    return merged
-
-
-def _vision_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {}
-    for name in encoders_in(shapes):
-        config = f"{name}_config"
-        fields[config] = ENCODER_FIELDS[name](shapes, given.get(config, {}))
-    return _merged(fields, given)
-
-
-def _tower_width(vision: Mapping[str, Any]) -> int:
-    """Channels of one view of the tower."""
-    return VisualRWKVVisionConfig(**(dict(vision) | {"tile_grid": 1, "class_token": "none"})).hidden_size
+        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if nested else value
+    return result
 
 
 def projector_input_width(shapes: Shapes) -> int:
@@ -296,9 +292,30 @@ def projector_input_width(shapes: Shapes) -> int:
     raise ConversionError("There is no projector in the checkpoint: no tensor is named proj.*.")
 
 
+def family_to_start(version: int, vision: Mapping[str, Any], asked: str | None = None) -> str:
+    """The family of a new model: the first with this generation and these encoders, or the one asked for."""
+    encoders = _encoders_of(vision)
+    fitting = [name for name, family in FAMILIES.items() if family[:2] == (version, encoders)]
+    _refuse_family(asked, fitting, f"The new model has RWKV-{version} and {' + '.join(encoders)}")
+    return asked or fitting[0]
+
+
+def _encoders_of(vision: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name in ENCODER_NAMES if vision.get(f"{name}_config") is not None)
+
+
+def _refuse_family(asked: str | None, fitting: Sequence[str], told: str) -> None:
+    if asked is not None and asked not in FAMILIES:
+        raise ConversionError(f"Unknown family {asked!r}: choose from {', '.join(FAMILIES)}.")
+    if asked is not None and asked not in fitting:
+        raise ConversionError(f"{told}, which is {' or '.join(fitting) or 'no family'}, and not {asked}.")
+    if not fitting:
+        raise ConversionError(f"{told}, which is no family.")
+
+
 def _family_of(shapes: Shapes, vision: Mapping[str, Any], version: int, asked: str | None) -> str:
-    encoders = tuple(name for name in ENCODER_NAMES if vision.get(f"{name}_config") is not None)
-    width, tower = projector_input_width(shapes), _tower_width(vision)
+    encoders = _encoders_of(vision)
+    width, tower = projector_input_width(shapes), tower_width(vision)
     if width % tower:
         raise ConversionError(
             f"The projector reads {width} channels, which is no multiple of the tower's {tower}."
@@ -309,15 +326,22 @@ def _family_of(shapes: Shapes, vision: Mapping[str, Any], version: int, asked: s
     told = f"RWKV-{version}, {' + '.join(encoders)}, a projector over {width} channels" + (
         " and a compressor" if has_compressor else ""
     )
-    if asked is not None and asked not in FAMILIES:
-        raise ConversionError(f"Unknown family {asked!r}: choose from {', '.join(FAMILIES)}.")
-    if asked is not None and asked not in fitting:
-        raise ConversionError(
-            f"The checkpoint is not of family {asked}: it has {told}, which is {fitting or 'none'}."
-        )
-    if not fitting:
-        raise ConversionError(f"No family has {told}.")
+    _refuse_family(asked, fitting, f"The checkpoint has {told}")
     return asked or fitting[0]
+
+
+def vision_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `VisualRWKVVisionConfig` from the tensors below `vit.`, overruled by `given`."""
+    fields = {}
+    for name in encoders_in(shapes):
+        config = f"{name}_config"
+        fields[config] = ENCODER_FIELDS[name](shapes, given.get(config, {}))
+    return merged(fields, given)
+
+
+def tower_width(vision: Mapping[str, Any]) -> int:
+    """Channels of one view of the tower."""
+    return VisualRWKVVisionConfig(**(dict(vision) | {"tile_grid": 1, "class_token": "none"})).hidden_size
 
 
 def _projector_of(shapes: Shapes, family: str, gate_is_untrained: bool | None) -> str:
@@ -390,21 +414,19 @@ def infer(
             raise ConversionError(
                 "The checkpoint is a language model alone: it has no family and no vision tower."
             )
-        return Inferred(None, VisualRWKVTextConfig(**_merged(text, overrides)))
-    given = vision_config or {}
-    if isinstance(given, VisualRWKVVisionConfig):
-        given = given.to_dict()
+        return Inferred(None, VisualRWKVTextConfig(**merged(text, overrides)))
+    given = as_fields(vision_config)
     if not given and not encoders_in(shapes):
         raise ConversionError("The checkpoint holds no vision tower: name one (vision_config).")
-    vision = _vision_fields(shapes, given)
+    vision = vision_fields(shapes, given)
     family = _family_of(shapes, vision, text["rwkv_version"], family)
     found = {
         "text_config": text,
-        "vision_config": _merged(FAMILIES[family].vision, vision),
+        "vision_config": merged(FAMILIES[family].vision, vision),
         "projector": overrides.get("projector") or _projector_of(shapes, family, gate_is_untrained),
         "compressor_num_layers": _depth(shapes, "vtc.blocks.") if FAMILIES[family].has_compressor else 0,
     }
-    return Inferred(family, VisualRWKVConfig(**_merged(_merged(found, FAMILIES[family].fields), overrides)))
+    return Inferred(family, VisualRWKVConfig(**merged(merged(found, FAMILIES[family].fields), overrides)))
 
 
 def infer_config(shapes: Shapes, **given: Any) -> VisualRWKVConfig | VisualRWKVTextConfig:

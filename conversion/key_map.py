@@ -276,9 +276,18 @@ def language_model_rows(config: VisualRWKVTextConfig, ours: str) -> Iterator[Row
 
 
 def vision_rows(config: VisualRWKVVisionConfig, ours: str = "model.vision_tower.") -> Iterator[Row]:
-    """Rows of every encoder; what stands behind `feature_layer` is unused."""
+    """Rows of every encoder; what stands behind `feature_layer` is unused.
+
+    Raises:
+        ConversionError: for encoders that no original puts into one tower.
+    """
     encoders = config.encoders
-    tables = HF_ENCODERS if len(encoders) == 1 and "dinov2" not in encoders else FEATURIZERS
+    tables = HF_ENCODERS if encoders.keys() <= HF_ENCODERS.keys() and len(encoders) == 1 else FEATURIZERS
+    if tables is FEATURIZERS and encoders.keys() != FEATURIZERS.keys():
+        raise ConversionError(
+            f"The original has no tower of {' + '.join(encoders)}: its towers are {', '.join(HF_ENCODERS)}, "
+            f"or {' + '.join(FEATURIZERS)}."
+        )
     for name, encoder in encoders.items():
         table, prefix, depth = tables[name], f"{ours}{name}.", encoder.num_hidden_layers
         is_cut = config.feature_layer == -2 and name != "sam"
@@ -321,10 +330,16 @@ FLAT_VISION_NAMES = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm
 """transformers 5 leaves out the level `vision_model.` that version 4 wrote."""
 
 
-def canonical_name(name: str) -> str:
-    """The name as the original's training writes it: unwrapped, with the language model below `rwkv.`."""
+def unwrapped_name(name: str) -> str:
+    """The name without what training frameworks put in front of all names."""
     while prefix := next((p for p in WRAPPER_PREFIXES if name.startswith(p)), None):
         name = name[len(prefix) :]
+    return name
+
+
+def canonical_name(name: str) -> str:
+    """The name as the original's training writes it: unwrapped, with the language model below `rwkv.`."""
+    name = unwrapped_name(name)
     if name.startswith(LANGUAGE_MODEL_NAMES):
         return f"rwkv.{name}"
     if name.startswith("vit.") and name[4:].startswith(FLAT_VISION_NAMES):

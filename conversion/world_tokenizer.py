@@ -161,7 +161,8 @@ def _check_vocabulary(
     if b"" in vocabulary:
         raise ValueError(f"The vocabulary holds the empty token (id {vocabulary[b'']}).")
     seen: dict[int, bytes | str] = {}
-    for token, i in [*vocabulary.items(), *special_tokens.items()]:
+    tokens: list[tuple[bytes | str, int]] = [*vocabulary.items(), *special_tokens.items()]
+    for token, i in tokens:
         if not 0 <= i < vocab_size:
             raise ValueError(f"Token {token!r} has id {i}, outside [0, {vocab_size}).")
         if i in seen:

@@ -26,7 +26,7 @@ def rwkv7_hf_logits(rwkv7_hf, model, ids: torch.Tensor) -> torch.Tensor:
         rwkv7_hf.RWKV7Config(**{name: getattr(config, name) for name in names + ranks})
     ).eval()
     weights = {_their_name(name): tensor for name, tensor in model.state_dict().items()}
-    for name, tensor in list(weights.items()):
+    for name in list(weights):
         if ".attn.w0" in name or ".attn.a0" in name or ".attn.v0" in name:
             weights[name[:-2] + f"{name[-2]}_lora.lora.2.bias"] = weights.pop(name).flatten()
         elif name[-1] in "12" and name[-3] == ".":

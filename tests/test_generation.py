@@ -91,7 +91,9 @@ def beam_search(model, inputs: dict, num_beams: int, steps: int) -> tuple[list[i
 
 def test_beam_search_equals_the_plain_algorithm(model, inputs):
     options = dict(GREEDY, max_new_tokens=5, num_beams=3, length_penalty=0.0)
-    options["suppress_tokens"] = [model.config.image_token_id]  # random weights would write it; the oracle reads it
+    options["suppress_tokens"] = [
+        model.config.image_token_id
+    ]  # random weights would write it; the oracle reads it
     found = new_tokens(model.generate(**inputs, **options), inputs)[0].tolist()
     assert found == beam_search(model, inputs, 3, 5)[0]
 

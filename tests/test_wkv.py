@@ -341,7 +341,6 @@ def heads_first(*tensors):
 
 
 def test_wkv6_equals_flash_linear_attention():
-    """pip install --no-deps flash-linear-attention fla-core einops packaging"""
     naive = pytest.importorskip("fla.ops.rwkv6.recurrent_naive")
     r, w, k, v, u, state = (x.detach() for x in make_inputs("wkv6", 70))
     expected = naive.naive_recurrent_rwkv6(
@@ -353,7 +352,6 @@ def test_wkv6_equals_flash_linear_attention():
 
 
 def test_wkv7_equals_flash_linear_attention():
-    """pip install --no-deps flash-linear-attention fla-core einops packaging"""
     naive = pytest.importorskip("fla.ops.generalized_delta_rule.dplr.naive")
     r, w, k, v, a, b, state = (x.detach() for x in make_inputs("wkv7", 70))
     scaled_r = r * r.shape[-1] ** 0.5  # undoes their scale

@@ -181,6 +181,8 @@ class VisualRWKVCache(DynamicCache):
 class VisualRWKVStaticCache(VisualRWKVCache):
     """The same state for `torch.compile` and CUDA graphs: the length is a tensor, counted without a recompilation."""
 
+    _length: torch.Tensor
+
     @staticmethod
     def _zero_length() -> torch.Tensor:
         return torch.zeros((), dtype=torch.long)

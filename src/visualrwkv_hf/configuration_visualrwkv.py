@@ -1,7 +1,7 @@
 """Configuration of VisualRWKV: a release is a configuration, never a branch in the code."""
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -19,13 +19,37 @@ ENCODER_MODEL_TYPES = {
     "sam": "sam_vision_model",
 }
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "head_dim",
+    "attention_size",
+    "intermediate_size",
+)
+RANKS = (
+    "mix_low_rank_dim",
+    "decay_low_rank_dim",
+    "a_low_rank_dim",
+    "v_low_rank_dim",
+    "gate_low_rank_dim",
+)
+
+if TYPE_CHECKING:
+    PartConfig = (
+        Any  # for readers of a finished configuration: `__post_init__` has made an object of the dict
+    )
+else:
+    PartConfig = dict | PreTrainedConfig | None
+
 SAM_UNSHUFFLE = 2
 """SAM's feature map is folded 2 x 2 into channels, without loss, to the grid of the other encoders."""
 
 
 def _low_rank(hidden_size: int, factor: float, exponent: float) -> int:
     """RWKV-7's rule for the rank of a low-rank map, a multiple of 32 (RWKV-LM, `RWKV-v7`)."""
-    return max(32, 32 * round(factor * hidden_size**exponent / 32))
+    size = max(0, hidden_size)  # a negative size is refused later, by its name
+    return max(32, 32 * round(factor * size**exponent / 32))
 
 
 @strict
@@ -62,7 +86,8 @@ class VisualRWKVTextConfig(PreTrainedConfig):
     l2_wrap (`float`, defaults to 1e-4):
         Strength of the pull on the largest logit of each position (L2Wrap); 0 turns it off.
 
-    Raises `ValueError`, naming the numbers, if the sizes do not fit together.
+    Raises `StrictDataclassError` of huggingface_hub, naming the numbers, if a field has another type or the sizes do
+    not fit together.
     """
 
     model_type = "visualrwkv_text"
@@ -117,16 +142,10 @@ class VisualRWKVTextConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses sizes that do not fit together."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "head_dim",
-            "attention_size",
-            "intermediate_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in SIZES + RANKS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         if self.attention_size % self.head_dim:
             raise ValueError(
                 f"attention_size ({self.attention_size}) must be a multiple of head_dim ({self.head_dim})."
@@ -160,25 +179,26 @@ class VisualRWKVVisionConfig(PreTrainedConfig):
         `SiglipVisionModel` and `SamVisionModel`. At least one; none given means a SigLIP base. Features of several
         encoders stand side by side in the channels, in this order.
     feature_layer (`int`, defaults to -1):
-        -1: what the encoder gives as its last hidden state. -2: the output of the last block but one, without
-        final norm and without class and register tokens (SAM always gives its neck's output).
+        -1: what the encoder gives as its last hidden state. -2: what its last block reads, without final norm and
+        without class and register tokens (SAM always gives its neck's output).
     class_token (`"first"`, `"last"` or `"none"`, defaults to `"none"`):
         Where CLIP's class token stands among the tokens of a picture.
     tile_grid (`int`, defaults to 1):
         n > 1: a picture is seen as a whole and as n x n tiles; the tiles' maps are averaged down, put together to
         one map and stand behind the whole view's in the channels (UHD, arXiv 2410.11665: n = 2).
 
-    Raises `ValueError`, naming the numbers, if the encoders' grids differ or an option does not fit the encoders.
+    Raises `StrictDataclassError` of huggingface_hub, naming the numbers, if a field has another type, the encoders'
+    grids differ or an option does not fit the encoders; `ValueError` if an encoder has another `model_type`.
     """
 
     model_type = "visualrwkv_vision"
     base_config_key = "vision_config"
     sub_configs = {f"{name}_config": AutoConfig for name in ENCODER_NAMES}
 
-    clip_config: dict | PreTrainedConfig | None = None
-    dinov2_config: dict | PreTrainedConfig | None = None
-    siglip_config: dict | PreTrainedConfig | None = None
-    sam_config: dict | PreTrainedConfig | None = None
+    clip_config: PartConfig = None
+    dinov2_config: PartConfig = None
+    siglip_config: PartConfig = None
+    sam_config: PartConfig = None
     feature_layer: Literal[-1, -2] = -1
     class_token: Literal["first", "last", "none"] = "none"
     tile_grid: int = 1
@@ -252,6 +272,14 @@ class VisualRWKVVisionConfig(PreTrainedConfig):
             )
         if self.tile_grid < 1:
             raise ValueError(f"tile_grid must be at least 1, got {self.tile_grid}.")
+        if self.tile_grid > 1 and self.class_token != "none":
+            raise ValueError(
+                f"A picture has no one class token with tile_grid {self.tile_grid}: class_token must be 'none', "
+                f"got {self.class_token!r}."
+            )
+        depths = {name: c.num_hidden_layers for name, c in self.encoders.items() if name != "sam"}
+        if min(depths.values(), default=1) < -1 - self.feature_layer:
+            raise ValueError(f"feature_layer={self.feature_layer} needs encoders with a block, got {depths}.")
         if self.grid_size % self.tile_grid:
             raise ValueError(
                 f"The patch grid's side ({self.grid_size}) must be a multiple of tile_grid ({self.tile_grid})."
@@ -262,8 +290,10 @@ class VisualRWKVVisionConfig(PreTrainedConfig):
 class VisualRWKVConfig(PreTrainedConfig):
     r"""Configuration of VisualRWKV (arXiv 2406.13362; HD and UHD: arXiv 2410.11665).
 
-    text_config (`dict` or [`VisualRWKVTextConfig`], *optional*), vision_config (`dict` or [`VisualRWKVVisionConfig`], *optional*):
-        The language model and the vision tower.
+    text_config (`dict` or [`VisualRWKVTextConfig`], *optional*):
+        The language model.
+    vision_config (`dict` or [`VisualRWKVVisionConfig`], *optional*):
+        The vision tower.
     image_token_id (`int`, defaults to 65535):
         The placeholder that stands in `input_ids` once for every token of a picture.
     scan (`str`, defaults to `"unidirectional"`):
@@ -288,7 +318,8 @@ class VisualRWKVConfig(PreTrainedConfig):
     compressor_reduction (`"pool"` or `"step"`, defaults to `"pool"`):
         Adaptive averages over the sequence, or every n-th token.
 
-    Raises `ValueError`, naming the numbers, if the parts do not fit together.
+    Raises `StrictDataclassError` of huggingface_hub, naming the numbers, if a field has another type or the parts do
+    not fit together.
 
     Example:
 
@@ -307,8 +338,8 @@ class VisualRWKVConfig(PreTrainedConfig):
     sub_configs = {"text_config": VisualRWKVTextConfig, "vision_config": VisualRWKVVisionConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    text_config: PartConfig = None
+    vision_config: PartConfig = None
     image_token_id: int = 65535
     scan: str = "unidirectional"
     image_position: Literal["first", "middle", "last"] = "first"
@@ -410,7 +441,8 @@ class VisualRWKVConfig(PreTrainedConfig):
             )
         if self.compressor_per_tile and self.compressor_num_tokens > self.num_tile_tokens:
             raise ValueError(
-                f"compressor_num_tokens ({self.compressor_num_tokens}) is more than a tile has ({self.num_tile_tokens})."
+                f"compressor_num_tokens ({self.compressor_num_tokens}) is more than a tile has "
+                f"({self.num_tile_tokens})."
             )
         if self.scan != "unidirectional":
             raise ValueError(

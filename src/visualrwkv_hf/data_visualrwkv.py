@@ -6,7 +6,7 @@ literal `<image>` for every picture. A release differs from another by its `Prom
 
 import re
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class PromptFormat:
     train_on_prefix: bool = False
 
 
-_SINGLE = {"merge_pictures": True, "without_pictures": "keep"}
+_SINGLE: dict[str, Any] = {"merge_pictures": True, "without_pictures": "keep"}
 
 PROMPT_FORMATS = {
     "v5": PromptFormat(**_SINGLE, sandwich="turn", pictures_in_answers=True, train_on_prefix=True),

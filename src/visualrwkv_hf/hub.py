@@ -33,20 +33,33 @@ def ship_remote_code(folder: str | Path) -> None:
 
 
 def write_auto_map(config_file: Path, auto_map: dict[str, str]) -> None:
-    """Names in `config_file` the classes that load it, and copies the files that they stand in."""
+    """Names in `config_file` the classes that load it, and copies the files that they stand in.
+
+    Code that came with a model is cached without what the model does not import, its processor: that is left
+    out, and comes with the processor.
+    """
     here = Path(__file__).parent
-    known = {
-        name: target for name, target in auto_map.items() if (here / f"{target.split('.')[0]}.py").exists()
-    }
+    known = {name: target for name, target in auto_map.items() if (here / f"{module_of(target)}.py").exists()}
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["auto_map"] = known
     config_file.write_text(
         json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    for module in needed_modules({target.split(".")[0] for target in known.values()}):
-        target = config_file.parent / f"{module}.py"
+    copy_code(config_file.parent, known)
+
+
+def copy_code(folder: str | Path, auto_map: dict[str, str]) -> None:
+    """Copies into `folder` the files that the classes of `auto_map` stand in, and those that these import."""
+    here = Path(__file__).parent
+    for module in needed_modules({module_of(target) for target in auto_map.values()}):
+        target = Path(folder) / f"{module}.py"
         if not (target.exists() and target.samefile(here / f"{module}.py")):
             shutil.copyfile(here / f"{module}.py", target)
+
+
+def module_of(target: str) -> str:
+    """The module of a class as an `auto_map` names it: `"module.Class"`."""
+    return target.split(".")[0]
 
 
 def needed_modules(modules: set[str]) -> set[str]:

@@ -6,6 +6,7 @@ side.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.processing_utils import ImagesKwargs
 
 from .configuration_visualrwkv import ENCODER_NAMES, VisualRWKVConfig
+from .hub import IMAGE_PROCESSOR_CODE, copy_code
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -350,6 +352,15 @@ class VisualRWKVImageProcessor(PilBackend):
         if TILINGS[tiling].has_tokens:
             data["num_tiles"] = np.array([len(cut) for cut in pieces], dtype=np.int64)
         return BatchFeature(data, tensor_type=kwargs.get("return_tensors"))
+
+    def to_dict(self) -> dict:
+        """The fields, and where the class stands."""
+        return super().to_dict() | {"auto_map": dict(IMAGE_PROCESSOR_CODE)}
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """Writes the fields, and beside them the code that reads them: while a folder is saved, before a push."""
+        super().to_json_file(json_file_path)
+        copy_code(Path(json_file_path).parent, IMAGE_PROCESSOR_CODE)
 
     def get_number_of_image_patches(
         self, height: int, width: int, images_kwargs: Mapping | None = None

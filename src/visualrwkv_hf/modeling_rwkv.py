@@ -8,6 +8,7 @@ F width of the channel mix, D rank of a low-rank map. Inside a block parameters 
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -41,6 +42,10 @@ DECAY_SCALE = 0.6065306597126334
 """e^(-1/2): the log decay of RWKV-7 lies between minus this and 0."""
 
 
+HUB_ARGUMENTS = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+"""What `save_pretrained(push_to_hub=True)` hands on to `push_to_hub()` alone."""
+
+
 class Padding(NamedTuple):
     """Where the real tokens are. All indices point into [what the cache carried, token 0, ..., token T-1]."""
 
@@ -52,7 +57,7 @@ class Padding(NamedTuple):
 class Order(NamedTuple):
     """In which order a layer reads the sequence, and the way back."""
 
-    index: torch.Tensor  # [B, T] position p of the layer's sequence is token index[p]
+    forward: torch.Tensor  # [B, T] position p of the layer's sequence is token forward[p]
     inverse: torch.Tensor  # [B, T]
 
 
@@ -62,6 +67,11 @@ def padding_of(mask: torch.Tensor) -> Padding:
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     up_to = torch.where(mask, positions, 0).cummax(dim=1).values  # [B, T]
     return Padding(mask, F.pad(up_to[:, :-1], (1, 0)), up_to[:, -1])
+
+
+def precise(x: torch.Tensor) -> torch.Tensor:
+    """Decays are computed in float32 at least, whatever the model's dtype."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def take(sequence: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -145,6 +155,10 @@ class TimeMix(nn.Module):
         """What is added behind the norm, [B, T, A]."""
         return 0.0
 
+    def init_weights(self) -> None:
+        """The original's initialisation."""
+        raise NotImplementedError
+
     def heads(self, tensor: torch.Tensor) -> torch.Tensor:
         """[B, T, A] -> [B, T, H, K]."""
         return tensor.unflatten(-1, (-1, self.head_dim))
@@ -192,7 +206,7 @@ class Rwkv5TimeMix(TimeMix):
         r = self.heads(self.receptance(mixed(self.time_mix_r)))
         k = self.heads(self.key(mixed(self.time_mix_k)))
         v = self.heads(self.value(mixed(self.time_mix_v)))
-        w = -torch.exp(self.time_decay.float()).expand(r.shape)
+        w = -torch.exp(precise(self.time_decay)).expand(r.shape)
         return {"r": r, "w": w, "k": k, "v": v}, F.silu(self.gate(mixed(self.time_mix_g))), v_first
 
     def wkv(self, inputs, initial_state):
@@ -218,6 +232,8 @@ class Rwkv6TimeMix(TimeMix):
     x_m = x_t + (x_{t-1} - x_t)(maa_m + lora_m);  w_t = exp(-exp(time_decay + lora(x_w)));  out = norm(y) silu(g).
     """
 
+    time_maa_x: nn.Parameter
+
     def __init__(self, config: VisualRWKVTextConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         hidden_size, width = config.hidden_size, config.attention_size
@@ -237,7 +253,7 @@ class Rwkv6TimeMix(TimeMix):
         decay = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2  # [B, T, A]
         inputs = {
             "r": self.heads(self.receptance(x_r)),
-            "w": self.heads(-torch.exp(decay.float())),
+            "w": self.heads(-torch.exp(precise(decay))),
             "k": self.heads(self.key(x_k)),
             "v": self.heads(self.value(x_v)),
         }
@@ -258,7 +274,7 @@ class Rwkv6TimeMix(TimeMix):
     def init_weights(self) -> None:
         """The original's initialisation of what is not a linear layer."""
         r01, r10, d = self._layer_position()
-        kept = dict.fromkeys("xwk", d ** r10) | {
+        kept = dict.fromkeys("xwk", d**r10) | {
             "v": d**r10 + 0.3 * r01,
             "r": d ** (0.5 * r10),
             "g": d ** (0.5 * r10),
@@ -317,7 +333,7 @@ class Rwkv7TimeMix(TimeMix):
         decay = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2
         inputs = {
             "r": self.heads(self.receptance(x_r)),
-            "w": self.heads(-DECAY_SCALE * torch.sigmoid(decay.float())),
+            "w": self.heads(-DECAY_SCALE * torch.sigmoid(precise(decay))),
             "k": self.heads(k * (1 + (rate - 1) * self.k_a)),
             "v": self.heads(v),
             "a": -kk,
@@ -499,8 +515,8 @@ class RwkvBlock(GradientCheckpointingLayer):
         state = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         values = v_first
         if order is not None:
-            hidden_states = take(hidden_states, order.index)
-            values = take(v_first, order.index) if v_first is not None else None
+            hidden_states = take(hidden_states, order.forward)
+            values = take(v_first, order.forward) if v_first is not None else None
         mixed, values = self.att(self.ln1(hidden_states), values, state, padding)
         hidden_states = hidden_states + mixed
         hidden_states = hidden_states + self.ffn(self.ln2(hidden_states), state, padding)
@@ -566,8 +582,13 @@ class VisualRWKVPreTrainedModel(PreTrainedModel):
         refuse_non_finite(model, source)
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
+    ) -> None:
         """As [`~transformers.PreTrainedModel.save_pretrained`], with the code that loads it anywhere."""
+        if push_to_hub:  # by way of `push_to_hub()`, which saves the code before it uploads
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             ship_remote_code(save_directory)
@@ -649,6 +670,7 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel):
             use_cache: whether to return the state. Not while training.
             scan_orders: [B, D, T], or D entries [B, T] (None: the order of the text). Layer l reads the sequence
                 in order l mod D, as an index: its position p is token `scan_orders[:, l % D, p]`.
+            **kwargs: `output_hidden_states` and the like.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -679,17 +701,14 @@ def local_padding(attention_mask: torch.Tensor | dict | None, length: int) -> Pa
 
     `attention_mask` is [B, past + length], or what `generate()` makes of it for a compiled step.
     """
-    if isinstance(attention_mask, dict):
-        attention_mask = attention_mask.get("linear_attention")
-    if attention_mask is None:
+    mask = attention_mask.get("linear_attention") if isinstance(attention_mask, dict) else attention_mask
+    if mask is None:
         return None
-    if attention_mask.ndim != 2:
-        raise ValueError(f"attention_mask must be [B, T], got {tuple(attention_mask.shape)}.")
-    if attention_mask.shape[1] < length:
-        raise ValueError(
-            f"attention_mask is shorter ({attention_mask.shape[1]}) than the tokens given ({length})."
-        )
-    mask = attention_mask[:, attention_mask.shape[1] - length :]
+    if mask.ndim != 2:
+        raise ValueError(f"attention_mask must be [B, T], got {tuple(mask.shape)}.")
+    if mask.shape[1] < length:
+        raise ValueError(f"attention_mask is shorter ({mask.shape[1]}) than the tokens given ({length}).")
+    mask = mask[:, mask.shape[1] - length :]
     if length > 1 and not torch.compiler.is_compiling() and bool(mask.all()):
         return None
     return padding_of(mask)
@@ -822,7 +841,7 @@ class VisualRWKVForCausalLM(VisualRWKVPreTrainedModel, VisualRWKVGenerationMixin
 def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The positions of `hidden_states` [B, T, C] whose logits are asked for."""
     if isinstance(logits_to_keep, int):
-        logits_to_keep = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
     return hidden_states[:, logits_to_keep]
 
 

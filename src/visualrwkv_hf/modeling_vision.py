@@ -6,7 +6,7 @@ the language model.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -248,6 +248,7 @@ class VisualRWKVVisionModel(PreTrainedModel):
         Raises:
             ValueError: if an encoder's pictures are missing, superfluous, of another size or number.
         """
+        given: dict[str, torch.Tensor | None]
         given = {"siglip": pixel_values_siglip, "sam": pixel_values_sam, "dinov2": pixel_values_dinov2}
         pixels = self._pixels_of_encoders(pixel_values, given)
         return BaseModelOutput(last_hidden_state=self.fuse(self.encode(pixels)))
@@ -269,12 +270,15 @@ class VisualRWKVVisionModel(PreTrainedModel):
     ) -> dict[str, torch.Tensor]:
         """The pictures of each encoder, checked."""
         first, *further = self.config.encoders
-        pixels = {first: pixel_values, **{name: given[name] for name in further}}
-        arguments = {name: "pixel_values" if name == first else f"pixel_values_{name}" for name in pixels}
-        for name, pictures in pixels.items():
+        encoders = self.config.encoders
+        arguments = {name: "pixel_values" if name == first else f"pixel_values_{name}" for name in encoders}
+        pixels: dict[str, torch.Tensor] = {}
+        for name, config in encoders.items():
+            pictures = pixel_values if name == first else given[name]
             if pictures is None:
-                raise ValueError(f"The tower has {', '.join(pixels)}: {arguments[name]} is missing.")
-            self._check_pictures(arguments[name], pictures, self.config.encoders[name])
+                raise ValueError(f"The tower has {', '.join(encoders)}: {arguments[name]} is missing.")
+            self._check_pictures(arguments[name], pictures, config)
+            pixels[name] = pictures
         if superfluous := [
             name for name, pictures in given.items() if pictures is not None and name not in further
         ]:
@@ -285,9 +289,9 @@ class VisualRWKVVisionModel(PreTrainedModel):
         counts = {arguments[name]: len(pictures) for name, pictures in pixels.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"All encoders must see the same views, got {counts}.")
-        if len(pixel_values) % self.config.num_views:
+        if counts["pixel_values"] % self.config.num_views:
             raise ValueError(
-                f"pixel_values holds {len(pixel_values)} views, a picture has {self.config.num_views}: "
+                f"pixel_values holds {counts['pixel_values']} views, a picture has {self.config.num_views}: "
                 f"the whole and {self.config.tile_grid} x {self.config.tile_grid} tiles."
             )
         return pixels
@@ -341,7 +345,7 @@ def _pool_to_nothing(patches: torch.Tensor, grid_size: None) -> torch.Tensor:
     return patches[:, :0]
 
 
-POOLINGS = {
+POOLINGS: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "none": _pool_none,
     "average": _pool_average,
     "adaptive": _pool_adaptive,

@@ -33,19 +33,19 @@ COMPRESSOR_MULTIPLE = 16
 class VisualRWKVModelOutputWithPast(BaseModelOutputWithPast):
     """As the text model's output; `image_hidden_states` [sum of L, C] are the projected pictures."""
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
 class VisualRWKVCausalLMOutputWithPast(ModelOutput):
     """`loss` scalar, `logits` [B, T, vocab_size], `past_key_values`, `hidden_states`, `image_hidden_states`."""
 
-    loss: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
     logits: torch.FloatTensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 class VisualTokenCompressor(nn.Module):
@@ -69,7 +69,7 @@ class VisualTokenCompressor(nn.Module):
         """The blocks: [N, L, C] -> [N, L, C]. The zero vectors in front are read as tokens."""
         length = tokens.shape[1]
         hidden_states = self.embed_norm(F.pad(tokens, (0, 0, -length % COMPRESSOR_MULTIPLE, 0)))
-        v_first = None
+        v_first: torch.Tensor | None = None
         for layer_idx, layer in enumerate(self.layers):
             backwards = layer_idx % 2 == 1
             if backwards:
@@ -112,7 +112,7 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.language_model.embed_tokens = value
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
@@ -145,8 +145,10 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
 
         Args:
             pixel_values: [views, 3, S, S] for the first encoder of the tower.
-            pixel_values_siglip, pixel_values_sam: the same pictures for the further encoders of a tower that has them.
+            pixel_values_siglip: the same pictures for a further encoder, in a tower that has it.
+            pixel_values_sam: likewise.
             num_tiles: [N] tiles of each picture, where the image processor tiles.
+            kwargs: `return_dict`.
 
         Returns:
             `last_hidden_state` [views or pictures, L, D] of the tower, and `pooler_output`: a list of N projected
@@ -159,7 +161,7 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
         )
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor
     ) -> torch.BoolTensor:
         """Where the tokens of pictures stand, [B, T]. Without ids, where the placeholder's embedding stands."""
         if input_ids is not None:
@@ -169,10 +171,10 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
 
     def insert_images(
         self,
-        inputs_embeds: torch.FloatTensor,
+        inputs_embeds: torch.Tensor,
         placeholders: torch.BoolTensor,
-        image_features: torch.FloatTensor,
-    ) -> torch.FloatTensor:
+        image_features: torch.Tensor,
+    ) -> torch.Tensor:
         """Puts `image_features` [sum of L, C] in the place of the placeholders [B, T] of `inputs_embeds` [B, T, C]."""
         found = placeholders.sum()
         torch_compilable_check(
@@ -227,7 +229,7 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
         num_tiles: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         scan_orders: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -236,12 +238,17 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
 
         Args:
             input_ids: [B, T], with `config.image_token_id` once for every token of a picture.
-            pixel_values, pixel_values_siglip, pixel_values_sam, num_tiles: see [`~VisualRWKVModel.get_image_features`].
-            attention_mask, past_key_values: see [`VisualRWKVTextModel.forward`].
+            pixel_values: see [`~VisualRWKVModel.get_image_features`].
+            pixel_values_siglip: likewise.
+            pixel_values_sam: likewise.
+            num_tiles: likewise.
+            attention_mask: see [`VisualRWKVTextModel.forward`].
+            past_key_values: likewise.
             inputs_embeds: [B, T, C] in place of `input_ids`.
             scan_orders: [B, D, T], in which order the layers read, as `processor(..., return_scan_orders=True)`
                 gives it; by default derived from the placeholders.
             mm_encoder_outputs: pictures that were encoded before, in place of the pixels.
+            kwargs: of [`VisualRWKVTextModel.forward`].
 
         Raises:
             ValueError: if pictures and placeholders do not match, or a picture is cut by the end of the sequence
@@ -334,7 +341,7 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, VisualRWKVGe
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -354,7 +361,7 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, VisualRWKVGe
         num_tiles: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         scan_orders: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,

@@ -1,5 +1,6 @@
 """Processor of VisualRWKV: chat messages or text with `<image>`, and pictures -> what the model reads."""
 
+import os
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .configuration_visualrwkv import VisualRWKVConfig
 from .data_visualrwkv import TURN_END
+from .hub import PROCESSOR_CODE, copy_code
 from .image_processing_visualrwkv import open_picture
 from .scan_orders import num_directions, sequence_orders
 
@@ -115,6 +117,15 @@ class VisualRWKVProcessor(ProcessorMixin):
         fields = {name: getattr(config, name) for name in CONFIG_FIELDS} | overrides
         fields.setdefault("chat_template", release_chat_template(fields["image_position"]))
         return cls(image_processor, tokenizer, **fields)
+
+    def to_dict(self) -> dict:
+        """The fields, and where the class stands."""
+        return super().to_dict() | {"auto_map": dict(PROCESSOR_CODE)}
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """Writes the fields, and beside them the code that reads them: while a folder is saved, before a push."""
+        super().to_json_file(json_file_path)
+        copy_code(Path(json_file_path).parent, PROCESSOR_CODE)
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """As transformers' `ProcessorMixin.apply_chat_template`, with two variables of the template:

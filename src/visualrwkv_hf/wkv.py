@@ -70,7 +70,9 @@ def wkv6(
         return kernel(r, w, k, v, u, initial_state)
     with _no_autocast(r.device):
         state = _initial_state(r, v, initial_state)
-        compute = _wkv6_steps if r.shape[1] <= MAX_STEPS else functools.partial(_wkv6_chunks, C=chunk_size)
+        compute: Callable[..., tuple[Tensor, Tensor]] = (
+            _wkv6_steps if r.shape[1] <= MAX_STEPS else functools.partial(_wkv6_chunks, C=chunk_size)
+        )
         out, state = compute(*(x.to(state.dtype) for x in (r, w, k, v, u)), state)
         return out.to(r.dtype), state
 
@@ -118,7 +120,9 @@ def wkv7(
         return kernel(r, w, k, v, a, b, initial_state)
     with _no_autocast(r.device):
         state = _initial_state(r, v, initial_state)
-        compute = _wkv7_steps if r.shape[1] <= MAX_STEPS else functools.partial(_wkv7_chunks, C=chunk_size)
+        compute: Callable[..., tuple[Tensor, Tensor]] = (
+            _wkv7_steps if r.shape[1] <= MAX_STEPS else functools.partial(_wkv7_chunks, C=chunk_size)
+        )
         out, state = compute(*(x.to(state.dtype) for x in (r, w, k, v, a, b)), state)
         return out.to(r.dtype), state
 
