@@ -19,9 +19,10 @@ def _scores(title: str, source: str, **values: float) -> Scores:
     return Scores(title, {name.replace("_", "-"): value for name, value in values.items()}, source)
 
 
-V6_PAPER = "arXiv 2406.13362, table 1"
+V6_PAPER = "arXiv 2406.13362, table 2"
 HD_PAPER = "arXiv 2410.11665, table 3"
 EAGLE_PAPER = "arXiv 2404.05892, table 6"
+ORIGINAL_README = "the original repository's README"
 
 PUBLISHED = {
     (5, "clip", 1, 2048): _scores(
@@ -89,6 +90,15 @@ PUBLISHED = {
         MME=1321.33,
         MMBench=58.42,
         MMBench_CN=52.84,
+    ),
+    (7, "dinov2", 1, 768): _scores(
+        "VisualRWKV-7 0B1", ORIGINAL_README, VQAv2=75.22, ScienceQA=50.62, TextVQA=37.90, GQA=59.92
+    ),
+    (7, "dinov2", 1, 1024): _scores(
+        "VisualRWKV-7 0B4", ORIGINAL_README, VQAv2=77.85, ScienceQA=54.98, TextVQA=41.05, GQA=62.30
+    ),
+    (7, "dinov2", 1, 2048): _scores(
+        "VisualRWKV-7 1B5", ORIGINAL_README, VQAv2=79.84, ScienceQA=59.74, TextVQA=49.49, GQA=63.20
     ),
 }
 """Scores by generation, first encoder, tile grid and width: a fine-tune of the same shape has others."""
