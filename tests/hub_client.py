@@ -91,6 +91,14 @@ def push_model(folder: str, repo: str, **kwargs: Any) -> None:
     AutoProcessor.from_pretrained(folder).push_to_hub(repo, **kwargs)
 
 
+def save_and_push(folder: str, target: str, name: str, token: str) -> None:
+    """`save_pretrained(push_to_hub=True)` of a model."""
+    from visualrwkv_hf import VisualRWKVForConditionalGeneration
+
+    model = VisualRWKVForConditionalGeneration.from_pretrained(folder)
+    model.save_pretrained(target, push_to_hub=True, repo_id=name, private=True, token=token)
+
+
 def weights_of(name: str, **kwargs: Any) -> dict[str, bytes]:
     """A model by its name: the bytes of every tensor."""
     from transformers import AutoModelForImageTextToText

@@ -141,6 +141,17 @@ def test_model_and_processor_push_themselves(hub, client, tmp_path):
     assert pulled == local
 
 
+def test_saving_with_a_push_sends_the_code_as_well(hub, client, model, tmp_path):
+    client(hub_client.save_and_push, str(model), str(tmp_path / "saved"), "ann/saved", ANN)
+    pushed = files_on(hub, "ann/saved")
+    assert hub.repos["ann/saved"].private and {
+        "modeling_visualrwkv.py",
+        "wkv.py",
+        "model.safetensors",
+    } <= set(pushed)
+    assert {name: pushed[name] for name in files_of(tmp_path / "saved")} == files_of(tmp_path / "saved")
+
+
 # Refused pushes: before anything is converted.
 
 
