@@ -18,7 +18,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visualrwkv_hf.conversion.convert import restore_state_dict
 from visualrwkv_hf.loss_visualrwkv import L2Wrap, visualrwkv_loss
-from visualrwkv_hf.modeling_rwkv import take
 from visualrwkv_hf.modeling_vision import pool_patches
 from visualrwkv_hf.scan_orders import SCANS, grid_permutation
 
@@ -68,6 +67,11 @@ def original_run(model: nn.Module, batch: layout.Batch) -> Run:
         inputs_embeds=batch.inputs_embeds, scan_orders=orders, labels=batch.labels, use_cache=False
     )
     return Run(in_original_order(config.scan, outputs.logits, orders), outputs.loss, batch, orders)
+
+
+def take(sequence: Tensor, index: Tensor) -> Tensor:
+    """`sequence` [B, T, C] read at `index` [B, N] -> [B, N, C]."""
+    return sequence.gather(1, index[..., None].expand(-1, -1, sequence.shape[-1]))
 
 
 def in_original_order(scan: str, logits: Tensor, orders: Tensor) -> Tensor:

@@ -43,10 +43,12 @@ MODEL_CODE = {
     "cache_visualrwkv.py",
     "configuration_visualrwkv.py",
     "hub.py",
+    "kernels.py",
     "loss_visualrwkv.py",
     "modeling_rwkv.py",
     "modeling_vision.py",
     "modeling_visualrwkv.py",
+    "reading.py",
     "scan_orders.py",
     "wkv.py",
 }

@@ -123,11 +123,11 @@ def test_of_the_package_only_the_command_imports_conversion():
     )
 
 
-def test_kernels_are_imported_by_wkv_only_and_may_be_missing():
+def test_kernels_are_imported_in_one_place_and_may_be_missing():
     everywhere = imports_of(*PARTS.values(), EXAMPLES)
-    wkv = PARTS["visualrwkv_hf"] / "wkv.py"
+    choice = PARTS["visualrwkv_hf"] / "kernels.py"
     kernels = [item for item in everywhere if item.is_kernel]
-    refuse(item for item in kernels if item.file != wkv or not item.guarded)
+    refuse(item for item in kernels if item.file != choice or not item.guarded)
     assert kernels
 
 

@@ -1,11 +1,14 @@
 """The WKV ops in torch, against a float64 oracle, the original's numbers and an independent package."""
 
 import functools
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,9 @@ from oracles import wkv as oracle
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
-from visualrwkv_hf import wkv
-from visualrwkv_hf.wkv import wkv6, wkv7, wkv_backend
+from visualrwkv_hf import kernels, wkv
+from visualrwkv_hf.kernels import wkv_backend
+from visualrwkv_hf.wkv import wkv6, wkv7
 
 OPS = {"wkv6": (wkv6, oracle.wkv6), "wkv7": (wkv7, oracle.wkv7)}
 
@@ -219,6 +223,70 @@ def test_layout_in_memory_does_not_matter(op, T, B, H):
     assert_same(run(OPS[op][0], inputs), expected, TOLERANCE[torch.float32])
 
 
+def shuffled(T, B=2, seed=3):
+    """A permutation per row, [B, T]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(T, generator=generator) for _ in range(B)])
+
+
+def along(x, order):
+    return torch.stack([row[index] for row, index in zip(x, order)])
+
+
+@pytest.mark.parametrize("T", [1, 5, 45])
+@pytest.mark.parametrize("op", OPS)
+def test_order_is_reading_permuted_tokens(op, T):
+    *inputs, state = make_inputs(op, T)
+    order = shuffled(T)
+
+    def permuted(*inputs, **options):
+        y, state = OPS[op][0](*(along(x, order) if x.dim() == 4 and x.shape[1] == T else x for x in inputs))
+        return along(y, order.argsort(1)), state
+
+    actual = run(OPS[op][0], [*inputs, state], order=order)
+    expected = run(lambda *x: permuted(*x[:-1], x[-1]), [*inputs, state])
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("T", [6, 45])
+@pytest.mark.parametrize("op", OPS)
+def test_pads_in_the_order_are_passed_over(op, T):
+    inputs = make_inputs(op, T)
+    real = torch.rand(2, T, generator=torch.Generator().manual_seed(5)) > 0.3
+    order = shuffled(T)
+    signed = torch.where(real.gather(1, order), order, ~order)
+    actual = run(OPS[op][0], inputs, order=signed)
+    for row in range(2):
+        kept = order[row][real[row][order[row]]]  # what is read, as it is read
+
+        def alone(*inputs, row=row, kept=kept):
+            *tokens, state = (x if x.dim() == 2 else x[row : row + 1] for x in inputs)
+            y, state = OPS[op][0](*(x if x.dim() == 2 else x[:, kept] for x in tokens), state)
+            return y, state
+
+        y, state = alone(*inputs)
+        assert_same((actual[0][row, kept], actual[1][row]), (y[0].double(), state[0].double()), 1e-6)
+    assert not actual[0][~real].any()
+    for gradient, x in zip(actual[2:], inputs):
+        assert x.shape[:2] != (2, T) or not gradient[~real].any()
+
+
+@pytest.mark.parametrize("lengths", [[3, 40, 1], [17, 0, 33], [5]])
+@pytest.mark.parametrize("op", OPS)
+def test_packed_sequences_do_not_see_each_other(op, lengths):
+    *inputs, _ = make_inputs(op, sum(lengths), B=1)
+    states = torch.randn(len(lengths), 2, 8, 6, generator=torch.Generator().manual_seed(4))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    y, state = OPS[op][0](*inputs, states, cu_seqlens=cu_seqlens)
+    for i, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
+        if start == end:
+            assert torch.equal(state[i], states[i])
+            continue
+        alone = OPS[op][0](*(x[:, start:end] if x.dim() == 4 else x for x in inputs), states[i : i + 1])
+        assert torch.equal(y[:, start:end], alone[0]) and torch.equal(state[i : i + 1], alone[1])
+
+
 @pytest.mark.parametrize("T", [1, 40])
 @pytest.mark.parametrize("op", OPS)
 def test_no_initial_state_is_zeros(op, T):
@@ -385,6 +453,10 @@ def test_refuses_shapes_that_do_not_fit(op, change, message):
 
 def test_refuses_other_inputs_that_do_not_fit():
     r, w, k, v, u, _ = make_inputs("wkv6", 5)
+    with pytest.raises(ValueError, match=r"order must be \[B, T\] = \[2, 5\] in torch.int64, got \[5\]"):
+        wkv6(r, w, k, v, u, order=torch.arange(5))
+    with pytest.raises(ValueError, match=r"cu_seqlens must be \[S \+ 1\] and B 1, got \[2\] and B = 2"):
+        wkv6(r, w, k, v, u, cu_seqlens=torch.tensor([0, 5]))
     with pytest.raises(ValueError, match=r"u must be \[H, K\] = \[2, 8\], got \[16\]"):
         wkv6(r, w, k, v, u.flatten())
     for name in ("a", "b"):
@@ -416,25 +488,19 @@ def test_refuses_a_state_of_another_dtype(op, inputs, state):
 
 @pytest.fixture
 def fake_kernels(monkeypatch):
-    """Kernels that only say that they were called."""
-    for op in OPS:
-        module = types.ModuleType(f"visualrwkv_hf.triton_kernels.{op}")
-        setattr(module, op, lambda *inputs, op=op: (f"triton {op}", inputs))
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    parent = types.ModuleType("visualrwkv_hf.triton_kernels")
-    monkeypatch.setitem(sys.modules, parent.__name__, parent)
-    wkv._triton_kernel.cache_clear()
-    yield
-    wkv._triton_kernel.cache_clear()
+    """Kernels that only say that they were called, and serve heads of all sizes but 3."""
+    module = types.ModuleType("visualrwkv_hf.triton_kernels")
+    module.KERNELS = {op: lambda *inputs, op=op: (f"triton {op}", inputs) for op in OPS}
+    module.unsupported = lambda op, r, *_: (
+        "heads of 3" if r.shape[-1] == 3 else "float64" if r.dtype == torch.float64 else ""
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(kernels, "_said", set())
 
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    for op in OPS:
-        monkeypatch.setitem(sys.modules, f"visualrwkv_hf.triton_kernels.{op}", None)
-    wkv._triton_kernel.cache_clear()
-    yield
-    wkv._triton_kernel.cache_clear()
+    monkeypatch.setitem(sys.modules, "visualrwkv_hf.triton_kernels", None)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -449,13 +515,23 @@ def test_triton_where_there_is_none_says_so(op, no_kernels):
         assert torch.is_tensor(OPS[op][0](*inputs)[0])
 
 
+def test_kernels_are_told_all(fake_kernels):
+    order, cu_seqlens = torch.arange(5).flip(0)[None], torch.tensor([0, 2, 5])
+    packed = dict(order=order, cu_seqlens=cu_seqlens)
+    with wkv_backend("triton"):
+        *inputs, _ = make_inputs("wkv6", 5, B=1)
+        assert wkv6(*inputs, **packed)[1][5:] == (None, order, cu_seqlens)
+        *inputs, _ = make_inputs("wkv7", 5, B=1)
+        assert wkv7(*inputs, **packed, min_log_decay=-1.0)[1][6:] == (None, order, cu_seqlens, -1.0)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_backend_is_chosen_per_block(op, fake_kernels):
     *inputs, state = make_inputs(op, 5)
     with wkv_backend("triton"):
         name, given = OPS[op][0](*inputs, state)
         assert name == f"triton {op}"
-        assert all(torch.equal(x, y) for x, y in zip(given, [*inputs, state], strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(given, [*inputs, state]))
         with wkv_backend("torch"):
             assert torch.is_tensor(OPS[op][0](*inputs, state)[0])
         assert OPS[op][0](*inputs, state)[0] == f"triton {op}"
@@ -473,32 +549,45 @@ def test_kernel_is_given_w_in_full(fake_kernels):
     ("backend", "device", "dtype", "expected"),
     [
         ("auto", "cuda", torch.bfloat16, "triton"),
-        ("auto", "cuda", torch.float64, "torch"),
         ("auto", "cpu", torch.float32, "torch"),
         ("torch", "cuda", torch.float32, "torch"),
         ("triton", "cpu", torch.float32, "triton"),
     ],
 )
-def test_choice_by_device_and_dtype(fake_kernels, backend, device, dtype, expected):
-    r = types.SimpleNamespace(device=torch.device(device), dtype=dtype)
+def test_choice_by_device(fake_kernels, backend, device, dtype, expected):
+    r = types.SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 1, 1, 4))
     with wkv_backend(backend):
-        assert (wkv._kernel("wkv7", r) is None) == (expected == "torch")
+        assert (kernels.kernel("wkv7", r) is None) == (expected == "torch")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "reason"), [(torch.float64, 4, "float64"), (torch.float32, 3, "heads of 3")]
+)
+def test_what_no_kernel_serves_runs_as_torch_and_says_so_once(fake_kernels, dtype, size, reason):
+    r = types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 1, 1, size))
+    with pytest.warns(UserWarning, match=f"wkv7 runs as plain torch.*{reason}"):
+        assert kernels.kernel("wkv7", r) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels.kernel("wkv7", r) is None
+    with wkv_backend("triton"), pytest.raises(RuntimeError, match=reason):
+        kernels.kernel("wkv7", r)
 
 
 def test_backend_of_one_thread_is_not_that_of_another():
     seen = []
     with wkv_backend("torch"):
-        thread = threading.Thread(target=lambda: seen.append(wkv._chosen.backend))
+        thread = threading.Thread(target=lambda: seen.append(kernels._chosen.backend))
         thread.start()
         thread.join()
-        seen.append(wkv._chosen.backend)
-    assert seen == ["auto", "torch"] and wkv._chosen.backend == "auto"
+        seen.append(kernels._chosen.backend)
+    assert seen == ["auto", "torch"] and kernels._chosen.backend == "auto"
 
 
 def test_backend_is_restored_after_an_error():
     with pytest.raises(KeyError), wkv_backend("torch"):
         raise KeyError
-    assert wkv._chosen.backend == "auto"
+    assert kernels._chosen.backend == "auto"
 
 
 def test_refuses_an_unknown_backend():
@@ -507,12 +596,18 @@ def test_refuses_an_unknown_backend():
         pass
 
 
-def test_file_runs_alone_without_triton():
-    """As remote code it does: torch is all it imports."""
+def test_files_run_alone_without_triton(tmp_path):
+    """As remote code they do: torch is all they import."""
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    for file in (wkv.__file__, kernels.__file__):
+        shutil.copy(file, folder)
     program = (
-        "import runpy, sys, torch; sys.modules['triton'] = None; sys.modules['visualrwkv_hf'] = None;"
-        f"file = runpy.run_path({wkv.__file__!r}); x = torch.ones(1, 40, 1, 2);"
-        "print(file['wkv6'](x, -x, x, x, x[0, 0])[0].shape)"
+        "import sys, torch; sys.modules['triton'] = None; sys.modules['visualrwkv_hf'] = None;"
+        "from alone.wkv import wkv6; x = torch.ones(1, 40, 1, 2);"
+        "print(wkv6(x, -x, x, x, x[0, 0])[0].shape)"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     assert result.stdout.strip() == "torch.Size([1, 40, 1, 2])"

@@ -1,67 +1,48 @@
 """VisualRWKV, a visual language model over a linear RNN, for Hugging Face transformers.
 
-Importing this package makes transformers' Auto classes and pipelines know its models.
+Importing this package makes transformers' Auto classes and pipelines know its models. Nothing else is imported
+before it is used.
 """
 
-import contextlib
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
+from .auto_classes import register
 
-from .cache_visualrwkv import VisualRWKVCache, VisualRWKVStaticCache
-from .configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig, VisualRWKVVisionConfig
-from .image_processing_visualrwkv import VisualRWKVImageProcessor
-from .modeling_rwkv import VisualRWKVForCausalLM, VisualRWKVTextModel
-from .modeling_vision import VisualRWKVVisionModel
-from .modeling_visualrwkv import VisualRWKVForConditionalGeneration, VisualRWKVModel
-from .processing_visualrwkv import VisualRWKVProcessor
-from .scan_orders import SCANS
-from .wkv import wkv6, wkv7, wkv_backend
+if TYPE_CHECKING:
+    from .cache_visualrwkv import VisualRWKVCache, VisualRWKVStaticCache
+    from .configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig, VisualRWKVVisionConfig
+    from .image_processing_visualrwkv import VisualRWKVImageProcessor
+    from .kernels import wkv_backend
+    from .modeling_rwkv import VisualRWKVForCausalLM, VisualRWKVTextModel
+    from .modeling_vision import VisualRWKVVisionModel
+    from .modeling_visualrwkv import VisualRWKVForConditionalGeneration, VisualRWKVModel
+    from .processing_visualrwkv import VisualRWKVProcessor
+    from .scan_orders import SCANS
+    from .wkv import wkv6, wkv7
 
 __version__ = "0.1.0"
 
-
-def register() -> None:
-    """Makes transformers' Auto classes know this package. Runs at import; calling it again changes nothing."""
-    for config_class in (VisualRWKVConfig, VisualRWKVTextConfig, VisualRWKVVisionConfig):
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AutoModel.register(VisualRWKVConfig, VisualRWKVModel, exist_ok=True)
-    AutoModel.register(VisualRWKVTextConfig, VisualRWKVTextModel, exist_ok=True)
-    AutoModel.register(VisualRWKVVisionConfig, VisualRWKVVisionModel, exist_ok=True)
-    AutoModelForImageTextToText.register(VisualRWKVConfig, VisualRWKVForConditionalGeneration, exist_ok=True)
-    AutoModelForMultimodalLM.register(VisualRWKVConfig, VisualRWKVForConditionalGeneration, exist_ok=True)
-    AutoModelForCausalLM.register(VisualRWKVTextConfig, VisualRWKVForCausalLM, exist_ok=True)
-    AutoProcessor.register(VisualRWKVConfig, VisualRWKVProcessor, exist_ok=True)
-    with contextlib.suppress(ImportError):  # older transformers keep this class behind torchvision
-        AutoImageProcessor.register(
-            VisualRWKVConfig, image_processor_classes={"pil": VisualRWKVImageProcessor}, exist_ok=True
-        )
-
-
-def bundled_model() -> Path:
-    """The folder of the small model inside this package.
-
-    Raises:
-        FileNotFoundError: if this version of the package has none.
-    """
-    folder = Path(__file__).parent / "bundled"
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(
-            f"visualrwkv-hf {__version__} has no model inside: name one (a folder or a Hub id), for example one "
-            "that you converted."
-        )
-    return folder
-
-
-register()
+MODULE_OF = {
+    "SCANS": "scan_orders",
+    "VisualRWKVCache": "cache_visualrwkv",
+    "VisualRWKVConfig": "configuration_visualrwkv",
+    "VisualRWKVForCausalLM": "modeling_rwkv",
+    "VisualRWKVForConditionalGeneration": "modeling_visualrwkv",
+    "VisualRWKVImageProcessor": "image_processing_visualrwkv",
+    "VisualRWKVModel": "modeling_visualrwkv",
+    "VisualRWKVProcessor": "processing_visualrwkv",
+    "VisualRWKVStaticCache": "cache_visualrwkv",
+    "VisualRWKVTextConfig": "configuration_visualrwkv",
+    "VisualRWKVTextModel": "modeling_rwkv",
+    "VisualRWKVVisionConfig": "configuration_visualrwkv",
+    "VisualRWKVVisionModel": "modeling_vision",
+    "wkv6": "wkv",
+    "wkv7": "wkv",
+    "wkv_backend": "kernels",
+}
+"""Public name -> the file beside this one that is imported when the name is first used."""
 
 __all__ = [
     "SCANS",
@@ -83,3 +64,33 @@ __all__ = [
     "wkv7",
     "wkv_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *MODULE_OF})
+
+
+def bundled_model() -> Path:
+    """The folder of the small model inside this package.
+
+    Raises:
+        FileNotFoundError: if this version of the package has none.
+    """
+    folder = Path(__file__).parent / "bundled"
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"visualrwkv-hf {__version__} has no model inside: name one (a folder or a Hub id), for example one "
+            "that you converted."
+        )
+    return folder
+
+
+register()

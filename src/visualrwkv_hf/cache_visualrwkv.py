@@ -43,13 +43,19 @@ class VisualRWKVCacheLayer(LinearAttentionLayer):
         """The state of the recurrence [B, H, K, V], or None before the first token."""
         return self.recurrent_states[0] if self.has_previous_state[TIME_MIX_SHIFT] else None
 
-    def update_token_shift(self, which: int, previous: torch.Tensor, last: torch.Tensor) -> None:
-        """Keeps `last` [B, C]; `previous` [B, T, C] is what the tokens of this step saw as their predecessor."""
+    def update_token_shift(
+        self,
+        which: int,
+        length: int,
+        last: torch.Tensor,
+        after: Callable[[int, torch.Tensor | None], torch.Tensor],
+    ) -> None:
+        """Keeps `last` [B, C], what shift `which` read last of a step of `length` tokens.
+
+        `after(n, before)` gives what it had read last after the first n of them, starting from `before`.
+        """
         if self.record_past:
-            carried = torch.cat([previous[:, 1:], last[:, None]], dim=1)  # [B, T, C]
-            self._record(
-                f"shift{which}", previous.shape[1], self.token_shift(which), lambda n, _: carried[:, n - 1]
-            )
+            self._record(f"shift{which}", length, self.token_shift(which), after)
         if not self.is_conv_states_initialized[which]:
             self.lazy_initialization(conv_states=last[..., None], state_idx=which)
         self.conv_states[which].copy_(last[..., None])

@@ -9,7 +9,7 @@ F width of the channel mix, D rank of a low-rank map. Inside a block parameters 
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -35,8 +35,8 @@ from .cache_visualrwkv import (
 from .configuration_visualrwkv import VisualRWKVTextConfig
 from .hub import ship_remote_code
 from .loss_visualrwkv import visualrwkv_loss
-from .scan_orders import inverse_order
-from .wkv import wkv6, wkv7
+from .reading import AS_IT_COMES, Reading, last_token, readings_of, token_shift
+from .wkv import rows_of, wkv6, wkv7
 
 DECAY_SCALE = 0.6065306597126334
 """e^(-1/2): the log decay of RWKV-7 lies between minus this and 0."""
@@ -46,58 +46,39 @@ HUB_ARGUMENTS = ("commit_message", "commit_description", "private", "revision", 
 """What `save_pretrained(push_to_hub=True)` hands on to `push_to_hub()` alone."""
 
 
-class Padding(NamedTuple):
-    """Where the real tokens are. All indices point into [what the cache carried, token 0, ..., token T-1]."""
-
-    mask: torch.Tensor  # [B, T] bool, True at real tokens
-    before: torch.Tensor  # [B, T] index of the last real token before each position
-    last: torch.Tensor  # [B] index of the last real token of the sequence
-
-
-class Order(NamedTuple):
-    """In which order a layer reads the sequence, and the way back."""
-
-    forward: torch.Tensor  # [B, T] position p of the layer's sequence is token forward[p]
-    inverse: torch.Tensor  # [B, T]
-
-
-def padding_of(mask: torch.Tensor) -> Padding:
-    """Indices of the real tokens of `mask` [B, T]."""
-    mask = mask.bool()
-    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    up_to = torch.where(mask, positions, 0).cummax(dim=1).values  # [B, T]
-    return Padding(mask, F.pad(up_to[:, :-1], (1, 0)), up_to[:, -1])
-
-
 def precise(x: torch.Tensor) -> torch.Tensor:
     """Decays are computed in float32 at least, whatever the model's dtype."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def take(sequence: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`sequence` [B, T, C] read at `index` [B, N] -> [B, N, C]."""
-    return sequence.gather(1, index[..., None].expand(-1, -1, sequence.shape[-1]))
-
-
-def token_shift(
-    hidden_states: torch.Tensor,
-    which: int,
-    state: VisualRWKVCacheLayer | None = None,
-    padding: Padding | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The previous real token of each of `hidden_states` [B, T, C], and the one to carry over, [B, C].
-
-    The first token's predecessor is what the cache carried, or zero at the start of the text.
-    """
+def carried_token(
+    hidden_states: torch.Tensor, which: int, state: VisualRWKVCacheLayer | None
+) -> torch.Tensor:
+    """What token shift `which` sees before the first of `hidden_states` [B, T, C]: [B, C], zeros at the start."""
     carried = state.token_shift(which) if state is not None else None
-    if carried is None:
-        carried = torch.zeros_like(hidden_states[:, 0])
-    if hidden_states.shape[1] == 1 and padding is None:
-        return carried[:, None].to(hidden_states.dtype).clone(), hidden_states[:, 0]
-    extended = torch.cat([carried[:, None].to(hidden_states.dtype), hidden_states], dim=1)  # [B, 1 + T, C]
-    if padding is None:
-        return extended[:, :-1], extended[:, -1]
-    return take(extended, padding.before), take(extended, padding.last[:, None])[:, 0]
+    return torch.zeros_like(hidden_states[:, 0]) if carried is None else carried
+
+
+def carry_on(
+    hidden_states: torch.Tensor,
+    carried: torch.Tensor,
+    which: int,
+    state: VisualRWKVCacheLayer,
+    reading: Reading,
+) -> None:
+    """Keeps what token shift `which` read last of `hidden_states` [B, T, C], after `carried` [B, C]."""
+
+    def after(length: int, before: torch.Tensor | None) -> torch.Tensor:
+        before = torch.zeros_like(hidden_states[:, 0]) if before is None else before
+        return last_token(hidden_states, before, reading, length)
+
+    last = last_token(hidden_states, carried, reading)
+    state.update_token_shift(which, hidden_states.shape[1], last, after)
+
+
+def weights_of(module: nn.Module, prefix: str, names: str) -> torch.Tensor:
+    """The parameters prefix + name [1, 1, C] of a module, [M, C]."""
+    return torch.cat([getattr(module, prefix + name)[0] for name in names])
 
 
 class TimeMix(nn.Module):
@@ -123,30 +104,35 @@ class TimeMix(nn.Module):
         hidden_states: torch.Tensor,
         v_first: torch.Tensor | None = None,
         state: VisualRWKVCacheLayer | None = None,
-        padding: Padding | None = None,
+        reading: Reading = AS_IT_COMES,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states` [B, T, C] -> the same shape, and layer 0's values [B, T, C] (RWKV-7)."""
-        previous, last = token_shift(hidden_states, TIME_MIX_SHIFT, state, padding)
-        inputs, gate, v_first = self.project(hidden_states, previous, v_first)
-        if padding is not None:
-            inputs = self.without_pads(inputs, padding.mask)
+        carried = carried_token(hidden_states, TIME_MIX_SHIFT, state)
+        inputs, gate, v_first = self.project(
+            hidden_states, partial(token_shift, hidden_states, carried, reading=reading), v_first
+        )
         before = state.wkv_state() if state is not None else None
-        out, after = self.wkv(inputs, before)  # [B, T, H, V], [B, H, K, V]
+        out, after = self.wkv(inputs, before, reading)  # [B, T, H, V], [B, H, K, V]
         if state is not None:
-            state.update_wkv_state(hidden_states.shape[1], after, partial(self._wkv_state_after, inputs))
-            state.update_token_shift(TIME_MIX_SHIFT, previous, last)
+            state.update_wkv_state(
+                hidden_states.shape[1], after, partial(self._wkv_state_after, inputs, reading)
+            )
+            carry_on(hidden_states, carried, TIME_MIX_SHIFT, state, reading)
         out = self.ln_x(out.flatten(0, 1).flatten(1)).view(gate.shape)  # [B, T, A]
         out = out + self.bonus(inputs)
         return self.output(out * gate), v_first
 
     def project(
-        self, hidden_states: torch.Tensor, previous: torch.Tensor, v_first: torch.Tensor | None
+        self, hidden_states: torch.Tensor, shift: Callable[..., torch.Tensor], v_first: torch.Tensor | None
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
-        """What the recurrence reads, each [B, T, H, K], the gate [B, T, A] and `v_first`."""
+        """What the recurrence reads, each [B, T, H, K], the gate [B, T, A] and `v_first`.
+
+        `shift(weights [M, C])` interpolates each token with the one before it, [M, B, T, C].
+        """
         raise NotImplementedError
 
     def wkv(
-        self, inputs: dict[str, torch.Tensor], initial_state: torch.Tensor | None
+        self, inputs: dict[str, torch.Tensor], initial_state: torch.Tensor | None, reading: Reading
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The recurrence: output [B, T, H, V] and state [B, H, K, V] behind the last token."""
         raise NotImplementedError
@@ -163,17 +149,20 @@ class TimeMix(nn.Module):
         """[B, T, A] -> [B, T, H, K]."""
         return tensor.unflatten(-1, (-1, self.head_dim))
 
-    @staticmethod
-    def without_pads(inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """At a pad nothing is written and nothing decays: k = a = b = 0, log decay 0. `mask` is [B, T]."""
-        pad = ~mask[..., None, None]
-        return {name: x if name in ("r", "v") else x.masked_fill(pad, 0) for name, x in inputs.items()}
-
     def _wkv_state_after(
-        self, inputs: dict[str, torch.Tensor], length: int, before: torch.Tensor | None
+        self, inputs: dict[str, torch.Tensor], reading: Reading, length: int, before: torch.Tensor | None
     ) -> torch.Tensor:
-        """The state behind the first `length` tokens: what cropping a cache goes back to."""
-        return self.wkv({name: x[:, :length] for name, x in inputs.items()}, before)[1]
+        """The state behind the first `length` positions: what cropping a cache goes back to."""
+        if reading.order is None:
+            return self.wkv({name: x[:, :length] for name, x in inputs.items()}, before, reading)[1]
+        order = reading.order[:, :length]
+        rows = rows_of(torch.where(order < 0, ~order, order), reading.order.shape[1])
+        inputs = {
+            name: x.flatten(0, 1).index_select(0, rows).unflatten(0, order.shape)
+            for name, x in inputs.items()
+        }
+        position = torch.arange(length, device=order.device)
+        return self.wkv(inputs, before, Reading(torch.where(order < 0, ~position, position)))[1]
 
     def _layer_position(self) -> tuple[float, float, torch.Tensor]:
         """r01 = l / (L - 1), r10 = 1 - l / L and d_i = i / C: what the initialisation depends on."""
@@ -199,18 +188,21 @@ class Rwkv5TimeMix(TimeMix):
         self.time_faaaa = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
         self.gate = nn.Linear(config.hidden_size, config.attention_size, bias=False)
 
-    def project(self, hidden_states, previous, v_first):
-        def mixed(weight: torch.Tensor) -> torch.Tensor:
-            return torch.lerp(previous, hidden_states, weight.to(hidden_states.dtype))
-
-        r = self.heads(self.receptance(mixed(self.time_mix_r)))
-        k = self.heads(self.key(mixed(self.time_mix_k)))
-        v = self.heads(self.value(mixed(self.time_mix_v)))
+    def project(self, hidden_states, shift, v_first):
+        x_k, x_v, x_r, x_g = shift(1 - weights_of(self, "time_mix_", "kvrg"))
+        r = self.heads(self.receptance(x_r))
         w = -torch.exp(precise(self.time_decay)).expand(r.shape)
-        return {"r": r, "w": w, "k": k, "v": v}, F.silu(self.gate(mixed(self.time_mix_g))), v_first
+        inputs = {"r": r, "w": w, "k": self.heads(self.key(x_k)), "v": self.heads(self.value(x_v))}
+        return inputs, F.silu(self.gate(x_g)), v_first
 
-    def wkv(self, inputs, initial_state):
-        return wkv6(**inputs, u=self.time_faaaa, initial_state=initial_state)
+    def wkv(self, inputs, initial_state, reading):
+        return wkv6(
+            **inputs,
+            u=self.time_faaaa,
+            initial_state=initial_state,
+            order=reading.order,
+            cu_seqlens=reading.cu_seqlens,
+        )
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -248,8 +240,11 @@ class Rwkv6TimeMix(TimeMix):
         self.time_faaaa = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
         self.gate = nn.Linear(hidden_size, width, bias=False)
 
-    def project(self, hidden_states, previous, v_first):
-        x_w, x_k, x_v, x_r, x_g = self.mixed(hidden_states, previous - hidden_states)
+    def project(self, hidden_states, shift, v_first):
+        ranks = torch.tanh(shift(self.time_maa_x[0])[0] @ self.time_maa_w1)
+        ranks = ranks.unflatten(-1, (5, -1)).movedim(-2, 0)  # [5, B, T, D]
+        data_dependent = ranks @ self.time_maa_w2[:, None]  # [5, B, T, C]
+        x_w, x_k, x_v, x_r, x_g = shift(weights_of(self, "time_maa_", "wkvrg"), dynamic=data_dependent)
         decay = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2  # [B, T, A]
         inputs = {
             "r": self.heads(self.receptance(x_r)),
@@ -259,16 +254,14 @@ class Rwkv6TimeMix(TimeMix):
         }
         return inputs, F.silu(self.gate(x_g)), v_first
 
-    def mixed(self, hidden_states: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The five interpolations [B, T, C] with the previous token, in the order w, k, v, r, g."""
-        ranks = torch.tanh((hidden_states + delta * self.time_maa_x) @ self.time_maa_w1)
-        ranks = ranks.unflatten(-1, (5, -1)).movedim(-2, 0)  # [5, B, T, D]
-        data_dependent = ranks @ self.time_maa_w2[:, None]  # [5, B, T, C]
-        constant = torch.stack([getattr(self, f"time_maa_{name}") for name in "wkvrg"])  # [5, 1, 1, C]
-        return tuple(hidden_states + delta * (constant + data_dependent))
-
-    def wkv(self, inputs, initial_state):
-        return wkv6(**inputs, u=self.time_faaaa, initial_state=initial_state)
+    def wkv(self, inputs, initial_state, reading):
+        return wkv6(
+            **inputs,
+            u=self.time_faaaa,
+            initial_state=initial_state,
+            order=reading.order,
+            cu_seqlens=reading.cu_seqlens,
+        )
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -318,11 +311,8 @@ class Rwkv7TimeMix(TimeMix):
         ranks = {"w": config.decay_low_rank_dim, "a": config.a_low_rank_dim, "g": config.gate_low_rank_dim}
         return ranks if self.layer_idx == 0 else ranks | {"v": config.v_low_rank_dim}
 
-    def project(self, hidden_states, previous, v_first):
-        delta = previous - hidden_states
-        x_r, x_w, x_k, x_v, x_a, x_g = (
-            torch.addcmul(hidden_states, delta, getattr(self, f"x_{n}")) for n in "rwkvag"
-        )
+    def project(self, hidden_states, shift, v_first):
+        x_r, x_w, x_k, x_v, x_a, x_g = shift(weights_of(self, "x_", "rwkvag"))
         k, v = self.key(x_k), self.value(x_v)
         if self.layer_idx == 0:
             v_first = v
@@ -341,8 +331,14 @@ class Rwkv7TimeMix(TimeMix):
         }
         return inputs, torch.sigmoid(x_g @ self.g1) @ self.g2, v_first
 
-    def wkv(self, inputs, initial_state):
-        return wkv7(**inputs, initial_state=initial_state)
+    def wkv(self, inputs, initial_state, reading):
+        return wkv7(
+            **inputs,
+            initial_state=initial_state,
+            order=reading.order,
+            cu_seqlens=reading.cu_seqlens,
+            min_log_decay=-DECAY_SCALE,
+        )
 
     def bonus(self, inputs):
         weight = (inputs["r"] * inputs["k"] * self.r_k).sum(-1, keepdim=True)  # [B, T, H, 1]
@@ -404,15 +400,21 @@ class ChannelMix(nn.Module):
         self,
         hidden_states: torch.Tensor,
         state: VisualRWKVCacheLayer | None = None,
-        padding: Padding | None = None,
+        reading: Reading = AS_IT_COMES,
     ) -> torch.Tensor:
         """`hidden_states` [B, T, C] -> the same shape."""
-        previous, last = token_shift(hidden_states, CHANNEL_MIX_SHIFT, state, padding)
+        carried = carried_token(hidden_states, CHANNEL_MIX_SHIFT, state)
+        shifted = token_shift(hidden_states, carried, self.mix_weights(), reading)
         if state is not None:
-            state.update_token_shift(CHANNEL_MIX_SHIFT, previous, last)
-        return self.mix(hidden_states, previous)
+            carry_on(hidden_states, carried, CHANNEL_MIX_SHIFT, state, reading)
+        return self.mix(*shifted)
 
-    def mix(self, hidden_states: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    def mix_weights(self) -> torch.Tensor:
+        """Weight of the previous token, one row per name of `mix_names`, [M, C]."""
+        return torch.cat([getattr(self, name)[0] for name in self.mix_names])
+
+    def mix(self, *shifted: torch.Tensor) -> torch.Tensor:
+        """The shifted tokens, each [B, T, C] -> the same shape."""
         raise NotImplementedError
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
@@ -440,9 +442,10 @@ class Rwkv5ChannelMix(ChannelMix):
         super().__init__(config, layer_idx)
         self.receptance = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def mix(self, hidden_states, previous):
-        x_k = torch.lerp(previous, hidden_states, self.time_mix_k.to(hidden_states.dtype))
-        x_r = torch.lerp(previous, hidden_states, self.time_mix_r.to(hidden_states.dtype))
+    def mix_weights(self):
+        return 1 - super().mix_weights()
+
+    def mix(self, x_k, x_r):
         return torch.sigmoid(self.receptance(x_r)) * self.mlp(x_k)
 
     @staticmethod
@@ -459,10 +462,7 @@ class Rwkv6ChannelMix(ChannelMix):
         super().__init__(config, layer_idx)
         self.receptance = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def mix(self, hidden_states, previous):
-        delta = previous - hidden_states
-        x_k = torch.addcmul(hidden_states, delta, self.time_maa_k)
-        x_r = torch.addcmul(hidden_states, delta, self.time_maa_r)
+    def mix(self, x_k, x_r):
         return torch.sigmoid(self.receptance(x_r)) * self.mlp(x_k)
 
 
@@ -471,8 +471,8 @@ class Rwkv7ChannelMix(ChannelMix):
 
     mix_names = ("x_k",)
 
-    def mix(self, hidden_states, previous):
-        return self.mlp(torch.addcmul(hidden_states, previous - hidden_states, self.x_k))
+    def mix(self, x_k):
+        return self.mlp(x_k)
 
     def init_weights(self) -> None:
         """1 - d^(r10^4); small uniform key, zero value."""
@@ -504,26 +504,17 @@ class RwkvBlock(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         v_first: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        padding: Padding | None = None,
-        order: Order | None = None,
+        reading: Reading = AS_IT_COMES,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`hidden_states` [B, T, C] -> the same, and `v_first` [B, T, C], both in the order of the text.
+        """`hidden_states` [B, T, C] -> the same, and `v_first` [B, T, C].
 
-        The block sees the tokens in `order`: token shifts, recurrence and channel mix. Pads stay where they are,
-        for an order moves only patches, and patches are never pads.
+        Only the token shifts and the recurrence look at other tokens, so they alone read in the block's order.
         """
         state = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        values = v_first
-        if order is not None:
-            hidden_states = take(hidden_states, order.forward)
-            values = take(v_first, order.forward) if v_first is not None else None
-        mixed, values = self.att(self.ln1(hidden_states), values, state, padding)
+        mixed, v_first = self.att(self.ln1(hidden_states), v_first, state, reading)
         hidden_states = hidden_states + mixed
-        hidden_states = hidden_states + self.ffn(self.ln2(hidden_states), state, padding)
-        if order is not None:
-            hidden_states = take(hidden_states, order.inverse)
-            values = take(values, order.inverse) if values is not None else None
-        return hidden_states, v_first if v_first is not None else values
+        hidden_states = hidden_states + self.ffn(self.ln2(hidden_states), state, reading)
+        return hidden_states, v_first
 
 
 class VisualRWKVPreTrainedModel(PreTrainedModel):
@@ -670,7 +661,8 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel):
             use_cache: whether to return the state. Not while training.
             scan_orders: [B, D, T], or D entries [B, T] (None: the order of the text). Layer l reads the sequence
                 in order l mod D, as an index: its position p is token `scan_orders[:, l % D, p]`.
-            **kwargs: `output_hidden_states` and the like.
+            **kwargs: `output_hidden_states` and the like; `cu_seq_lens_q` [S + 1] of sequences packed in one row, as
+                `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes it.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -678,15 +670,27 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None and not self.training:
             past_key_values = VisualRWKVCache(self.config)
-        padding = local_padding(attention_mask, inputs_embeds.shape[1])
-        orders = layer_orders(scan_orders)
+        cu_seqlens = kwargs.pop("cu_seq_lens_q", None)
+        if cu_seqlens is not None:
+            if past_key_values is not None:
+                raise ValueError(
+                    "Packed sequences (cu_seq_lens_q) end in many states: use_cache must be False."
+                )
+            cu_seqlens = cu_seqlens.long()
+        positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+        readings = readings_of(
+            positions.expand(inputs_embeds.shape[:2]),
+            mask_of_pads(attention_mask, inputs_embeds.shape[1]),
+            directions_of_layers(scan_orders),
+            cu_seqlens,
+        )
 
         hidden_states = self.embed_norm(inputs_embeds)  # [B, T, C]
         v_first = None
         for layer_idx, layer in enumerate(self.layers):
-            order = orders[layer_idx % len(orders)]
+            reading = readings[layer_idx % len(readings)]
             hidden_states, v_first = layer(
-                hidden_states, v_first, past_key_values=past_key_values, padding=padding, order=order
+                hidden_states, v_first, past_key_values=past_key_values, reading=reading
             )
         if past_key_values is not None:
             past_key_values.advance(inputs_embeds.shape[1])
@@ -696,8 +700,8 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel):
         )
 
 
-def local_padding(attention_mask: torch.Tensor | dict | None, length: int) -> Padding | None:
-    """Where the pads of the last `length` tokens are, or None if there are none.
+def mask_of_pads(attention_mask: torch.Tensor | dict | None, length: int) -> torch.Tensor | None:
+    """Which of the last `length` tokens are no pads, bool [B, T]; None if there are none to pass over.
 
     `attention_mask` is [B, past + length], or what `generate()` makes of it for a compiled step.
     """
@@ -708,18 +712,19 @@ def local_padding(attention_mask: torch.Tensor | dict | None, length: int) -> Pa
         raise ValueError(f"attention_mask must be [B, T], got {tuple(mask.shape)}.")
     if mask.shape[1] < length:
         raise ValueError(f"attention_mask is shorter ({mask.shape[1]}) than the tokens given ({length}).")
-    mask = mask[:, mask.shape[1] - length :]
-    if length > 1 and not torch.compiler.is_compiling() and bool(mask.all()):
-        return None
-    return padding_of(mask)
+    mask = mask[:, mask.shape[1] - length :].bool()
+    # Looking at it waits for a GPU: too long for a single token.
+    may_look = (length > 1 or mask.device.type == "cpu") and not torch.compiler.is_compiling()
+    return None if may_look and bool(mask.all()) else mask
 
 
-def layer_orders(scan_orders: Sequence[torch.Tensor | None] | torch.Tensor | None) -> list[Order | None]:
-    """The distinct orders of the layers, each with its way back."""
+def directions_of_layers(
+    scan_orders: Sequence[torch.Tensor | None] | torch.Tensor | None,
+) -> Sequence[torch.Tensor | None]:
+    """The orders [B, T] that the layers take in turn; None is the order of the text."""
     if scan_orders is None:
         return [None]
-    directions = scan_orders.unbind(1) if isinstance(scan_orders, torch.Tensor) else scan_orders
-    return [None if index is None else Order(index, inverse_order(index)) for index in directions]
+    return scan_orders.unbind(1) if isinstance(scan_orders, torch.Tensor) else scan_orders
 
 
 class VisualRWKVGenerationMixin(GenerationMixin):
@@ -769,6 +774,8 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         if not is_first_iteration and inputs.get("use_cache", True):
             for name in PROMPT_INPUTS:
                 inputs.pop(name, None)
+            if inputs["input_ids"].shape[1] == 1:
+                inputs.pop("attention_mask", None)  # a new token is no pad
         return inputs
 
 

@@ -1,34 +1,33 @@
-"""The WKV recurrences of RWKV-5, 6 and 7 in plain torch, and the one place that chooses a faster kernel.
+"""The WKV recurrences of RWKV-5, 6 and 7, in plain torch where no faster kernel serves.
 
 Letters: B batch, T time, H heads, K / V key / value size of a head, C tokens of a chunk, n chunks,
 N = n * B * H. The state S is [B, H, K, V]: key rows, value columns. (The original CUDA kernel of RWKV-7
 keeps the transpose.) All arithmetic and the state are float32 whatever the inputs are, inside autocast
 too; float64 inputs are computed in float64. No scale is applied to r.
+
+Both ops read their tokens in any order, pass over pads and take several packed sequences:
+
+order: position p of the recurrence is token order[b, p]; an entry ~token (negative) is a pad: the state
+    passes it unchanged, and its y and its gradients are 0. int64 [B, T].
+cu_seqlens: where packed sequences begin and end along T, [0, ..., T] int [S + 1]; B is 1, there is a state
+    per sequence, and order stays within each.
 """
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .kernels import kernel
+
 CHUNK_SIZE = 32
 # Up to here stepping token by token is faster than filling a chunk.
 MAX_STEPS = 16
-
-BACKENDS = ("auto", "torch", "triton")
-
-
-class _Chosen(threading.local):  # not a ContextVar: torch.compile cannot trace those
-    backend = "auto"
-
-
-_chosen = _Chosen()
 
 
 def wkv6(
@@ -38,6 +37,9 @@ def wkv6(
     v: Tensor,
     u: Tensor,
     initial_state: Tensor | None = None,
+    *,
+    order: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of RWKV-6 (arXiv 2404.05892, section 4.2), and of RWKV-5, whose w does not depend on t.
@@ -53,28 +55,31 @@ def wkv6(
         k: key, [B, T, H, K].
         v: value, [B, T, H, V].
         u: bonus of the current token, [H, K].
-        initial_state: S_0, [B, H, K, V] in float32 (float64 with float64 inputs); None is zeros.
-        chunk_size: tokens computed at once, a power of two. Changes speed and rounding only.
+        initial_state: S_0, [B, H, K, V] in float32 (float64 with float64 inputs), [S, H, K, V] with
+            cu_seqlens; None is zeros.
+        order: see above; None is the order of the text.
+        cu_seqlens: see above; None is one sequence a row.
+        chunk_size: tokens that plain torch computes at once, a power of two. Changes speed and rounding only.
 
     Returns:
-        y [B, T, H, V] in the dtype of r, and S_T [B, H, K, V] in float32 (float64 with float64 inputs).
+        y [B, T, H, V] in the dtype of r, and the last state, of the shape and dtype of the initial one.
 
     Raises:
         ValueError: shapes that do not fit, T = 0, a state of another dtype, a chunk size not a power of two.
         RuntimeError: `wkv_backend("triton")` is in force and there is no such kernel.
     """
-    w = _check(r, w, k, v, initial_state, chunk_size)
+    w = _check(r, w, k, v, initial_state, order, cu_seqlens, chunk_size)
     if u.shape != r.shape[2:]:
         raise ValueError(f"u must be [H, K] = {list(r.shape[2:])}, got {list(u.shape)}.")
-    if kernel := _kernel("wkv6", r):
-        return kernel(r, w, k, v, u, initial_state)
-    with _no_autocast(r.device):
-        state = _initial_state(r, v, initial_state)
-        compute: Callable[..., tuple[Tensor, Tensor]] = (
-            _wkv6_steps if r.shape[1] <= MAX_STEPS else functools.partial(_wkv6_chunks, C=chunk_size)
-        )
-        out, state = compute(*(x.to(state.dtype) for x in (r, w, k, v, u)), state)
-        return out.to(r.dtype), state
+    if triton_wkv6 := kernel("wkv6", r, v):
+        return triton_wkv6(r, w, k, v, u, initial_state, order, cu_seqlens)
+
+    def compute(r: Tensor, w: Tensor, k: Tensor, v: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+        if r.shape[1] <= MAX_STEPS:
+            return _wkv6_steps(r, w, k, v, u.to(S.dtype), S)
+        return _wkv6_chunks(r, w, k, v, u.to(S.dtype), S, chunk_size)
+
+    return _computed(compute, (r, w, k, v), initial_state, order, cu_seqlens)
 
 
 def wkv7(
@@ -85,6 +90,10 @@ def wkv7(
     a: Tensor,
     b: Tensor,
     initial_state: Tensor | None = None,
+    *,
+    order: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    min_log_decay: float = -math.inf,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
     """The generalised delta rule of RWKV-7 (arXiv 2503.14456, section 4).
@@ -102,33 +111,44 @@ def wkv7(
         v: value, [B, T, H, V].
         a: what is read from the state before it decays, [B, T, H, K].
         b: where that is written, [B, T, H, K].
-        initial_state: S_0, [B, H, K, V] in float32 (float64 with float64 inputs); None is zeros.
-        chunk_size: tokens computed at once, a power of two. Changes speed and rounding only.
+        initial_state: S_0, [B, H, K, V] in float32 (float64 with float64 inputs), [S, H, K, V] with
+            cu_seqlens; None is zeros.
+        order: see above; None is the order of the text.
+        cu_seqlens: see above; None is one sequence a row.
+        min_log_decay: a known lower bound of w. RWKV-7's is -e^(-1/2); knowing it makes kernels faster.
+        chunk_size: tokens that plain torch computes at once, a power of two. Changes speed and rounding only.
 
     Returns:
-        y [B, T, H, V] in the dtype of r, and S_T [B, H, K, V] in float32 (float64 with float64 inputs).
+        y [B, T, H, V] in the dtype of r, and the last state, of the shape and dtype of the initial one.
 
     Raises:
         ValueError: shapes that do not fit, T = 0, a state of another dtype, a chunk size not a power of two.
         RuntimeError: `wkv_backend("triton")` is in force and there is no such kernel.
     """
-    w = _check(r, w, k, v, initial_state, chunk_size)
+    w = _check(r, w, k, v, initial_state, order, cu_seqlens, chunk_size)
     for name, x in (("a", a), ("b", b)):
         if x.shape != r.shape:
             raise ValueError(f"{name} must be [B, T, H, K] = {list(r.shape)} as r is, got {list(x.shape)}.")
-    if kernel := _kernel("wkv7", r):
-        return kernel(r, w, k, v, a, b, initial_state)
-    with _no_autocast(r.device):
-        state = _initial_state(r, v, initial_state)
-        compute: Callable[..., tuple[Tensor, Tensor]] = (
-            _wkv7_steps if r.shape[1] <= MAX_STEPS else functools.partial(_wkv7_chunks, C=chunk_size)
-        )
-        out, state = compute(*(x.to(state.dtype) for x in (r, w, k, v, a, b)), state)
-        return out.to(r.dtype), state
+    if triton_wkv7 := kernel("wkv7", r, v):
+        return triton_wkv7(r, w, k, v, a, b, initial_state, order, cu_seqlens, min_log_decay)
+
+    def compute(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        if inputs[0].shape[1] <= MAX_STEPS:
+            return _wkv7_steps(*inputs)
+        return _wkv7_chunks(*inputs, chunk_size)
+
+    return _computed(compute, (r, w, k, v, a, b), initial_state, order, cu_seqlens)
 
 
 def _check(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, chunk_size: int
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: Tensor | None,
+    order: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
 ) -> Tensor:
     """Refuse what does not fit; return w as [B, T, H, K]."""
     if r.dim() != 4 or r.shape[1] == 0:
@@ -141,8 +161,17 @@ def _check(
         raise ValueError(f"v must be [B, T, H, V] with [B, T, H] = {list(r.shape[:3])}, got {list(v.shape)}.")
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size must be a power of two, got {chunk_size}.")
+    if order is not None and (order.shape != r.shape[:2] or order.dtype != torch.int64):
+        raise ValueError(
+            f"order must be [B, T] = {list(r.shape[:2])} in torch.int64, got {list(order.shape)} in {order.dtype}."
+        )
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or r.shape[0] != 1):
+        raise ValueError(
+            f"cu_seqlens must be [S + 1] and B 1, got {list(cu_seqlens.shape)} and B = {r.shape[0]}."
+        )
     if initial_state is not None:
-        shape, dtype = [r.shape[0], r.shape[2], r.shape[3], v.shape[3]], _compute_dtype(r)
+        sequences = r.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        shape, dtype = [sequences, r.shape[2], r.shape[3], v.shape[3]], _compute_dtype(r)
         if list(initial_state.shape) != shape or initial_state.dtype != dtype:
             raise ValueError(
                 f"initial_state must be [B, H, K, V] = {shape} in {dtype} (inputs are {r.dtype}), "
@@ -157,11 +186,69 @@ def _compute_dtype(r: Tensor) -> torch.dtype:
     return torch.float64 if r.dtype == torch.float64 else torch.float32
 
 
-def _initial_state(r: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
-    if initial_state is not None:
-        return initial_state
+def _computed(
+    compute: Callable[..., tuple[Tensor, Tensor]],
+    inputs: tuple[Tensor, ...],
+    initial_state: Tensor | None,
+    order: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`compute(*inputs, state)` on the tokens in `order`, sequence by sequence."""
+    r, _, _, v = inputs[:4]
     B, _, H, K = r.shape
-    return torch.zeros(B, H, K, v.shape[-1], dtype=_compute_dtype(r), device=r.device)
+    dtype = _compute_dtype(r)
+    with _no_autocast(r.device):
+        if initial_state is None:
+            sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+            initial_state = torch.zeros(sequences, H, K, v.shape[-1], dtype=dtype, device=r.device)
+        inputs = tuple(x.to(dtype) for x in inputs)
+        if order is not None:
+            inputs = _in_order(inputs, order)
+        if cu_seqlens is None:
+            out, state = compute(*inputs, initial_state)
+        else:
+            out, state = _each_sequence(compute, inputs, initial_state, cu_seqlens)
+        if order is not None:
+            out = _back_in_place(out, order)
+        return out.to(r.dtype), state
+
+
+def _each_sequence(
+    compute: Callable[..., tuple[Tensor, Tensor]],
+    inputs: tuple[Tensor, ...],
+    initial_state: Tensor,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    lengths = cu_seqlens.diff().tolist()
+    outs, states = [], []
+    for state, *tokens in zip(initial_state.split(1), *(x.split(lengths, 1) for x in inputs)):
+        out, state = compute(*tokens, state) if tokens[0].shape[1] else (tokens[3], state)
+        outs.append(out)
+        states.append(state)
+    return torch.cat(outs, 1), torch.cat(states)
+
+
+def _in_order(inputs: tuple[Tensor, ...], order: Tensor) -> tuple[Tensor, ...]:
+    """Inputs as the recurrence meets them; at a pad nothing is written and nothing decays: all but r and v is 0."""
+    pad = (order < 0)[..., None, None]
+    rows = rows_of(torch.where(order < 0, ~order, order), order.shape[1])
+    r, w, k, v, *ab = (x.flatten(0, 1).index_select(0, rows).view(x.shape) for x in inputs)
+    w, k, *ab = (x.masked_fill(pad, 0) for x in (w, k, *ab))
+    return r, w, k, v, *ab
+
+
+def _back_in_place(out: Tensor, order: Tensor) -> Tensor:
+    """`out` [B, T, H, V] of the order's positions -> of the tokens, 0 at pads."""
+    out = out.masked_fill((order < 0)[..., None, None], 0)
+    position = torch.arange(order.shape[1], device=order.device).expand(order.shape)
+    inverse = torch.empty_like(order).scatter_(1, torch.where(order < 0, ~order, order), position)
+    return out.flatten(0, 1).index_select(0, rows_of(inverse, order.shape[1])).view(out.shape)
+
+
+def rows_of(index: Tensor, length: int) -> Tensor:
+    """`index` [B, N] into rows of `length` entries -> [B N] into all of them, one row after another."""
+    start = length * torch.arange(index.shape[0], device=index.device)
+    return (index + start[:, None]).flatten()
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager:
@@ -333,56 +420,3 @@ def _wkv7_chunks(
     out = torch.baddbmm(r_k * v + r_b * sa, A_r, torch.stack([v, sa], 2).view(-1, 2 * C, v.shape[-1]))
     out = torch.baddbmm(out, r_in, torch.cat(states))
     return _unchunk(out, B, T, H), S.unflatten(0, (B, H))
-
-
-# --- which kernel -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def wkv_backend(name: str) -> Iterator[None]:
-    """Choose the kernel within a `with` block, for this thread only.
-
-    What torch.compile has traced keeps the choice it was traced with.
-
-    Args:
-        name: "auto" (a Triton kernel on a CUDA device if installed, else torch), "torch" (always the plain
-            functions here) or "triton" (never these).
-
-    Raises:
-        ValueError: another name. RuntimeError comes from the op if "triton" is asked for and absent.
-    """
-    if name not in BACKENDS:
-        raise ValueError(f"Unknown WKV backend {name!r}: choose from {', '.join(BACKENDS)}.")
-    before, _chosen.backend = _chosen.backend, name
-    try:
-        yield
-    finally:
-        _chosen.backend = before
-
-
-def _kernel(op: str, r: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The kernel for this call, None for the torch functions of this file."""
-    backend = _chosen.backend
-    # Kernels accumulate in float32, so float64 inputs are for torch.
-    suits = r.device.type == "cuda" and r.dtype != torch.float64
-    if backend == "torch" or (backend == "auto" and not suits):
-        return None
-    kernel, reason = _triton_kernel(op)
-    if kernel is None and backend == "triton":
-        raise RuntimeError(f'wkv_backend("triton") is in force, but there is no {op} kernel: {reason}.')
-    return kernel
-
-
-@functools.cache
-def _triton_kernel(op: str) -> tuple[Callable[..., tuple[Tensor, Tensor]] | None, str]:
-    """The kernel, or None and why. Imported late: this file also runs alone, from the Hub, without Triton."""
-    try:
-        if op == "wkv6":
-            from visualrwkv_hf.triton_kernels.wkv6 import wkv6 as triton_wkv6
-
-            return triton_wkv6, ""
-        from visualrwkv_hf.triton_kernels.wkv7 import wkv7 as triton_wkv7
-
-        return triton_wkv7, ""
-    except ImportError as error:
-        return None, str(error)

@@ -1,0 +1,77 @@
+"""The one place that chooses between the plain torch functions and a faster kernel, per call."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+class _Chosen(threading.local):  # not a ContextVar: torch.compile cannot trace those
+    backend = "auto"
+
+
+_chosen = _Chosen()
+
+
+@contextmanager
+def wkv_backend(name: str) -> Iterator[None]:
+    """Choose the kernels within a `with` block, for this thread only.
+
+    What torch.compile has traced keeps the choice it was traced with.
+
+    Args:
+        name: "auto" (Triton kernels on a CUDA device if installed, else torch), "torch" (always the plain
+            functions) or "triton" (never these).
+
+    Raises:
+        ValueError: another name. RuntimeError comes from the op if "triton" is asked for and cannot serve it.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"Unknown WKV backend {name!r}: choose from {', '.join(BACKENDS)}.")
+    before, _chosen.backend = _chosen.backend, name
+    try:
+        yield
+    finally:
+        _chosen.backend = before
+
+
+def kernel(op: str, *tensors: Tensor) -> Callable[..., Any] | None:
+    """The Triton kernel of an op for these tensors, or None for its plain torch function.
+
+    Raises:
+        RuntimeError: `wkv_backend("triton")` is in force and there is no such kernel, or not for these tensors.
+    """
+    backend = _chosen.backend
+    if backend == "torch" or (backend == "auto" and tensors[0].device.type != "cuda"):
+        return None
+    # Imported late: this file also runs alone, from the Hub, without Triton.
+    try:
+        from visualrwkv_hf.triton_kernels import KERNELS, unsupported
+    except ImportError as error:
+        reason = str(error)
+    else:
+        reason = unsupported(op, *tensors)
+        if not reason:
+            return KERNELS[op]
+    if backend == "triton":
+        raise RuntimeError(f'wkv_backend("triton") is in force, but there is no {op} kernel: {reason}.')
+    _say_once(f"{op} runs as plain torch, slower than its Triton kernel: {reason}.")
+    return None
+
+
+@torch.compiler.disable
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=4)
+
+
+_said: set[str] = set()
