@@ -389,7 +389,8 @@ def loss_gradients(case: Case, model: nn.Module, logits: Tensor, labels: Tensor)
     text = model.config.text_config
     with_l2wrap = visualrwkv_loss(logits, labels, text)
     plain = visualrwkv_loss(logits, labels, dataclasses.replace(text, l2_wrap=0.0))
-    pull = L2Wrap.apply(logits.sum() * 0, logits, text.l2_wrap)  # what L2Wrap adds, by itself
+    # What L2Wrap adds, by itself.
+    pull = L2Wrap.apply(logits.sum() * 0, logits, text.l2_wrap / logits[..., 0].numel())
     dlogits, extra = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (with_l2wrap, pull))
     grads, plain_grads = (original_gradients(model, loss) for loss in (with_l2wrap, plain))
     largest = logits.argmax(-1)

@@ -7,6 +7,7 @@ import torch
 from tiny import pixels, prompt, text_config, tiny_vlm
 from transformers import Trainer, TrainingArguments
 
+from visualrwkv_hf import loss_visualrwkv
 from visualrwkv_hf.loss_visualrwkv import visualrwkv_loss
 
 LOGITS = torch.randn(3, 6, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -59,6 +60,43 @@ def test_l2_wrap_pulls_each_largest_logit_whatever_the_gradient():
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match=r"logits are for \(3, 6\) positions, labels for \(3, 5\)"):
         visualrwkv_loss(LOGITS, LABELS[:, 1:], text_config(7))
+
+
+@pytest.mark.parametrize("num_items", [None, 30])
+@pytest.mark.parametrize("reduction", ["sample", "token"])
+def test_slices_give_the_loss_and_the_gradients_of_the_whole(monkeypatch, reduction, num_items):
+    """And the logits only to those who look at them."""
+    model = tiny_vlm(version=7, scan="bidirectional").float()  # logits in float64, losses in float32
+    model.config.text_config.loss_reduction = reduction
+    samples = _samples(model)
+    batch = _collate(samples) | {"num_items_in_batch": num_items}
+
+    def step() -> tuple:
+        model.zero_grad()
+        output = model(**batch, use_cache=False)
+        (3 * output.loss).backward()
+        return output, {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+    whole, expected = step()
+    assert "logits" in whole
+    per_position = model.config.text_config.vocab_size
+    monkeypatch.setattr(loss_visualrwkv, "LOGITS_AT_ONCE", 7 * per_position)  # no divisor of the positions
+    most = most_positions(model.lm_head)
+    sliced, gradients = step()
+    assert max(most) == 7, "the head never saw more than a slice"
+    torch.testing.assert_close(sliced.loss, whole.loss, atol=0, rtol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5)
+    assert "logits" not in sliced and len(sliced.to_tuple()) == len(whole.to_tuple()) - 1
+    torch.testing.assert_close(sliced.logits, whole.logits)
+    with torch.no_grad():
+        assert "logits" in model(**batch, use_cache=False), "who only evaluates wants them"
+
+
+def most_positions(head: torch.nn.Module) -> list[int]:
+    seen: list[int] = []
+    head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel()))
+    return seen
 
 
 @pytest.mark.parametrize("reduction", ["sample", "token"])

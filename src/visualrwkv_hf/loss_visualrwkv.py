@@ -1,35 +1,45 @@
 """The original's loss: cross entropy averaged per sample, then over the batch, and L2Wrap on the logits."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.configuration_utils import PreTrainedConfig
 
 IGNORE_INDEX = -100
+
+LOGITS_AT_ONCE = 2**26
+"""Logits held at a time while training: 256 MiB in float32, the logits of 1,024 positions of 65,536 words."""
 
 
 class L2Wrap(torch.autograd.Function):
     """Identity on the loss whose backward pulls the largest logit of every position towards zero.
 
-    It adds factor * max_logit / (B T) to the gradient of each position's largest logit, whatever gradient comes in
-    (RWKV-LM): positions without label are pulled as well.
+    It adds strength * max_logit to the gradient of each position's largest logit, whatever gradient comes in
+    (RWKV-LM): positions without label are pulled as well. The original's strength is 1e-4 / (B T).
     """
 
     @staticmethod
-    def forward(ctx, loss: torch.Tensor, logits: torch.Tensor, factor: float) -> torch.Tensor:
+    def forward(ctx, loss: torch.Tensor, logits: torch.Tensor, strength: float) -> torch.Tensor:
         ctx.save_for_backward(logits)
-        ctx.factor = factor
+        ctx.strength = strength
         return loss.clone()
 
     @staticmethod
     def backward(ctx, grad_loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         (logits,) = ctx.saved_tensors
         largest, index = logits.max(dim=-1, keepdim=True)
-        positions = logits.shape[0] * logits.shape[1]
-        return (
-            grad_loss,
-            torch.zeros_like(logits).scatter_(-1, index, largest * (ctx.factor / positions)),
-            None,
-        )
+        return grad_loss, torch.zeros_like(logits).scatter_(-1, index, largest * ctx.strength), None
+
+
+class _Targets(NamedTuple):
+    """What the positions are to say, and how much each counts."""
+
+    ids: torch.Tensor  # [B T] the label of the position behind it, -100: none
+    weights: torch.Tensor  # [B T] share of its cross entropy in the loss, float32
+    pull: float  # strength of L2Wrap per position
 
 
 def visualrwkv_loss(
@@ -54,24 +64,95 @@ def visualrwkv_loss(
         raise ValueError(
             f"logits are for {tuple(logits.shape[:2])} positions, labels for {tuple(labels.shape)}."
         )
-    labels = labels.to(logits.device)
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # [B, T]
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-    ).view_as(targets)
-    loss = REDUCTIONS[config.loss_reduction](losses, targets != IGNORE_INDEX, num_items_in_batch)
-    return L2Wrap.apply(loss, logits, config.l2_wrap) if config.l2_wrap else loss
+    targets = _targets(labels.to(logits.device), config, num_items_in_batch)
+    return _weighted_loss(logits.flatten(0, 1), *targets)
 
 
-def mean_of_samples(losses: torch.Tensor, valid: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """Mean over each sample's labels, then over the samples; one without labels counts as 0. All [B, T]."""
-    return (losses.sum(dim=1) / valid.sum(dim=1).clamp(min=1)).mean()
+def sliced_loss(
+    hidden_states: torch.Tensor,
+    lm_head: Callable[[torch.Tensor], torch.Tensor],
+    labels: torch.Tensor,
+    config: PreTrainedConfig,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """`visualrwkv_loss(lm_head(hidden_states), ...)`, with at most `LOGITS_AT_ONCE` logits held at a time.
+
+    The backward computes each slice anew: one product with the head more, for memory that does not grow with
+    the batch.
+
+    Args:
+        hidden_states: of every position, [B, T, C].
+        lm_head: [N, C] -> [N, vocab_size].
+        labels: token ids, -100 where there is none, [B, T].
+        config: the language model's.
+        num_items_in_batch: see [`visualrwkv_loss`].
+    """
+    ids, weights, pull = _targets(labels.to(hidden_states.device), config, num_items_in_batch)
+    positions = max(1, LOGITS_AT_ONCE // config.vocab_size)
+
+    def loss_of(hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return _weighted_loss(lm_head(hidden_states), ids, weights, pull)
+
+    slices = (x.split(positions) for x in (hidden_states.flatten(0, 1), ids, weights))
+    return torch.stack([checkpoint(loss_of, *parts, use_reentrant=False) for parts in zip(*slices)]).sum()
 
 
-def mean_of_tokens(losses: torch.Tensor, valid: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """Mean over all labels of the batch, or of the batches that are accumulated. All [B, T]."""
-    total = valid.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return losses.sum() / total
+def _targets(
+    labels: torch.Tensor, config: PreTrainedConfig, num_items_in_batch: torch.Tensor | int | None
+) -> _Targets:
+    ids = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # [B, T]
+    weights = REDUCTIONS[config.loss_reduction](ids != IGNORE_INDEX, num_items_in_batch)
+    return _Targets(ids.flatten(), weights.flatten(), config.l2_wrap / ids.numel())
+
+
+def _weighted_loss(
+    logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, pull: float
+) -> torch.Tensor:
+    losses = F.cross_entropy(logits.float(), ids, ignore_index=IGNORE_INDEX, reduction="none")  # [N]
+    loss = (losses * weights).sum()
+    return L2Wrap.apply(loss, logits, pull) if pull else loss
+
+
+def mean_of_samples(valid: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+    """Weights [B, T] of a mean over each sample's labels, then over the samples; one without labels counts as 0."""
+    return valid / (valid.sum(dim=1, keepdim=True).clamp(min=1) * valid.shape[0])
+
+
+def mean_of_tokens(valid: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+    """Weights [B, T] of a mean over all labels of the batch, or of the batches that are accumulated."""
+    return valid / (valid.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 REDUCTIONS = {"sample": mean_of_samples, "token": mean_of_tokens}
+
+
+def is_worth_slicing(hidden_states: torch.Tensor, labels: torch.Tensor | None, vocab_size: int) -> bool:
+    """Whether a step for `labels` would hold more logits than `LOGITS_AT_ONCE` for its backward."""
+    positions = hidden_states.shape[0] * hidden_states.shape[1]
+    return labels is not None and torch.is_grad_enabled() and positions * vocab_size > LOGITS_AT_ONCE
+
+
+class LateLogits:
+    """For the output of a sliced training step: `logits` are computed when they are read, and not part of it.
+
+    Who trains on long batches need not hold them, and who looks at them still can. They carry no gradient.
+    """
+
+    _logits: Callable[[], torch.Tensor] | None = None
+
+    @property
+    def logits(self) -> torch.Tensor | None:
+        """[B, T, vocab_size], computed anew at each look."""
+        if self._logits is None:
+            return None
+        with torch.no_grad():
+            return self._logits()
+
+    @logits.setter
+    def logits(self, value: None) -> None:
+        """The field's default."""
+
+    def computing(self, logits: Callable[[], torch.Tensor]) -> "LateLogits":
+        """The output, whose logits `logits()` gives."""
+        self._logits = logits
+        return self

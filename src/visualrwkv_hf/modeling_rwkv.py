@@ -34,7 +34,7 @@ from .cache_visualrwkv import (
 )
 from .configuration_visualrwkv import VisualRWKVTextConfig
 from .hub import ship_remote_code
-from .loss_visualrwkv import visualrwkv_loss
+from .loss_visualrwkv import LateLogits, is_worth_slicing, sliced_loss, visualrwkv_loss
 from .reading import AS_IT_COMES, Reading, last_token, readings_of, token_shift
 from .wkv import rows_of, wkv6, wkv7
 
@@ -796,6 +796,10 @@ PROMPT_INPUTS = (
 )
 
 
+class LateCausalLMOutputWithPast(LateLogits, CausalLMOutputWithPast):
+    """Of a sliced training step."""
+
+
 class VisualRWKVForCausalLM(VisualRWKVPreTrainedModel, VisualRWKVGenerationMixin):
     """RWKV-5, 6 or 7 with a language-modelling head: what a plain RWKV-World checkpoint becomes."""
 
@@ -822,6 +826,9 @@ class VisualRWKVForCausalLM(VisualRWKVPreTrainedModel, VisualRWKVGenerationMixin
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab_size] and, with `labels` [B, T] (-100: no label), the loss.
 
+        In a training step whose logits would take more than 256 MiB the loss is computed slice by slice, and the
+        logits only if they are looked at.
+
         Args: see [`VisualRWKVTextModel.forward`]; `logits_to_keep` keeps the last n positions (0: all), or those
         that it indexes.
         """
@@ -833,16 +840,20 @@ class VisualRWKVForCausalLM(VisualRWKVPreTrainedModel, VisualRWKVGenerationMixin
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = visualrwkv_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
+        hidden_states, config = outputs.last_hidden_state, self.config
+        rest = dict(
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+        if is_worth_slicing(hidden_states, labels, config.vocab_size):
+            loss = sliced_loss(hidden_states, self.lm_head, labels, config, kwargs.get("num_items_in_batch"))
+            return LateCausalLMOutputWithPast(loss=loss, **rest).computing(
+                partial(self.lm_head, hidden_states)
+            )
+        logits, loss = self.lm_head(kept_positions(hidden_states, logits_to_keep)), None
+        if labels is not None:
+            loss = visualrwkv_loss(logits, labels, config, kwargs.get("num_items_in_batch"))
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
 
 def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

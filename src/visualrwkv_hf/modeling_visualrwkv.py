@@ -4,6 +4,7 @@ Letters: N pictures, L tokens of a picture, D channels of the vision tower, B ba
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .configuration_visualrwkv import VisualRWKVConfig
-from .loss_visualrwkv import visualrwkv_loss
+from .loss_visualrwkv import LateLogits, is_worth_slicing, sliced_loss, visualrwkv_loss
 from .modeling_rwkv import (
     RwkvBlock,
     VisualRWKVGenerationMixin,
@@ -46,6 +47,10 @@ class VisualRWKVCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
+
+
+class LateVisualRWKVCausalLMOutputWithPast(LateLogits, VisualRWKVCausalLMOutputWithPast):
+    """Of a sliced training step."""
 
 
 class VisualTokenCompressor(nn.Module):
@@ -370,6 +375,9 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, VisualRWKVGe
     ) -> VisualRWKVCausalLMOutputWithPast:
         """Logits [B, T, vocab_size] and, with `labels` [B, T] (-100: no label), the loss.
 
+        In a training step whose logits would take more than 256 MiB the loss is computed slice by slice, and the
+        logits only if they are looked at.
+
         Args: see [`VisualRWKVModel.forward`]; `logits_to_keep` keeps the last n positions (0: all), or those that
         it indexes.
         """
@@ -386,17 +394,21 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, VisualRWKVGe
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = visualrwkv_loss(logits, labels, self.config.text_config, kwargs.get("num_items_in_batch"))
-        return VisualRWKVCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
+        hidden_states, config = outputs.last_hidden_state, self.config.text_config
+        rest = dict(
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             image_hidden_states=outputs.image_hidden_states,
         )
+        if is_worth_slicing(hidden_states, labels, config.vocab_size):
+            loss = sliced_loss(hidden_states, self.lm_head, labels, config, kwargs.get("num_items_in_batch"))
+            return LateVisualRWKVCausalLMOutputWithPast(loss=loss, **rest).computing(
+                partial(self.lm_head, hidden_states)
+            )
+        logits, loss = self.lm_head(kept_positions(hidden_states, logits_to_keep)), None
+        if labels is not None:
+            loss = visualrwkv_loss(logits, labels, config, kwargs.get("num_items_in_batch"))
+        return VisualRWKVCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
 
 __all__ = ["VisualRWKVForConditionalGeneration", "VisualRWKVModel", "VisualRWKVPreTrainedModel"]
