@@ -34,6 +34,7 @@ from .cache_visualrwkv import (
 )
 from .configuration_visualrwkv import VisualRWKVTextConfig
 from .hub import ship_remote_code
+from .kernels import kernel
 from .loss_visualrwkv import LateLogits, is_worth_slicing, sliced_loss, visualrwkv_loss
 from .reading import AS_IT_COMES, Reading, last_token, readings_of, token_shift
 from .wkv import rows_of, wkv6, wkv7
@@ -84,8 +85,11 @@ def weights_of(module: nn.Module, prefix: str, names: str) -> torch.Tensor:
 class TimeMix(nn.Module):
     """Time mixing: token shift -> projections -> WKV -> per-head norm -> gate -> output.
 
-    A generation writes `project` (what goes into the recurrence), `wkv` (which recurrence) and, if it has one, `bonus`.
+    A generation writes `products` (the matrix products of a token), `prepare` (what goes into the recurrence),
+    `wkv` (which recurrence), `step` (all three for one token in one kernel) and, if it has one, `bonus`.
     """
+
+    step_name: ClassVar[str]
 
     def __init__(self, config: VisualRWKVTextConfig, layer_idx: int):
         super().__init__()
@@ -108,9 +112,14 @@ class TimeMix(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states` [B, T, C] -> the same shape, and layer 0's values [B, T, C] (RWKV-7)."""
         carried = carried_token(hidden_states, TIME_MIX_SHIFT, state)
-        inputs, gate, v_first = self.project(
-            hidden_states, partial(token_shift, hidden_states, carried, reading=reading), v_first
-        )
+        products = self.products(partial(token_shift, hidden_states, carried, reading=reading))
+        if step_kernel := self.step_kernel(hidden_states, state):
+            carry_on(hidden_states, carried, TIME_MIX_SHIFT, state, reading)
+            mask = None if reading.order is None else reading.order >= 0
+            out, v_first = self.step(step_kernel, products, v_first, state.wkv_state(), mask)
+            return self.output(out), v_first
+
+        inputs, gate, v_first = self.prepare(products, v_first)
         before = state.wkv_state() if state is not None else None
         out, after = self.wkv(inputs, before, reading)  # [B, T, H, V], [B, H, K, V]
         if state is not None:
@@ -122,13 +131,17 @@ class TimeMix(nn.Module):
         out = out + self.bonus(inputs)
         return self.output(out * gate), v_first
 
-    def project(
-        self, hidden_states: torch.Tensor, shift: Callable[..., torch.Tensor], v_first: torch.Tensor | None
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
-        """What the recurrence reads, each [B, T, H, K], the gate [B, T, A] and `v_first`.
+    def products(self, shift: Callable[..., Sequence[torch.Tensor]]) -> dict[str, torch.Tensor | None]:
+        """The matrix products of the shifted tokens, [B, T, A] each, without what is done to them pointwise.
 
-        `shift(weights [M, C])` interpolates each token with the one before it, [M, B, T, C].
+        `shift(weights [M, C])` interpolates each token with the one before it, M times [B, T, C].
         """
+        raise NotImplementedError
+
+    def prepare(
+        self, products: dict[str, torch.Tensor | None], v_first: torch.Tensor | None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+        """What the recurrence reads, each [B, T, H, K], the gate [B, T, A] and `v_first`."""
         raise NotImplementedError
 
     def wkv(
@@ -136,6 +149,27 @@ class TimeMix(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The recurrence: output [B, T, H, V] and state [B, H, K, V] behind the last token."""
         raise NotImplementedError
+
+    def step(
+        self,
+        step_kernel: Callable[..., torch.Tensor],
+        products: dict[str, torch.Tensor | None],
+        v_first: torch.Tensor | None,
+        state: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `output` reads of one token, [B, 1, A], and `v_first`; the state [B, H, K, V] is written in place."""
+        raise NotImplementedError
+
+    def step_kernel(
+        self, hidden_states: torch.Tensor, state: VisualRWKVCacheLayer | None
+    ) -> Callable[..., torch.Tensor] | None:
+        """The kernel of a whole step, if one token is read without gradients, behind others, and not recorded."""
+        if state is None or state.wkv_state() is None or state.record_past or torch.is_grad_enabled():
+            return None
+        return (
+            kernel(self.step_name, hidden_states, state.wkv_state()) if hidden_states.shape[1] == 1 else None
+        )
 
     def bonus(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | float:
         """What is added behind the norm, [B, T, A]."""
@@ -174,7 +208,46 @@ class TimeMix(nn.Module):
         )
 
 
-class Rwkv5TimeMix(TimeMix):
+class Wkv6TimeMix(TimeMix):
+    """What RWKV-5 and RWKV-6 share: wkv6, w = exp(-exp(decay)), out = norm(y) silu(g)."""
+
+    step_name = "rwkv6_decode"
+    time_decay: nn.Parameter
+    time_faaaa: nn.Parameter
+    gate: nn.Linear
+
+    def prepare(self, products, v_first):
+        r, k, v = (self.heads(products[name]) for name in "rkv")
+        if products["decay"] is None:
+            w = -torch.exp(precise(self.time_decay)).expand(r.shape)
+        else:
+            w = self.heads(-torch.exp(precise(self.time_decay + products["decay"])))
+        return {"r": r, "w": w, "k": k, "v": v}, F.silu(products["gate"]), v_first
+
+    def wkv(self, inputs, initial_state, reading):
+        return wkv6(
+            **inputs,
+            u=self.time_faaaa,
+            initial_state=initial_state,
+            order=reading.order,
+            cu_seqlens=reading.cu_seqlens,
+        )
+
+    def step(self, step_kernel, products, v_first, state, mask):
+        out = step_kernel(
+            **products,
+            state=state,
+            time_decay=self.time_decay,
+            u=self.time_faaaa,
+            norm_weight=self.ln_x.weight,
+            norm_bias=self.ln_x.bias,
+            eps=self.ln_x.eps,
+            mask=mask,
+        )
+        return out, v_first
+
+
+class Rwkv5TimeMix(Wkv6TimeMix):
     """RWKV-5.2 (arXiv 2404.05892, section 3): a decay per channel, constant in time.
 
     x_m = m x_t + (1 - m) x_{t-1};  w = exp(-exp(time_decay));  y = WKV(r, w, k, v, u);  out = norm(y) silu(g).
@@ -188,21 +261,10 @@ class Rwkv5TimeMix(TimeMix):
         self.time_faaaa = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
         self.gate = nn.Linear(config.hidden_size, config.attention_size, bias=False)
 
-    def project(self, hidden_states, shift, v_first):
+    def products(self, shift):
         x_k, x_v, x_r, x_g = shift(1 - weights_of(self, "time_mix_", "kvrg"))
-        r = self.heads(self.receptance(x_r))
-        w = -torch.exp(precise(self.time_decay)).expand(r.shape)
-        inputs = {"r": r, "w": w, "k": self.heads(self.key(x_k)), "v": self.heads(self.value(x_v))}
-        return inputs, F.silu(self.gate(x_g)), v_first
-
-    def wkv(self, inputs, initial_state, reading):
-        return wkv6(
-            **inputs,
-            u=self.time_faaaa,
-            initial_state=initial_state,
-            order=reading.order,
-            cu_seqlens=reading.cu_seqlens,
-        )
+        products = {"r": self.receptance(x_r), "k": self.key(x_k), "v": self.value(x_v)}
+        return products | {"decay": None, "gate": self.gate(x_g)}
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -218,7 +280,7 @@ class Rwkv5TimeMix(TimeMix):
         )
 
 
-class Rwkv6TimeMix(TimeMix):
+class Rwkv6TimeMix(Wkv6TimeMix):
     """RWKV-6 (arXiv 2404.05892, section 4): token shift and decay depend on the data.
 
     x_m = x_t + (x_{t-1} - x_t)(maa_m + lora_m);  w_t = exp(-exp(time_decay + lora(x_w)));  out = norm(y) silu(g).
@@ -240,28 +302,14 @@ class Rwkv6TimeMix(TimeMix):
         self.time_faaaa = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
         self.gate = nn.Linear(hidden_size, width, bias=False)
 
-    def project(self, hidden_states, shift, v_first):
+    def products(self, shift):
         ranks = torch.tanh(shift(self.time_maa_x[0])[0] @ self.time_maa_w1)
         ranks = ranks.unflatten(-1, (5, -1)).movedim(-2, 0)  # [5, B, T, D]
         data_dependent = ranks @ self.time_maa_w2[:, None]  # [5, B, T, C]
         x_w, x_k, x_v, x_r, x_g = shift(weights_of(self, "time_maa_", "wkvrg"), dynamic=data_dependent)
-        decay = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2  # [B, T, A]
-        inputs = {
-            "r": self.heads(self.receptance(x_r)),
-            "w": self.heads(-torch.exp(precise(decay))),
-            "k": self.heads(self.key(x_k)),
-            "v": self.heads(self.value(x_v)),
-        }
-        return inputs, F.silu(self.gate(x_g)), v_first
-
-    def wkv(self, inputs, initial_state, reading):
-        return wkv6(
-            **inputs,
-            u=self.time_faaaa,
-            initial_state=initial_state,
-            order=reading.order,
-            cu_seqlens=reading.cu_seqlens,
-        )
+        decay = torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
+        products = {"r": self.receptance(x_r), "k": self.key(x_k), "v": self.value(x_v)}
+        return products | {"decay": decay, "gate": self.gate(x_g)}
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -291,6 +339,8 @@ class Rwkv7TimeMix(TimeMix):
     first mix their values with the first layer's; out = (norm(y) + (r k r_k) v) g.
     """
 
+    step_name = "rwkv7_decode"
+
     def __init__(self, config: VisualRWKVTextConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         hidden_size = config.hidden_size
@@ -311,25 +361,50 @@ class Rwkv7TimeMix(TimeMix):
         ranks = {"w": config.decay_low_rank_dim, "a": config.a_low_rank_dim, "g": config.gate_low_rank_dim}
         return ranks if self.layer_idx == 0 else ranks | {"v": config.v_low_rank_dim}
 
-    def project(self, hidden_states, shift, v_first):
+    def products(self, shift):
         x_r, x_w, x_k, x_v, x_a, x_g = shift(weights_of(self, "x_", "rwkvag"))
-        k, v = self.key(x_k), self.value(x_v)
-        if self.layer_idx == 0:
+        return {
+            "r": self.receptance(x_r),
+            "decay": torch.tanh(x_w @ self.w1) @ self.w2,
+            "k": self.key(x_k),
+            "v": self.value(x_v),
+            "rate": (x_a @ self.a1) @ self.a2,
+            "gate": torch.sigmoid(x_g @ self.g1) @ self.g2,
+            "value_gate": (x_v @ self.v1) @ self.v2 if self.layer_idx > 0 else None,
+        }
+
+    def prepare(self, products, v_first):
+        k, v = products["k"], products["v"]
+        if products["value_gate"] is None:
             v_first = v
         else:
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2))
-        rate = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)  # [B, T, C], in-context learning rate
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + products["value_gate"]))
+        rate = torch.sigmoid(self.a0 + products["rate"])  # [B, T, C], in-context learning rate
         kk = F.normalize(self.heads(k * self.k_k), dim=-1, eps=1e-12)
-        decay = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2
         inputs = {
-            "r": self.heads(self.receptance(x_r)),
-            "w": self.heads(-DECAY_SCALE * torch.sigmoid(precise(decay))),
+            "r": self.heads(products["r"]),
+            "w": self.heads(-DECAY_SCALE * torch.sigmoid(precise(self.w0 + products["decay"]))),
             "k": self.heads(k * (1 + (rate - 1) * self.k_a)),
             "v": self.heads(v),
             "a": -kk,
             "b": kk * self.heads(rate),
         }
-        return inputs, torch.sigmoid(x_g @ self.g1) @ self.g2, v_first
+        return inputs, products["gate"], v_first
+
+    def step(self, step_kernel, products, v_first, state, mask):
+        first = products["value_gate"] is None
+        out = step_kernel(
+            **products,
+            state=state,
+            v_first=None if first else v_first,
+            v0=None if first else self.v0,
+            **{name: getattr(self, name) for name in ("w0", "a0", "k_k", "k_a", "r_k")},
+            norm_weight=self.ln_x.weight,
+            norm_bias=self.ln_x.bias,
+            eps=self.ln_x.eps,
+            mask=mask,
+        )
+        return out, products["v"] if first else v_first
 
     def wkv(self, inputs, initial_state, reading):
         return wkv7(
