@@ -77,9 +77,9 @@ def carry_on(
     state.update_token_shift(which, hidden_states.shape[1], last, after)
 
 
-def weights_of(module: nn.Module, prefix: str, names: str) -> torch.Tensor:
-    """The parameters prefix + name [1, 1, C] of a module, [M, C]."""
-    return torch.cat([getattr(module, prefix + name)[0] for name in names])
+def weights_of(module: nn.Module, prefix: str, names: Sequence[str]) -> list[torch.Tensor]:
+    """The parameters prefix + name of a module, [1, 1, C] each."""
+    return [getattr(module, prefix + name) for name in names]
 
 
 class TimeMix(nn.Module):
@@ -134,7 +134,7 @@ class TimeMix(nn.Module):
     def products(self, shift: Callable[..., Sequence[torch.Tensor]]) -> dict[str, torch.Tensor | None]:
         """The matrix products of the shifted tokens, [B, T, A] each, without what is done to them pointwise.
 
-        `shift(weights [M, C])` interpolates each token with the one before it, M times [B, T, C].
+        `shift(M weights [1, 1, C])` interpolates each token with the one before it, M times [B, T, C].
         """
         raise NotImplementedError
 
@@ -262,7 +262,7 @@ class Rwkv5TimeMix(Wkv6TimeMix):
         self.gate = nn.Linear(config.hidden_size, config.attention_size, bias=False)
 
     def products(self, shift):
-        x_k, x_v, x_r, x_g = shift(1 - weights_of(self, "time_mix_", "kvrg"))
+        x_k, x_v, x_r, x_g = shift([1 - m for m in weights_of(self, "time_mix_", "kvrg")])
         products = {"r": self.receptance(x_r), "k": self.key(x_k), "v": self.value(x_v)}
         return products | {"decay": None, "gate": self.gate(x_g)}
 
@@ -303,7 +303,7 @@ class Rwkv6TimeMix(Wkv6TimeMix):
         self.gate = nn.Linear(hidden_size, width, bias=False)
 
     def products(self, shift):
-        ranks = torch.tanh(shift(self.time_maa_x[0])[0] @ self.time_maa_w1)
+        ranks = torch.tanh(shift([self.time_maa_x])[0] @ self.time_maa_w1)
         ranks = ranks.unflatten(-1, (5, -1)).movedim(-2, 0)  # [5, B, T, D]
         data_dependent = ranks @ self.time_maa_w2[:, None]  # [5, B, T, C]
         x_w, x_k, x_v, x_r, x_g = shift(weights_of(self, "time_maa_", "wkvrg"), dynamic=data_dependent)
@@ -484,9 +484,9 @@ class ChannelMix(nn.Module):
             carry_on(hidden_states, carried, CHANNEL_MIX_SHIFT, state, reading)
         return self.mix(*shifted)
 
-    def mix_weights(self) -> torch.Tensor:
-        """Weight of the previous token, one row per name of `mix_names`, [M, C]."""
-        return torch.cat([getattr(self, name)[0] for name in self.mix_names])
+    def mix_weights(self) -> list[torch.Tensor]:
+        """Weights of the previous token, one per name of `mix_names`, [1, 1, C]."""
+        return weights_of(self, "", self.mix_names)
 
     def mix(self, *shifted: torch.Tensor) -> torch.Tensor:
         """The shifted tokens, each [B, T, C] -> the same shape."""
@@ -518,7 +518,7 @@ class Rwkv5ChannelMix(ChannelMix):
         self.receptance = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def mix_weights(self):
-        return 1 - super().mix_weights()
+        return [1 - m for m in super().mix_weights()]
 
     def mix(self, x_k, x_r):
         return torch.sigmoid(self.receptance(x_r)) * self.mlp(x_k)

@@ -73,23 +73,23 @@ def _shift_indices(
 def token_shift(
     hidden_states: torch.Tensor,
     carried: torch.Tensor,
-    mix: torch.Tensor,
+    mix: Sequence[torch.Tensor],
     reading: Reading,
     dynamic: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> Sequence[torch.Tensor]:
     """Interpolations of each token with the one read before it: x_t + (x_{t-1} - x_t) m for M weights m.
 
     Args:
         hidden_states: x, [B, T, C].
         carried: what the first token sees before it, [B, C].
-        mix: weight of the previous token per channel, [M, C].
+        mix: M weights of the previous token, of C elements each.
         reading: in which order the tokens are read.
         dynamic: added to the weight, per token, [M, B, T, C] (RWKV-6).
 
     Returns:
-        [M, B, T, C] in the dtype of `hidden_states`.
+        M times [B, T, C] in the dtype of `hidden_states`.
     """
-    carried, mix = carried.to(hidden_states.dtype), mix.to(hidden_states.dtype)
+    carried = carried.to(hidden_states.dtype)
     if triton_token_shift := kernel("token_shift", hidden_states):
         return triton_token_shift(hidden_states, carried, mix, reading.previous, reading.following, dynamic)
     if reading.previous is not None:
@@ -100,8 +100,9 @@ def token_shift(
         previous = carried[:, None]
     else:
         previous = torch.cat([carried[:, None], hidden_states[:, :-1]], 1)
-    weight = mix[:, None, None] if dynamic is None else mix[:, None, None] + dynamic
-    return torch.addcmul(hidden_states, previous - hidden_states, weight)
+    weight = torch.cat([m.view(1, 1, 1, -1) for m in mix]).to(hidden_states.dtype)  # [M, 1, 1, C]
+    weight = weight if dynamic is None else weight + dynamic
+    return torch.addcmul(hidden_states, previous - hidden_states, weight).unbind()
 
 
 def last_token(
