@@ -8,6 +8,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+import triton_interpreter
+
+triton_interpreter.install()
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -19,6 +22,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=GOLDEN,
         metavar="FOLDER",
         help="judge by the golden data of another folder",
+    )
+    parser.addoption(
+        "--older-triton",
+        type=Path,
+        metavar="FOLDER",
+        help="compile the kernels also with the Triton in there, put there by `pip install --target`",
     )
 
 

@@ -70,7 +70,7 @@ def refused(client: Client, *arguments: str | Path, token: str | None = None) ->
     answer = client(hub_client.convert, *arguments, token=token)
     last = answer.err.splitlines()[-1]
     assert answer.code == 1 and answer.out == "" and last.startswith("Error: "), answer
-    assert "Traceback" not in answer.err
+    assert "Traceback" not in answer.err, answer.err
     return last
 
 

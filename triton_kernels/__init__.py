@@ -1,1 +1,56 @@
-"""Triton kernels behind the WKV ops. A leaf: imports torch and triton only."""
+"""Triton kernels for what a recurrent layer does between its matrix products. A leaf: it imports torch and triton."""
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from .chunks import DTYPES, HEAD_SIZES, interpreted
+from .chunks import unsupported as unsupported_recurrence
+from .decode import rwkv6_decode, rwkv7_decode
+from .token_shift import token_shift
+from .wkv6 import wkv6
+from .wkv7 import wkv7
+
+KERNELS = {
+    "wkv6": wkv6,
+    "wkv7": wkv7,
+    "token_shift": token_shift,
+    "rwkv6_decode": rwkv6_decode,
+    "rwkv7_decode": rwkv7_decode,
+}
+
+
+def unsupported(op: str, *tensors: Tensor, gradient: bool = False) -> str:
+    """Why the kernel of `op` does not serve these tensors here; empty if it does.
+
+    Args:
+        op: a name of `KERNELS`.
+        tensors: r and v of a recurrence, x of the token shift, x and the state of a decoding step.
+        gradient: whether one will be asked for.
+    """
+    if op in ("wkv6", "wkv7"):
+        reason = unsupported_recurrence(*tensors, gradient)
+    elif tensors[0].dtype not in DTYPES:
+        reason = f"{tensors[0].dtype} is not served"
+    elif op != "token_shift" and tensors[1].shape[-1] not in HEAD_SIZES:
+        reason = f"head sizes K = V in {HEAD_SIZES} are served, not {tensors[1].shape[-1]}"
+    else:
+        reason = ""
+    return reason or unusable()
+
+
+@torch.compiler.assume_constant_result
+def unusable() -> str:
+    """Why Triton cannot launch anything here, such as for want of a C compiler; empty if it can."""
+    return "" if interpreted() else _driver_error()
+
+
+@functools.cache
+def _driver_error() -> str:
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # of many kinds: a missing driver, a compiler that fails
+        return f"{type(error).__name__}: {error}"
+    return ""

@@ -13,6 +13,9 @@ from torch import Tensor
 
 BACKENDS = ("auto", "torch", "triton")
 
+CPU_KERNELS: dict[str, Callable[..., Any]] = {}
+"""Ops compiled for this CPU, without gradients: empty until `native.build()` fills it."""
+
 
 class _Chosen(threading.local):  # not a ContextVar: torch.compile cannot trace those
     backend = "auto"
@@ -28,8 +31,8 @@ def wkv_backend(name: str) -> Iterator[None]:
     What torch.compile has traced keeps the choice it was traced with.
 
     Args:
-        name: "auto" (Triton kernels on a CUDA device if installed, else torch), "torch" (always the plain
-            functions) or "triton" (never these).
+        name: "auto" (Triton kernels on a CUDA device if installed, native ones on a CPU if built, else torch),
+            "torch" (always the plain functions) or "triton" (never these).
 
     Raises:
         ValueError: another name. RuntimeError comes from the op if "triton" is asked for and cannot serve it.
@@ -43,13 +46,20 @@ def wkv_backend(name: str) -> Iterator[None]:
         _chosen.backend = before
 
 
-def kernel(op: str, *tensors: Tensor) -> Callable[..., Any] | None:
-    """The Triton kernel of an op for these tensors, or None for its plain torch function.
+def kernel(op: str, *tensors: Tensor, gradient: bool = False) -> Callable[..., Any] | None:
+    """The kernel of an op for these tensors, or None for its plain torch function.
+
+    Args:
+        op: a name of `visualrwkv_hf.triton_kernels.KERNELS`.
+        tensors: those that decide whether it is served (see `visualrwkv_hf.triton_kernels.unsupported`).
+        gradient: whether one will be asked for.
 
     Raises:
         RuntimeError: `wkv_backend("triton")` is in force and there is no such kernel, or not for these tensors.
     """
     backend = _chosen.backend
+    if backend == "auto" and CPU_KERNELS and native_serves(*tensors):
+        return CPU_KERNELS.get(op)
     if backend == "torch" or (backend == "auto" and tensors[0].device.type != "cuda"):
         return None
     # Imported late: this file also runs alone, from the Hub, without Triton.
@@ -58,13 +68,22 @@ def kernel(op: str, *tensors: Tensor) -> Callable[..., Any] | None:
     except ImportError as error:
         reason = str(error)
     else:
-        reason = unsupported(op, *tensors)
+        reason = unsupported(op, *tensors, gradient=gradient)
         if not reason:
             return KERNELS[op]
     if backend == "triton":
         raise RuntimeError(f'wkv_backend("triton") is in force, but there is no {op} kernel: {reason}.')
     _say_once(f"{op} runs as plain torch, slower than its Triton kernel: {reason}.")
     return None
+
+
+def native_serves(*tensors: Tensor) -> bool:
+    """Whether a native op computes with these tensors: on the CPU, in float32, with neither gradient nor trace."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and all(x.device.type == "cpu" and x.dtype != torch.float64 for x in tensors)
+    )
 
 
 @torch.compiler.disable

@@ -71,7 +71,8 @@ def wkv6(
     w = _check(r, w, k, v, initial_state, order, cu_seqlens, chunk_size)
     if u.shape != r.shape[2:]:
         raise ValueError(f"u must be [H, K] = {list(r.shape[2:])}, got {list(u.shape)}.")
-    if triton_wkv6 := kernel("wkv6", r, v):
+    gradient = _needs_gradient(r, w, k, v, u, initial_state)
+    if triton_wkv6 := kernel("wkv6", r, v, gradient=gradient):
         return triton_wkv6(r, w, k, v, u, initial_state, order, cu_seqlens)
 
     def compute(r: Tensor, w: Tensor, k: Tensor, v: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +130,8 @@ def wkv7(
     for name, x in (("a", a), ("b", b)):
         if x.shape != r.shape:
             raise ValueError(f"{name} must be [B, T, H, K] = {list(r.shape)} as r is, got {list(x.shape)}.")
-    if triton_wkv7 := kernel("wkv7", r, v):
+    gradient = _needs_gradient(r, w, k, v, a, b, initial_state)
+    if triton_wkv7 := kernel("wkv7", r, v, gradient=gradient):
         return triton_wkv7(r, w, k, v, a, b, initial_state, order, cu_seqlens, min_log_decay)
 
     def compute(*inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,6 +182,10 @@ def _check(
     if w.dim() > 4 or any(i not in (1, j) for i, j in zip(reversed(w.shape), reversed(r.shape))):
         raise ValueError(f"w must broadcast to [B, T, H, K] = {list(r.shape)} of r, got {list(w.shape)}.")
     return w.expand(r.shape)
+
+
+def _needs_gradient(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def _compute_dtype(r: Tensor) -> torch.dtype:

@@ -1,0 +1,460 @@
+"""Compiles what the Triton ops launch, for GPUs that are not there, and reads off what the machine code needs.
+
+    python tests/compile_kernels.py --targets sm_90 --ops wkv7 --dtypes bf16 --head-sizes 64
+
+The ops themselves are called, on CPU tensors; each launch is noted down where Triton would compile it, with the
+specialization that Triton chose. Every distinct one is then compiled. Exit status 1: a kernel does not compile, spills
+registers (on an NVIDIA GPU; for AMD, where nothing is tuned, the table says so), wants more shared memory than a block
+may have, or has a tl.dot that does not reach the matrix units.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from visualrwkv_hf.triton_kernels.decode import rwkv6_decode, rwkv7_decode
+from visualrwkv_hf.triton_kernels.token_shift import token_shift
+from visualrwkv_hf.triton_kernels.wkv6 import wkv6
+from visualrwkv_hf.triton_kernels.wkv7 import wkv7
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HEAD_SIZES = (32, 64, 128)
+
+
+class Target(NamedTuple):
+    """A GPU; `shared` memory that one block may have, in bytes."""
+
+    gpu: GPUTarget
+    shared: int
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+
+
+# --- what is called -----------------------------------------------------------------------------------
+
+
+def backward(outputs: tuple[Tensor, ...]) -> None:
+    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+
+
+def call_wkv(
+    op: Callable[..., tuple[Tensor, Tensor]],
+    dtype: torch.dtype,
+    K: int,
+    T: int = 100,
+    sequences: int = 1,
+    training: bool = True,
+    order: bool = False,
+    packed: bool = False,
+    state: bool = False,
+    **options: float,
+) -> None:
+    """wkv6 or wkv7 of 12 heads; w is float32, as in the model."""
+    H, B = 12, 1 if packed else sequences
+    x = torch.zeros(B, T, H, K, dtype=dtype, requires_grad=training)
+    w = torch.zeros(B, T, H, K, requires_grad=training)
+    S = torch.zeros(sequences, H, K, K, requires_grad=training)
+    more = (torch.zeros(H, K, dtype=dtype, requires_grad=training),) if op is wkv6 else (x, x)
+    outputs = op(
+        *(x, w, x, x, *more),
+        initial_state=S if state else None,
+        order=torch.arange(T).repeat(B, 1) if order else None,
+        cu_seqlens=torch.linspace(0, T, sequences + 1).int() if packed else None,
+        **options,
+    )
+    if training:
+        backward(outputs)
+
+
+def call_token_shift(
+    dtype: torch.dtype, K: int, T: int = 100, M: int = 6, order: bool = False, dynamic: bool = False
+) -> None:
+    B, C = 2, 12 * K
+    x = torch.zeros(B, T, C, dtype=dtype, requires_grad=True)
+    mixed = token_shift(
+        x,
+        torch.zeros(B, C, dtype=dtype, requires_grad=True),
+        [torch.zeros(C, dtype=dtype, requires_grad=True) for _ in range(M)],
+        previous=torch.arange(T).expand(B, T) if order else None,
+        dynamic=torch.zeros(M, B, T, C, dtype=dtype, requires_grad=True) if dynamic else None,
+    )
+    if T > 1:
+        backward(mixed)
+
+
+def call_rwkv7_decode(dtype: torch.dtype, K: int, first_layer: bool = False, mask: bool = False) -> None:
+    B, H = 2, 2
+    token, weight = torch.zeros(B, H * K, dtype=dtype), torch.zeros(H * K, dtype=dtype)
+    rwkv7_decode(
+        *[token] * 6,
+        torch.zeros(B, H, K, K),
+        *[weight] * 7,
+        eps=64e-5,
+        **{} if first_layer else dict(value_gate=token, v_first=token, v0=weight),
+        mask=torch.ones(B, dtype=torch.bool) if mask else None,
+    )
+
+
+def call_rwkv6_decode(dtype: torch.dtype, K: int, constant: bool = False, mask: bool = False) -> None:
+    B, H = 2, 2
+    token, weight = torch.zeros(B, H * K, dtype=dtype), torch.zeros(H * K, dtype=dtype)
+    rwkv6_decode(
+        token,
+        None if constant else token,
+        *[token] * 3,
+        torch.zeros(B, H, K, K),
+        *[weight] * 4,
+        eps=64e-5,
+        mask=torch.ones(B, dtype=torch.bool) if mask else None,
+    )
+
+
+EVERYTHING = dict(order=True, packed=True, state=True)
+MANY = 22  # sequences of 12 heads: from 256 in all on, the launchers share the work out otherwise
+WKV_OPTIONS = {
+    "training": {},
+    "training, order": dict(order=True),
+    "training, packed": dict(packed=True, sequences=2),
+    "training, state": dict(state=True),
+    "training, everything": dict(sequences=2, **EVERYTHING),
+    "training, many": dict(sequences=MANY),
+    "training, many, everything": dict(sequences=MANY, **EVERYTHING),
+    "prompt": dict(training=False),
+    "prompt, everything": dict(training=False, sequences=2, **EVERYTHING),
+    "prompt, many": dict(training=False, sequences=MANY),
+    "token": dict(training=False, T=1, state=True),
+    "tokens, everything": dict(training=False, T=5, sequences=2, **EVERYTHING),
+}
+"""Everything: order, packed sequences and an initial state."""
+QUICK = ("training", "training, many, everything", "training, any decay", "token", "order, dynamic", "")
+BOUNDED = dict(min_log_decay=-0.6065306597126334)  # -e^(-1/2), what RWKV-7 passes
+
+
+class Op(NamedTuple):
+    call: Callable[..., None]
+    options: dict[str, dict[str, Any]]
+
+
+OPS = {
+    "wkv6": Op(partial(call_wkv, wkv6), WKV_OPTIONS),
+    "wkv7": Op(
+        partial(call_wkv, wkv7),
+        {name: options | BOUNDED for name, options in WKV_OPTIONS.items()}
+        | {f"{name}, any decay": WKV_OPTIONS[name] for name in ("training", "training, everything")},
+    ),
+    "token_shift": Op(
+        call_token_shift,
+        {
+            "": {},
+            "order": dict(order=True),
+            "dynamic": dict(M=5, dynamic=True),
+            "order, dynamic": dict(M=5, order=True, dynamic=True),
+            "channel mix": dict(M=1),
+            "token": dict(T=1),
+            "token, dynamic": dict(T=1, M=5, dynamic=True),
+        },
+    ),
+    "rwkv7_decode": Op(
+        call_rwkv7_decode, {"": {}, "first layer": dict(first_layer=True), "mask": dict(mask=True)}
+    ),
+    "rwkv6_decode": Op(call_rwkv6_decode, {"": {}, "RWKV-5": dict(constant=True), "mask": dict(mask=True)}),
+}
+"""Op -> how it is called with (dtype, head size) and each set of options."""
+
+
+# --- what that launches -------------------------------------------------------------------------------
+
+
+@dataclass
+class Launch:
+    """A kernel as Triton would compile it, and the call that first launched it."""
+
+    op: str
+    dtype: str
+    head_size: int
+    options: str
+    target: str
+    kernel: JITFunction
+    signature: dict[str, Any]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], Any]
+    settings: Any
+
+    @property
+    def key(self) -> str:
+        parts = self.signature, self.constexprs, self.attrs, self.settings
+        return " ".join(map(str, (self.target, self.kernel.__name__, *parts)))
+
+    @property
+    def blocks(self) -> str:
+        """Its constants that are no pointers left out: `BT=32 K=64`."""
+        names = ((self.kernel.arg_names[path[0]], value) for path, value in self.constexprs.items())
+        values = {name: value for name, value in names if name.isupper() and value is not None}
+        return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+@contextmanager
+def recorded(target: str) -> Iterator[list[dict[str, Any]]]:
+    """Inside, kernels are noted down for a GPU of that kind, where Triton would compile and launch them."""
+    found: list[dict[str, Any]] = []
+
+    def note(kernel, key, signature, device, constexprs, options, attrs, warmup):
+        found.append(
+            dict(kernel=kernel, signature=signature, constexprs=constexprs, attrs=attrs, settings=options)
+        )  # and None is returned: nothing to launch
+
+    gpu = TARGETS[target].gpu
+    driver = SimpleNamespace(
+        get_current_target=lambda: gpu,
+        get_current_device=lambda: target,
+        get_current_stream=lambda device: 0,
+    )
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(JITFunction, "_do_compile", note),
+        # What the launchers look at: is it an AMD GPU, and may Triton serve tensors on the CPU?
+        mock.patch.object(torch.version, "hip", "6.0" if gpu.backend == "hip" else None),
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+    ):
+        yield found
+
+
+def launches_of(ops, dtypes, head_sizes, targets, quick: bool) -> list[Launch]:
+    """Every distinct launch of these ops, or those of the `QUICK` options."""
+    launches: dict[str, Launch] = {}
+    for name, dtype, head_size, target in itertools.product(ops, dtypes, head_sizes, targets):
+        for options, arguments in OPS[name].options.items():
+            if quick and options not in QUICK:
+                continue
+            with recorded(target) as found:
+                OPS[name].call(DTYPES[dtype], head_size, **arguments)
+            if not found:
+                raise RuntimeError(f"{name} ({dtype}, head size {head_size}, {options}) launched no kernel.")
+            for one in found:
+                launch = Launch(name, dtype, head_size, options, target, **one)
+                launches.setdefault(launch.key, launch)
+    return list(launches.values())
+
+
+# --- what becomes of it -------------------------------------------------------------------------------
+
+
+class Code(NamedTuple):
+    """What a compiled kernel needs: registers of a thread, bytes and instructions that spill some of them, bytes of
+    shared memory; its instructions on matrix units and multiply-adds elsewhere."""
+
+    registers: int
+    spilled: int
+    spills: int
+    shared: int
+    matrix: int
+    fma: int
+
+
+def count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+def read_cubin(compiled) -> Code:
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
+            for command in ([tools / "cuobjdump", "--dump-resource-usage"], [tools / "nvdisasm", "-c"])
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return Code(
+        registers,
+        stack,
+        count(r"\b(LDL|STL)\b", code),
+        compiled.metadata.shared,
+        count(r"\b(HMMA|HGMMA)\b", code),
+        count(r"\bFFMA\b", code),
+    )
+
+
+def read_amdgcn(compiled) -> Code:
+    code = compiled.asm["amdgcn"]
+    facts = {name: int(number) for name, number in re.findall(r"\.(\w+):\s+(\d+)\n", code)}
+    return Code(
+        facts["vgpr_count"],
+        facts["private_segment_fixed_size"],
+        facts["vgpr_spill_count"],
+        compiled.metadata.shared,
+        count(r"\bv_mfma_", code),
+        count(r"\bv_(?:pk_)?(?:fma|fmac)_f32", code),
+    )
+
+
+def compile_launch(launch: Launch) -> dict[str, Any]:
+    """A row of the table: the launch, its `Code`, and what is wrong with it, "" if nothing."""
+    row = {
+        **{
+            name: getattr(launch, name)
+            for name in ("op", "dtype", "head_size", "options", "target", "blocks")
+        },
+        "kernel": launch.kernel.__name__,
+        "warps": launch.settings.num_warps,
+        "stages": launch.settings.num_stages,
+    }
+    gpu, shared = TARGETS[launch.target]
+    source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
+    try:
+        compiled = triton.compile(source, target=gpu, options=launch.settings.__dict__)
+    except Exception as error:  # whatever the compiler raises is the finding
+        while error.__cause__:  # Triton wraps an error once for each function that it is inside of
+            error = error.__cause__
+        return row | {"problem": f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"}
+    code = read_cubin(compiled) if gpu.backend == "cuda" else read_amdgcn(compiled)
+    problems = {
+        f"spills {code.spilled} bytes": gpu.backend == "cuda" and (code.spilled or code.spills),
+        f"wants {code.shared} bytes of shared memory, of {shared}": code.shared > shared,
+        "tl.dot without matrix units": "tt.dot" in compiled.asm["ttir"] and not code.matrix,
+    }
+    return row | code._asdict() | {"problem": "; ".join(text for text, is_so in problems.items() if is_so)}
+
+
+_launches: list[Launch] = []
+"""Handed to the worker processes by forking: what Triton knows of a kernel cannot be pickled."""
+
+
+def compile_number(number: int) -> dict[str, Any]:
+    return compile_launch(_launches[number])
+
+
+def compile_all(launches: list[Launch], jobs: int) -> list[dict[str, Any]]:
+    _launches[:] = launches
+    rows = []
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        for row in pool.map(compile_number, range(len(launches))):
+            rows.append(row)
+            if sys.stderr.isatty() or row["problem"]:
+                print(
+                    f"{len(rows)}/{len(launches)} {title(row)} {row['problem']}", file=sys.stderr, flush=True
+                )
+    return rows
+
+
+# --- the table ----------------------------------------------------------------------------------------
+
+
+def title(row: dict[str, Any]) -> str:
+    return f"{row['target']} {row['kernel']} {row['dtype']} {row['blocks']} [{row['options']}]"
+
+
+COLUMNS = {
+    "kernel": "kernel",
+    "dtype": "dtype",
+    "head_size": "head",
+    "options": "first launched by",
+    "blocks": "constants",
+    "warps": "warps",
+    "stages": "stages",
+    "registers": "registers",
+    "spilled": "spilled, bytes",
+    "shared": "shared memory, bytes",
+    "matrix": "matrix instructions",
+    "fma": "other FMAs",
+}
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "# Kernels, compiled",
+        "",
+        f"`python tests/compile_kernels.py`, Triton {triton.__version__}, no GPU: every distinct launch of the ops.",
+        "Registers of a thread; instructions as they stand in the code, whatever loops they are in.",
+    ]
+    for target in dict.fromkeys(row["target"] for row in rows):
+        lines += ["", f"## {target}", "", table_row(COLUMNS.values()), "|" + "---|" * len(COLUMNS)]
+        lines += [
+            table_row(row.get(name, "-") for name in COLUMNS) for row in rows if row["target"] == target
+        ]
+    problems = [f"- {title(row)}: {row['problem']}" for row in rows if row["problem"]]
+    if problems:
+        lines += ["", "## Problems", "", *problems]
+    return "\n".join([*lines, ""])
+
+
+def table_row(cells: Iterable[int | str]) -> str:
+    return "| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells) + " |"
+
+
+def listed(choices) -> Callable[[str], list[str]]:
+    """An argument type: a comma-separated list out of choices."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        unknown = [name for name in names if name not in choices]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(choices)}")
+        return names
+
+    return parse
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name, choices in (("targets", TARGETS), ("ops", OPS), ("dtypes", DTYPES)):
+        parser.add_argument(f"--{name}", type=listed(choices), default=list(choices), metavar="NAME,NAME")
+    sizes = list(map(str, HEAD_SIZES))
+    parser.add_argument("--head-sizes", type=listed(sizes), default=sizes, metavar="K,K")
+    parser.add_argument("--quick", action="store_true", help="with few of the options that an op has")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the table there, not to the terminal"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
+    arguments = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: Triton would interpret, not compile.")
+    # Triton 3.9 speaks of its own default, once per process.
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    torch.set_num_threads(1)
+    launches = launches_of(
+        arguments.ops, arguments.dtypes, map(int, arguments.head_sizes), arguments.targets, arguments.quick
+    )
+    rows = compile_all(launches, arguments.jobs)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(rows))
+    else:
+        print(markdown(rows))
+    return any(row["problem"] for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

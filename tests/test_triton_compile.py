@@ -1,0 +1,57 @@
+"""What the Triton ops launch compiles for GPUs that are not there: no spills, shared memory that fits, matrix units."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+KERNELS = Path(__file__).parents[1] / "triton_kernels"
+TARGETS = ("sm_80", "sm_90", "gfx942")
+
+
+def compile_kernels(*arguments, triton: Path | None = None, script: Path = SCRIPT):
+    """Runs the script where Triton compiles: this process has it interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if triton:
+        environment["PYTHONPATH"] = str(triton)
+    return subprocess.run(
+        [sys.executable, script, *arguments], env=environment, capture_output=True, text=True, timeout=900
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile(target, tmp_path):
+    rows = tmp_path / "rows.json"
+    run = compile_kernels(
+        *("--quick", "--jobs", "1", "--targets", target, "--dtypes", "bf16"),
+        *("--head-sizes", "64", "--json", rows),
+    )
+    assert not run.returncode, run.stdout[-6000:] + run.stderr[-3000:]
+    compiled = {row["kernel"]: row for row in json.loads(rows.read_text())}
+    written = "".join(path.read_text() for path in KERNELS.glob("*.py"))
+    assert set(compiled) == set(re.findall(r"^def (\w+_kernel)\(", written, re.MULTILINE))
+    assert all(row["registers"] > 0 for row in compiled.values())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_with_an_older_triton(target, pytestconfig):
+    folder = pytestconfig.getoption("older_triton")
+    if not folder:
+        pytest.skip("--older-triton names no folder")
+    run = compile_kernels(
+        *("--quick", "--jobs", "1", "--targets", target, "--dtypes", "bf16", "--head-sizes", "64"),
+        triton=folder.resolve(),
+    )
+    assert not run.returncode, run.stdout[-6000:] + run.stderr[-3000:]
+    assert f"Triton {version_in(folder)}," in run.stdout
+
+
+def version_in(folder: Path) -> str:
+    return next(folder.glob("triton-*.dist-info")).name.removeprefix("triton-").removesuffix(".dist-info")

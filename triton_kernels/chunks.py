@@ -1,0 +1,247 @@
+"""What the chunked WKV kernels share: decayed products, the triangular inverse, chunks and their tables.
+
+Letters as in `visualrwkv_hf.wkv`: B batch, T time, H heads, K / V key / value size of a head, BT tokens of a
+chunk, S [K, V] the state. In a kernel D(s, t) stands for exp(w_{s+1} + ... + w_{t-1}), the decay of what token
+s wrote until token t reads it.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+HEAD_SIZES = (32, 64, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# exp of it is nothing to float32, and sums of it stay far from infinity, which sums of log decays may be.
+LOWEST_LOG_DECAY = tl.constexpr(-88.0)
+
+
+# --- on the host --------------------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched: columns (or keys) of a head per program or turn of its loop, warps, stages."""
+
+    block: int
+    num_warps: int
+    num_stages: int = 1
+
+
+class Precision(NamedTuple):
+    """How products are formed for inputs of a dtype; they are summed in float32 always.
+
+    Attributes:
+        dtype: of operands, and of what one kernel leaves for another.
+        dots: `input_precision` of tl.dot where operands are float32.
+    """
+
+    dtype: torch.dtype
+    dots: str
+
+
+def precision_of(r: Tensor) -> Precision:
+    """bfloat16 as it is; float16 as tf32, which has its bits and does not overflow; float32 in three of those."""
+    if r.dtype == torch.bfloat16:
+        return Precision(torch.bfloat16, "ieee" if torch.version.hip else "tf32")
+    dots = "tf32" if r.dtype == torch.float16 else "tf32x3"
+    return Precision(torch.float32, "ieee" if torch.version.hip else dots)
+
+
+def unsupported(r: Tensor, v: Tensor, gradient: bool = False) -> str:
+    """Why these inputs are not for the Triton kernels; empty if they are.
+
+    Args:
+        r: [B, T, H, K].
+        v: [B, T, H, V].
+        gradient: whether one will be asked for.
+    """
+    K, V = r.shape[-1], v.shape[-1]
+    if K != V or K not in HEAD_SIZES:
+        return f"head sizes K = V in {HEAD_SIZES} are served, not K = {K} and V = {V}"
+    if r.dtype not in DTYPES:
+        return f"{r.dtype} is not served"
+    if r.device.type != "cuda":
+        return "" if interpreted() else f"Triton does not run on {r.device.type}"
+    if gradient and not has_matrix_units(r):
+        return "gradients need a GPU of compute capability 8.0 or higher"
+    return ""
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def has_matrix_units(r: Tensor) -> bool:
+    """Whether tl.dot of bfloat16 and tf32 is fast, or there at all, where r is."""
+    if r.device.type != "cuda" or torch.version.hip:
+        return True
+    return torch.cuda.get_device_capability(r.device) >= (8, 0)
+
+
+def on_device_of(r: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, whatever its arguments are on."""
+    return torch.cuda.device(r.device) if r.device.type == "cuda" else nullcontext()
+
+
+def most_chunks(T: int, sequences: int, BT: int) -> int:
+    """The most chunks that this many sequences of T tokens in all can have."""
+    return (T + sequences * (BT - 1)) // BT
+
+
+def chunk_table(cu_seqlens: Tensor | None, T: int, BT: int) -> tuple[Tensor | None, Tensor | None]:
+    """Which chunk is whose, worked out on the device, so that the host does not wait for cu_seqlens.
+
+    Args:
+        cu_seqlens: where packed sequences begin, and the end, [S + 1]; None for sequences of one length.
+        T: tokens of all sequences.
+        BT: tokens of a chunk.
+
+    Returns:
+        chunk_starts: a sequence's first chunk, int64 [S + 1].
+        sequence_of: a chunk's sequence, int64 [most_chunks]; S behind the last chunk.
+    """
+    if cu_seqlens is None:
+        return None, None
+    lengths = cu_seqlens.long().diff()
+    chunk_starts = pad(((lengths + (BT - 1)) // BT).cumsum(0), (1, 0))
+    chunks = torch.arange(most_chunks(T, len(lengths), BT), device=cu_seqlens.device)
+    return chunk_starts, torch.searchsorted(chunk_starts, chunks, right=True) - 1
+
+
+# --- in a kernel --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def halves(w, BT: tl.constexpr, K: tl.constexpr, M: tl.constexpr):
+    """Decay factors of the level at which blocks of M tokens join to blocks of 2 M.
+
+    A column s of a first half meets a row t of the second half at the boundary between them: the column has
+    decayed to it, the row from it. Both exponents are sums of log decays, so nothing overflows or cancels:
+        rows[t] cols[s] = D(s, t)   for s, t of one block of 2 M, s in its first and t in its second half.
+
+    Args:
+        w: log decay, finite, [BT, K] float32.
+
+    Returns:
+        rows [BT, K], 0 in first halves; cols [BT, K], 0 in second halves; same_block [BT, BT].
+    """
+    o_t = tl.arange(0, BT)
+    second = ((o_t // M) % 2 == 1)[:, None]
+    segments = tl.reshape(w, [BT // M, M, K])
+    since = tl.reshape(tl.cumsum(segments, 1), [BT, K]) - w  # from the boundary until before t
+    until = tl.reshape(tl.cumsum(segments, 1, reverse=True), [BT, K]) - w  # behind s until the boundary
+    factor = tl.exp(tl.where(second, since, until))
+    same_block = (o_t // (2 * M))[:, None] == (o_t // (2 * M))[None, :]
+    return tl.where(second, factor, 0.0), tl.where(second, 0.0, factor), same_block
+
+
+@triton.jit
+def centred(w, BT: tl.constexpr, K: tl.constexpr):
+    """Decay factors of a whole chunk, about its middle: rows[t] cols[s] = D(s, t) for s < t.
+
+    For log decays that are known not to be low: a factor reaches exp(-BT / 2 min(w)).
+
+    Args:
+        w: log decay, finite, [BT, K] float32.
+
+    Returns:
+        rows [BT, K], cols [BT, K], before [BT, BT]: s < t.
+    """
+    o_t = tl.arange(0, BT)
+    middle = tl.sum(tl.where((o_t < BT // 2)[:, None], w, 0.0), 0)[None, :]
+    total = tl.cumsum(w, 0)
+    return tl.exp(total - w - middle), tl.exp(middle - total), o_t[:, None] > o_t[None, :]
+
+
+@triton.jit
+def inverse_of_one_minus(A, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """(1 - A)^-1 of strictly lower triangular A [BT, BT] float32, by doubling the size of a block.
+
+    With T1, T2 the inverses of two neighbouring blocks, that of both has T2 A21 T1 below the diagonal. Off the
+    blocks T is 0, so one product of whole matrices does it for all blocks of a level. (The power series would
+    not do: with equal keys the powers of A grow as binomials and cancel.)
+    """
+    o_t = tl.arange(0, BT)
+    row, col = o_t[:, None], o_t[None, :]
+    pairs = (row // 2 == col // 2) & (row > col)
+    T = tl.where(row == col, 1.0, tl.where(pairs, A, 0.0))
+    for level in tl.static_range(1, 7):
+        if 2**level < BT:
+            T = _join_inverses(T, A, BT, 2**level, PRECISION)
+    return T
+
+
+@triton.jit
+def _join_inverses(T, A, BT: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr):
+    """Inverses of blocks of M -> of blocks of 2 M."""
+    row, col = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    A21 = tl.where((row // (2 * M) == col // (2 * M)) & (row // M > col // M), A, 0.0)
+    return tl.dot(tl.dot(T, A21, input_precision=PRECISION), T, T, input_precision=PRECISION)
+
+
+@triton.jit
+def chunk_rows(order, tokens, start, i_t, length, BT: tl.constexpr):
+    """Which rows of the flattened [B T, ...] a chunk reads.
+
+    Args:
+        order: int64 [B T] or None: position p of a sequence is its token order[p], ~token for a pad.
+        tokens: first flattened row that order's numbers count from, int64.
+        start: first position of the sequence in order, int64.
+        i_t: first position of the chunk in the sequence.
+        length: of the sequence.
+
+    Returns:
+        rows int64 [BT]; m_read [BT]: a real token; m_row [BT]: a token or a pad, not past the end.
+    """
+    o_t = i_t + tl.arange(0, BT)
+    m_row = o_t < length
+    if order is None:
+        return start + o_t, m_row, m_row
+    token = tl.load(order + start + o_t, mask=m_row, other=0)
+    m_read = m_row & (token >= 0)
+    return tokens + tl.where(token >= 0, token, -1 - token), m_read, m_row
+
+
+@triton.jit
+def span_of_sequence(i_s, T, cu_seqlens, chunk_starts, BT: tl.constexpr):
+    """Where a sequence lies: first chunk, first position in order, row its numbers count from, length."""
+    if cu_seqlens is None:
+        start = i_s.to(tl.int64) * T
+        return i_s.to(tl.int64) * tl.cdiv(T, BT), start, start, T
+    start = tl.load(cu_seqlens + i_s).to(tl.int64)
+    length = (tl.load(cu_seqlens + i_s + 1).to(tl.int64) - start).to(tl.int32)
+    return tl.load(chunk_starts + i_s), start, start * 0, length
+
+
+@triton.jit
+def sequence_of_chunk(i_c, T, sequence_of, BT: tl.constexpr):
+    """Whose chunk it is."""
+    if sequence_of is None:
+        return i_c // tl.cdiv(T, BT)
+    return tl.load(sequence_of + i_c).to(tl.int32)
+
+
+@triton.jit
+def load_rows(x, rows, m_rows, i_h, H: tl.constexpr, D: tl.constexpr, o_d):
+    """Columns o_d of x [rows, H, D], 0 where masked, [BT, len(o_d)] float32."""
+    p_x = x + ((rows * H + i_h) * D)[:, None] + o_d[None, :]
+    return tl.load(p_x, mask=m_rows[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_log_decay(w, rows, m_rows, i_h, H: tl.constexpr, D: tl.constexpr, o_d):
+    """`load_rows` of log decays, finite."""
+    return tl.maximum(load_rows(w, rows, m_rows, i_h, H, D, o_d), LOWEST_LOG_DECAY)
+
+
+@triton.jit
+def store_rows(x, b_x, rows, m_read, m_row, i_h, H: tl.constexpr, D: tl.constexpr, o_d):
+    """The reverse of `load_rows`; 0 into the rows of pads, which are not read but written."""
+    p_x = x + ((rows * H + i_h) * D)[:, None] + o_d[None, :]
+    tl.store(p_x, tl.where(m_read[:, None], b_x, 0.0).to(x.dtype.element_ty), mask=m_row[:, None])
