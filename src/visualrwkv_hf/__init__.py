@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .modeling_rwkv import VisualRWKVForCausalLM, VisualRWKVTextModel
     from .modeling_vision import VisualRWKVVisionModel
     from .modeling_visualrwkv import VisualRWKVForConditionalGeneration, VisualRWKVModel
+    from .native import accelerate_on_cpu
     from .processing_visualrwkv import VisualRWKVProcessor
     from .scan_orders import SCANS
     from .wkv import wkv6, wkv7
@@ -38,6 +39,7 @@ MODULE_OF = {
     "VisualRWKVTextModel": "modeling_rwkv",
     "VisualRWKVVisionConfig": "configuration_visualrwkv",
     "VisualRWKVVisionModel": "modeling_vision",
+    "accelerate_on_cpu": "native",
     "wkv6": "wkv",
     "wkv7": "wkv",
     "wkv_backend": "kernels",
@@ -58,6 +60,7 @@ __all__ = [
     "VisualRWKVTextModel",
     "VisualRWKVVisionConfig",
     "VisualRWKVVisionModel",
+    "accelerate_on_cpu",
     "bundled_model",
     "register",
     "wkv6",
