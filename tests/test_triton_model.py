@@ -125,3 +125,25 @@ def test_gradient_checkpointing_runs_the_kernels_again(model, batch):
             model.activation_checkpointing_disable()
             model.eval()
     assert all(torch.equal(x, y) for x, y in zip(actual, expected))
+
+
+def test_a_step_and_a_training_pass_compile_in_one_graph(batch):
+    model = awake(VisualRWKVForCausalLM(text_config(7, head_dim=32, hidden_size=64))).float().eval()
+    ids = batch["input_ids"][:, :20]
+
+    def steps(forward):
+        state = VisualRWKVStaticCache(model.config)
+        with torch.no_grad():
+            model(ids, past_key_values=state)
+            return torch.cat([forward(ids[:, t : t + 1], past_key_values=state).logits for t in range(3)], 1)
+
+    def gradients(forward):
+        model.zero_grad()
+        forward(ids, use_cache=False).logits.square().mean().backward()
+        return [weight.grad.clone() for weight in model.parameters()]
+
+    torch.compiler.reset()
+    compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    with wkv_backend("triton"):
+        assert torch.equal(steps(compiled), steps(model.forward))
+        assert all(torch.equal(*pair) for pair in zip(gradients(compiled), gradients(model.forward)))
