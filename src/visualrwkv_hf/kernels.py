@@ -57,9 +57,9 @@ def kernel(op: str, *tensors: Tensor, gradient: bool = False) -> Callable[..., A
     Raises:
         RuntimeError: `wkv_backend("triton")` is in force and there is no such kernel, or not for these tensors.
     """
-    backend = _chosen.backend
-    if backend == "auto" and CPU_KERNELS and native_serves(*tensors):
+    if CPU_KERNELS and native_serves(*tensors):
         return CPU_KERNELS.get(op)
+    backend = _chosen.backend
     if backend == "torch" or (backend == "auto" and tensors[0].device.type != "cuda"):
         return None
     # Imported late: this file also runs alone, from the Hub, without Triton.
@@ -78,9 +78,10 @@ def kernel(op: str, *tensors: Tensor, gradient: bool = False) -> Callable[..., A
 
 
 def native_serves(*tensors: Tensor) -> bool:
-    """Whether a native op computes with these tensors: on the CPU, in float32, with neither gradient nor trace."""
+    """Whether a native op may compute with these tensors: on the CPU, in float32, with neither gradient nor trace."""
     return (
-        not torch.is_grad_enabled()
+        _chosen.backend == "auto"
+        and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and all(x.device.type == "cpu" and x.dtype != torch.float64 for x in tensors)
     )

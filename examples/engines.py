@@ -1,0 +1,248 @@
+"""What benchmark_prefill.py and benchmark_decode.py compare: ways to run one RWKV-7 of random weights."""
+
+import contextlib
+import copy
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import typer
+from benchmarking import Timing, copy_bandwidth, interleaved, machine, markdown_table, readable
+
+from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVTextConfig, accelerate_on_cpu, wkv_backend
+from visualrwkv_hf.conversion.convert import restore_state_dict
+
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"num_hidden_layers": 2, "hidden_size": 128, "vocab_size": 320},
+    "0.1B": {"num_hidden_layers": 12, "hidden_size": 768},
+    "1.5B": {"num_hidden_layers": 24, "hidden_size": 2048},
+    "7B": {"num_hidden_layers": 32, "hidden_size": 4096},
+}
+PEER = "PyPI rwkv"
+OURS = "visualrwkv-hf"
+STEPS = 4
+"""Tokens read one by one behind the prompt when an engine is checked."""
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 5e-2}
+"""Of the relative norm error of the logits. Rounding all weights costs about 1e-2 in twelve layers."""
+
+
+class Engine(NamedTuple):
+    """`read(tokens [T], state)` gives the last token's logits [vocab_size] and the state; None starts a text.
+
+    A state may be written in place.
+    """
+
+    name: str
+    precision: str
+    read: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
+    weight_bytes: int
+
+
+def random_model(shape: str) -> VisualRWKVForCausalLM:
+    """float32, random weights everywhere: freshly initialised, half of the model adds nothing."""
+    torch.manual_seed(0)
+    model = VisualRWKVForCausalLM(VisualRWKVTextConfig(rwkv_version=7, **SHAPES[shape]))
+    for weight in model.parameters():
+        if weight.ndim == 2 and not weight.any():
+            torch.nn.init.normal_(weight, std=0.02)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    return model.eval().requires_grad_(False)
+
+
+def ours(name: str, precision: str, model: VisualRWKVForCausalLM, backend: str = "auto") -> Engine:
+    def read(tokens: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        with wkv_backend(backend):
+            out = model(tokens[None], past_key_values=state, use_cache=True, logits_to_keep=1)
+        return out.logits[0, -1], out.past_key_values
+
+    return Engine(f"{OURS}, {name}" if name else OURS, precision, read, weight_bytes(model))
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """What one token reads of the weights: all but the table of embeddings."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(x.nbytes for x in tensors) - model.get_input_embeddings().weight.nbytes
+
+
+def our_engines(model: VisualRWKVForCausalLM, device: str, precisions: Sequence[str]) -> Iterator[Engine]:
+    """This package's ways. The first is the plain one in float32, by which all are judged."""
+    yield ours("plain torch", "float32", copy.deepcopy(model).to(device), "torch")
+    for precision in precisions:
+        dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
+        if device == "cpu":
+            if precision == "bfloat16":
+                yield ours("plain torch", precision, copy.deepcopy(model).to(dtype), "torch")
+            native = accelerate_on_cpu(copy.deepcopy(model).to(dtype), int8=precision == "int8")
+            yield ours("native", precision, native)
+        else:
+            on_device = copy.deepcopy(model).to(device, dtype)
+            yield ours("plain torch", precision, on_device, "torch")
+            yield ours("Triton", precision, on_device)
+            yield ours("Triton, graph", precision, on_device)
+
+
+def peer_engines(model: VisualRWKVForCausalLM, device: str, precisions: Sequence[str]) -> Iterator[Engine]:
+    """The package `rwkv` by the author of RWKV, reading the same weights, if it is installed."""
+    os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1"}  # it looks there when it is imported
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            import rwkv.model as peer
+        except ImportError as error:
+            typer.secho(f"Without the peer {PEER}: {error}.", err=True, fg="yellow")
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "model"
+            original = restore_state_dict(model.state_dict(), model.config)
+            torch.save({k.removeprefix("rwkv."): x.clone() for k, x in original.items()}, f"{path}.pth")
+            for precision, strategy in (("float32", "fp32"), ("bfloat16", "bf16")):
+                if precision in precisions:
+                    loaded = peer.RWKV(model=str(path), strategy=f"{device} {strategy}")
+                    yield Engine(PEER, precision, _peer_reader(peer, loaded), 0)
+
+
+def _peer_reader(peer: Any, loaded: Any) -> Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]:
+    dtype = loaded.z["emb.weight"].dtype
+
+    def read(tokens: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        peer.DTYPE = dtype  # of the states that it makes: that of the model loaded last, if not said
+        return loaded.forward(tokens.tolist(), state)
+
+    return read
+
+
+def token_by_token(engine: Engine) -> Engine:
+    """As an engine reads that knows no chunks: for want of another peer."""
+
+    def read(tokens: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        for token in tokens.split(1):
+            logits, state = engine.read(token, state)
+        return logits, state
+
+    return engine._replace(name="one token at a time", read=read)
+
+
+def checked(engines: Sequence[Engine], tokens: torch.Tensor) -> tuple[list[Engine], dict[Engine, float]]:
+    """The engines that compute what the first one does, and the relative error of each one's logits.
+
+    They are compared behind the prompt and behind each of the first tokens again, read one by one.
+
+    Raises:
+        ArithmeticError: this package's are wrong. A peer that is wrong is left out.
+    """
+    reference = _logits(engines[0], tokens)
+    errors = {
+        each: ((_logits(each, tokens) - reference).norm() / reference.norm()).item() for each in engines
+    }
+    for engine, error in errors.items():
+        if not error <= TOLERANCE[engine.precision]:
+            said = f"{engine.name}, {engine.precision}: error {error:.1e} > {TOLERANCE[engine.precision]:.0e}"
+            if engine.name.startswith(OURS):
+                raise ArithmeticError(said)
+            typer.secho(f"Left out, for it is wrong: {said}", err=True, fg="yellow")
+    return [each for each in engines if errors[each] <= TOLERANCE[each.precision]], errors
+
+
+def _logits(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
+    logits, state = engine.read(tokens, None)
+    read = [logits.double()]
+    for token in tokens[:STEPS].split(1):
+        logits, state = engine.read(token, state)
+        read.append(logits.double())
+    return torch.cat(read)
+
+
+def compared(
+    shape: str,
+    device: str,
+    precisions: Sequence[str],
+    tokens: int,
+    seconds: float,
+    prepare: Callable[[Engine, torch.Tensor], Callable[[], object]],
+    tokens_timed: int,
+) -> tuple[str, dict[str, Any]]:
+    """The whole of a benchmark: engines built, checked, timed in turn -> the table's text, and its numbers.
+
+    Args:
+        shape: of `SHAPES`.
+        device: cpu or cuda.
+        precisions: of `TOLERANCE`, what is asked for beside the reference.
+        tokens: length of the prompt.
+        seconds: to time each engine.
+        prepare: (engine, prompt [T]) -> what is timed.
+        tokens_timed: how many tokens that reads.
+
+    Raises:
+        ArithmeticError: see [`checked`].
+    """
+    model = random_model(shape)
+    prompt = torch.randint(1, model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
+    prompt = prompt.to(device)
+    engines = list(our_engines(model, device, precisions))
+    peers = list(peer_engines(model, device, precisions)) or [token_by_token(engines[0])]
+    engines, errors = checked([*engines, *peers], prompt)
+    functions = {each: prepare(each, prompt) for each in engines}
+    timings = interleaved(functions, device, seconds, least=5 if shape == "tiny" else 10)
+    bandwidth = copy_bandwidth(device, 2**20 if shape == "tiny" else 2**28)
+    peer = next((each for each in engines if each.name == peers[0].name), None)
+    rows = [
+        row(each, timings[each], timings.get(peer), errors[each], tokens_timed, bandwidth) for each in engines
+    ]
+    about = machine(device) | {
+        "shape": shape,
+        "parameters": model.num_parameters(),
+        "prompt": tokens,
+        "rwkv": _version("rwkv"),
+        "load": os.getloadavg()[0],
+        "copy_bytes_per_second": bandwidth,
+    }
+    head = (
+        f"RWKV-7 {shape}, {about['parameters'] / 1e6:,.0f} M parameters, random weights; {about['device']}, "
+        f"{about['threads']} threads, torch {about['torch']}, rwkv {about['rwkv']}; "
+        f"a copy {bandwidth / 1e9:,.0f} GB/s; load {about['load']:.1f}\n\n"
+    )
+    return head + markdown_table([readable_row(each) for each in rows]), {"about": about, "rows": rows}
+
+
+def row(
+    engine: Engine, timing: Timing, peer: Timing | None, error: float, tokens: int, bandwidth: float
+) -> dict[str, Any]:
+    return {
+        "engine": engine.name,
+        "precision": engine.precision,
+        "seconds": timing.median,
+        "low": timing.low,
+        "high": timing.high,
+        "count": timing.count,
+        "tokens_per_second": tokens / timing.median,
+        "times_peer": peer and peer.median / timing.median,
+        # A copy reads and writes; weights are read only.
+        "streaming_seconds": engine.weight_bytes / bandwidth if engine.weight_bytes and tokens == 1 else None,
+        "error": error,
+    }
+
+
+def readable_row(row: Mapping[str, Any]) -> dict[str, str | None]:
+    limit = row["streaming_seconds"]
+    return {
+        "engine": row["engine"],
+        "weights": row["precision"],
+        "median": readable(row["seconds"]),
+        "fifths": f"{readable(row['low'])} to {readable(row['high'])}",
+        "tokens/s": f"{row['tokens_per_second']:,.0f}",
+        "times the peer's speed": f"{row['times_peer']:.2f}" if row["times_peer"] else None,
+        "weights at the rate of a copy": readable(limit) if limit else None,
+        "error": f"{row['error']:.1e}",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

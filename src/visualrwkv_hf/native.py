@@ -1,0 +1,320 @@
+"""Ops compiled for the CPU at hand, on request: recurrences, a token's time mix, matrix times vector, int8 weights.
+
+    from visualrwkv_hf import accelerate_on_cpu
+
+    model = accelerate_on_cpu(model)             # or accelerate_on_cpu(model, int8=True)
+
+needs a C compiler, once: the library is kept in the user's cache folder. Nothing here is needed: without it, and
+wherever a gradient is asked for or torch.compile traces, the plain torch functions compute the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .kernels import CPU_KERNELS, native_serves
+from .modeling_rwkv import DECAY_SCALE, RwkvBlock
+
+SOURCE = Path(__file__).with_name("native.c")
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC")
+FOR_THIS_CPU = (
+    ("-march=native", "-fopenmp"),
+    ("-march=native",),  # Apple's compiler has no OpenMP
+    ("-mcpu=native",),
+)
+"""What is tried in turn."""
+
+MAX_KEYS = 256
+"""MAX_KEYS of native.c."""
+
+MAX_ROWS = 8
+"""Up to here a product takes as long as its weights take from memory."""
+
+_ADDRESS, _NUMBER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+ARGUMENTS = {
+    "wkv": [ctypes.c_int, *[_NUMBER] * 4, *[_ADDRESS] * 11],
+    "rwkv7_decode": [ctypes.c_int, *[_NUMBER] * 3, *[_FLOAT] * 2, *[_ADDRESS] * 19],
+    "linear": [ctypes.c_int, *[_NUMBER] * 4, *[_ADDRESS] * 4],
+}
+"""Of the functions in native.c."""
+
+_library: ctypes.CDLL | None = None
+
+
+def build(folder: str | Path | None = None) -> Path:
+    """Compiles native.c, unless that is done, and computes with it from now on where no gradient is asked for.
+
+    Args:
+        folder: where the library is kept; None is the user's cache folder.
+
+    Returns:
+        The library's path.
+
+    Raises:
+        RuntimeError: there is no C compiler, or none of its calls succeeded.
+    """
+    global _library
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    path = (Path(folder) if folder else cache / "visualrwkv_hf") / f"native-{_fingerprint()}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _compile(path)
+    _library = ctypes.CDLL(str(path))
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(_library, name)
+        function.argtypes, function.restype = arguments, None
+    CPU_KERNELS.update(wkv6=wkv6, wkv7=wkv7, rwkv7_decode=rwkv7_decode)
+    return path
+
+
+def _fingerprint() -> str:
+    """Of the source and of the CPU, for a home folder may be shared by several."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        cpu = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        cpu = platform.processor()
+    return hashlib.sha256(SOURCE.read_bytes() + f"{FLAGS}{platform.machine()}{cpu}".encode()).hexdigest()[:16]
+
+
+def _compile(path: Path) -> None:
+    """Writes the library at once or not at all: another process may be doing the same."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise RuntimeError(f"Native ops need a C compiler ({', '.join(COMPILERS)}), and none was found.")
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        library = Path(scratch) / path.name
+        for for_this_cpu in FOR_THIS_CPU:
+            command = [compiler, *FLAGS, *for_this_cpu, str(SOURCE), "-o", str(library), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                library.replace(path)
+                return
+    raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+
+
+# --- ops: the signatures and results of those in wkv.py and triton_kernels --------------------------------
+
+
+def wkv6(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    initial_state: Tensor | None = None,
+    order: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of RWKV-6 and 5, token by token; see `wkv.wkv6`."""
+    return _wkv(r, w, k, v, None, None, u, initial_state, order, cu_seqlens)
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None = None,
+    order: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    min_log_decay: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of RWKV-7, token by token; see `wkv.wkv7`."""
+    return _wkv(r, w, k, v, a, b, None, initial_state, order, cu_seqlens)
+
+
+def _wkv(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    u: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    B, T, H, K = r.shape
+    V = v.shape[-1]
+    begin = (
+        torch.arange(0, (B + 1) * T, T) if cu_seqlens is None else cu_seqlens.long().contiguous()
+    )  # [N + 1]
+    tokens = torch.arange(B * T)
+    if order is not None:  # in [B, T] a number counts within its row, in native.c from the first row
+        start = T * torch.arange(B)[:, None]
+        tokens = torch.where(order < 0, order - start, order + start).contiguous()
+    N = len(begin) - 1
+    state = (
+        torch.zeros(N, H, K, V)
+        if initial_state is None
+        else initial_state.clone(memory_format=torch.contiguous_format)
+    )
+    out = torch.empty(B, T, H, V)
+    inputs = [_floats(x) for x in (r, w.exp(), k, v, a, b, u)]
+    _call("wkv", N, H, K, V, begin, tokens, *inputs, state, out)
+    return out.to(r.dtype), state
+
+
+def rwkv7_decode(
+    r: Tensor,
+    decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rate: Tensor,
+    gate: Tensor,
+    state: Tensor,
+    w0: Tensor,
+    a0: Tensor,
+    k_k: Tensor,
+    k_a: Tensor,
+    r_k: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    value_gate: Tensor | None = None,
+    v_first: Tensor | None = None,
+    v0: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """One token of RWKV-7, from the matrix products to what `output` reads; `state` is written in place.
+
+    Arguments and result: see `triton_kernels.decode.rwkv7_decode`.
+    """
+    B, H, K, _ = state.shape
+    out = torch.empty(r.shape)
+    tokens = (_floats(x) for x in (r, decay, k, v, rate, gate, value_gate, v_first))
+    weights = (_floats(x) for x in (w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias))
+    _call("rwkv7_decode", B, H, K, eps, DECAY_SCALE, *tokens, *weights, mask, state, out)
+    return out.to(r.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """scale * (x W^T), in float32 but for W, for a few rows x.
+
+    Args:
+        x: [..., in], of at most a few rows: each takes its own time.
+        weight: W [out, in] in float32, bfloat16 or int8, contiguous; `in` a multiple of 16, `out` of 4.
+        scale: [out] in float32.
+
+    Returns:
+        [..., out] in the dtype of x.
+    """
+    out = torch.empty(*x.shape[:-1], len(weight))
+    count = x.numel() // x.shape[-1]
+    _call("linear", count, x.shape[-1], len(weight), weight.element_size(), weight, scale, _floats(x), out)
+    return out.to(x.dtype)
+
+
+def _floats(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _call(name: str, *arguments: Tensor | float | None) -> None:
+    """Calls a function of the library; None is a null pointer."""
+    addresses = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
+    getattr(_library, name)(torch.get_num_threads(), *addresses)
+
+
+# --- linear layers --------------------------------------------------------------------------------------
+
+
+def _serves(x: Tensor) -> bool:
+    """Whether `linear` computes x W^T: it has few rows."""
+    return _library is not None and native_serves(x) and x.numel() <= MAX_ROWS * x.shape[-1]
+
+
+class NativeLinear(nn.Linear):
+    """A linear layer that reads its weight as fast as memory gives it, if it has few rows to multiply."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.bias is None and _serves(input) and self.weight.dtype in (torch.float32, torch.bfloat16):
+            return linear(input, self.weight)
+        return super().forward(input)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer of int8 weights, one scale per output: W = diag(scale) Q, Q = round(W / scale) in -127 ... 127.
+
+    The products are not rounded: only the weight is.
+
+    Args:
+        linear: the layer whose weight [out, in] is rounded; it must have no bias.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127  # [out]
+        self.register_buffer("scale", scale)
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        if _serves(input):
+            return linear(input, self.weight, self.scale)
+        # int8 is exact in bfloat16, so that only the scale is rounded.
+        return F.linear(input, self.weight.to(input.dtype)) * self.scale.to(input.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def accelerate_on_cpu(model: nn.Module, int8: bool = False) -> nn.Module:
+    """Lets a model compute with native ops on a CPU: the language model's blocks and the head.
+
+    Args:
+        model: a `VisualRWKVForConditionalGeneration` or `VisualRWKVForCausalLM`, changed in place.
+        int8: whether the weights of their linear layers are rounded to int8 (a quarter of float32's bytes; not for
+            training or saving). What stays as it is: the embedding, the low-rank maps and the vision tower.
+
+    Returns:
+        The model.
+
+    Raises:
+        RuntimeError: see [`build`].
+        ValueError: the model has no block of RWKV.
+    """
+    build()
+    blocks = [module for module in model.modules() if isinstance(module, RwkvBlock)]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no RWKV block to accelerate.")
+    for block in blocks:
+        for part in (block.att, block.ffn):
+            for name, module in part.named_children():
+                if type(module) is nn.Linear:
+                    setattr(part, name, _accelerated(module, int8))
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        model.set_output_embeddings(_accelerated(head, int8))
+    return model
+
+
+def _accelerated(linear: nn.Linear, int8: bool) -> nn.Module:
+    """The layer with native ops, or itself where its sizes do not suit them."""
+    if linear.in_features % 16 or linear.out_features % 4 or linear.bias is not None:
+        return linear
+    if int8:
+        return Int8Linear(linear)
+    native = NativeLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+    native.weight = linear.weight
+    return native.train(linear.training)
+
+
+__all__ = ["Int8Linear", "NativeLinear", "accelerate_on_cpu", "build"]

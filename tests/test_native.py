@@ -1,0 +1,220 @@
+"""Native CPU ops against the plain torch functions. They compute in float32; sums differ in their order only."""
+
+import shutil
+
+import pytest
+import torch
+from tiny import awake, text_config, tiny_vlm
+from torch import nn
+
+from visualrwkv_hf import VisualRWKVForCausalLM, native
+from visualrwkv_hf.kernels import CPU_KERNELS, wkv_backend
+from visualrwkv_hf.wkv import wkv6, wkv7
+
+TOLERANCE = 1e-5
+"""Relative, float32: sums of some hundred terms in another order."""
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, native.COMPILERS)), reason="native ops need a C compiler"
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def built(cache, monkeypatch):
+    """The library in a folder of its own, and no native op left behind in the process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(native, "_library", None)
+    native.build()
+    yield
+    CPU_KERNELS.clear()
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def recurrence_inputs(version: int, B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> dict:
+    torch.manual_seed(0)
+    r, k, a, rate = torch.randn(4, B, T, H, K).to(dtype)
+    w, v = -torch.rand(B, T, H, K), torch.randn(B, T, H, V).to(dtype)
+    inputs = dict(r=r, w=w, k=k, v=v)
+    if version == 6:
+        return inputs | dict(u=torch.randn(H, K))
+    kk = nn.functional.normalize(a.float(), dim=-1).to(dtype)
+    return inputs | dict(a=-kk, b=kk * rate.sigmoid())
+
+
+def both(version: int, **arguments) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    op = {6: wkv6, 7: wkv7}[version]
+    with torch.no_grad():
+        fast = op(**arguments)
+        with wkv_backend("torch"):
+            return fast, op(**arguments)
+
+
+# bfloat16: both round the same float32 result, which may fall to either side of a half: one unit in 2^8.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, TOLERANCE), (torch.bfloat16, 1e-3)])
+@pytest.mark.parametrize("K, V", [(16, 16), (64, 64), (64, 96), (128, 128)])
+@pytest.mark.parametrize("T", [1, 7, 65])
+@pytest.mark.parametrize("version", [6, 7])
+def test_recurrence_equals_plain(version, T, K, V, dtype, tolerance):
+    inputs = recurrence_inputs(version, 2, T, 3, K, V, dtype)
+    state = torch.randn(2, 3, K, V)
+    given = state.clone()
+    (out, after), (plain_out, plain_after) = both(version, **inputs, initial_state=state)
+    assert out.dtype == dtype and error(out, plain_out) < tolerance
+    assert after.dtype == torch.float32 and error(after, plain_after) < TOLERANCE
+    assert torch.equal(state, given)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_recurrence_reads_in_order_and_passes_over_pads(version):
+    inputs = recurrence_inputs(version, 2, 20, 2, 16, 16, torch.float32)
+    order = torch.stack([torch.randperm(20), torch.arange(20)])
+    order[1, :5] = ~order[1, :5]
+    (out, state), (plain_out, plain_state) = both(version, **inputs, order=order)
+    assert error(out, plain_out) < TOLERANCE and error(state, plain_state) < TOLERANCE
+    assert not out[1, :5].any()
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_recurrence_of_packed_sequences(version):
+    inputs = recurrence_inputs(version, 1, 20, 2, 16, 16, torch.float32)
+    begin = torch.tensor([0, 6, 6, 20], dtype=torch.int32)
+    order = torch.cat([torch.arange(6).flip(0), torch.arange(6, 20)])[None]
+    arguments = inputs | dict(initial_state=torch.randn(3, 2, 16, 16), order=order, cu_seqlens=begin)
+    (out, state), (plain_out, plain_state) = both(version, **arguments)
+    assert error(out, plain_out) < TOLERANCE and error(state, plain_state) < TOLERANCE
+
+
+def causal_lm(version: int, **fields) -> VisualRWKVForCausalLM:
+    torch.manual_seed(0)
+    return awake(VisualRWKVForCausalLM(text_config(version, **fields)))
+
+
+@torch.no_grad()
+def step_by_step(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits of a prompt of 5 tokens and of those behind it, one by one."""
+    out = model(ids[:, :5], attention_mask=mask[:, :5], use_cache=True)
+    logits = [out.logits]
+    for i in range(5, ids.shape[1]):
+        step = dict(attention_mask=mask[:, : i + 1], past_key_values=out.past_key_values)
+        logits.append(model(ids[:, i : i + 1], **step).logits)
+    return torch.cat(logits, 1)[mask.bool()]
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_accelerated_model_equals_plain(version, head_dim):
+    model = causal_lm(version, head_dim=head_dim, hidden_size=128)
+    ids = torch.randint(1, 320, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[1, 6] = 0  # pads in the prompt and behind it
+    with wkv_backend("torch"):
+        expected = step_by_step(model, ids, mask)
+    names = list(model.state_dict())
+    assert native.accelerate_on_cpu(model) is model
+    assert isinstance(model.lm_head, native.NativeLinear)
+    assert isinstance(model.model.layers[0].ffn.key, native.NativeLinear)
+    assert error(step_by_step(model, ids, mask), expected) < TOLERANCE
+    assert list(model.state_dict()) == names
+
+
+def test_native_ops_are_called(monkeypatch):
+    """Or the comparisons above would compare plain with plain."""
+    called = set()
+    for name, op in CPU_KERNELS.items():
+        monkeypatch.setitem(
+            CPU_KERNELS, name, lambda *a, _n=name, _op=op, **k: (called.add(_n), _op(*a, **k))[1]
+        )
+    for version in (6, 7):
+        step_by_step(causal_lm(version), torch.randint(1, 320, (1, 7)), torch.ones(1, 7, dtype=torch.long))
+    assert called == {"wkv6", "wkv7", "rwkv7_decode"}
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_int8_stays_near(version):
+    """127 steps to the largest weight of a row round it about as finely as bfloat16's 8 bits do any weight."""
+    model = causal_lm(version, hidden_size=128)
+    ids, mask = torch.randint(1, 320, (2, 9)), torch.ones(2, 9)
+    expected = step_by_step(model, ids, mask)
+    native.accelerate_on_cpu(model, int8=True)
+    assert model.lm_head.weight.dtype == model.model.layers[0].att.key.weight.dtype == torch.int8
+    in_bfloat16 = error(step_by_step(causal_lm(version, hidden_size=128).bfloat16(), ids, mask), expected)
+    assert 1e-4 < error(step_by_step(model, ids, mask), expected) < 2 * in_bfloat16
+
+
+def test_int8_linear_rounds_the_weight_only():
+    """Few rows by the native op, many by torch: both multiply by the same rounded weight."""
+    torch.manual_seed(0)
+    rounded = native.Int8Linear(linear := nn.Linear(64, 32, bias=False))
+    weight = rounded.weight * rounded.scale[:, None]
+    assert ((weight - linear.weight).abs() <= rounded.scale[:, None] * 0.5001).all()
+    for rows in (1, native.MAX_ROWS, native.MAX_ROWS + 1):
+        x = torch.randn(rows, 64)
+        with torch.no_grad():
+            assert error(rounded(x), x.double() @ weight.double().T) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_linear_multiplies(rows, dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 1, 208), torch.randn(12, 208).to(dtype)
+    assert error(native.linear(x, weight), x.double() @ weight.double().T) < TOLERANCE
+
+
+@pytest.mark.parametrize("for_this_cpu", [(), ("-mavx2", "-mfma")])
+def test_linear_multiplies_on_other_cpus(for_this_cpu, monkeypatch, tmp_path):
+    """Each width of a register has loads of its own in native.c. There is no OpenMP in these, either."""
+    if for_this_cpu and not torch.cpu._is_avx2_supported():
+        pytest.skip("the CPU has no AVX2")
+    monkeypatch.setattr(native, "FOR_THIS_CPU", (for_this_cpu,))
+    native.build(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        test_linear_multiplies(2, dtype)
+    test_int8_linear_rounds_the_weight_only()
+
+
+def test_sizes_that_do_not_suit_stay_plain():
+    assert type(native._accelerated(linear := nn.Linear(72, 8, bias=False), int8=True)) is nn.Linear
+    assert native._accelerated(linear, int8=False) is linear
+    assert type(native._accelerated(nn.Linear(64, 8), int8=True)) is nn.Linear  # a bias
+
+
+def test_gradients_come_from_the_plain_functions():
+    plain, model = causal_lm(7), native.accelerate_on_cpu(causal_lm(7))
+    ids = torch.randint(1, 320, (1, 6))
+    for each in (plain, model):
+        each(ids, labels=ids).loss.backward()
+    for (name, weight), expected in zip(model.named_parameters(), plain.parameters()):
+        assert error(weight.grad, expected.grad) < TOLERANCE, name
+
+
+def test_vision_tower_stays_as_it_is():
+    model = native.accelerate_on_cpu(tiny_vlm(), int8=True)
+    changed = [name for name, module in model.named_modules() if isinstance(module, native.Int8Linear)]
+    assert changed and all(name == "lm_head" or ".language_model." in name for name in changed)
+
+
+def test_built_once(cache):
+    (library,) = (cache / "visualrwkv_hf").glob("*.so")
+    made = library.stat().st_mtime_ns
+    assert native.build() == library and library.stat().st_mtime_ns == made
+
+
+def test_refusals(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="Linear has no RWKV block"):
+        native.accelerate_on_cpu(nn.Linear(2, 2))
+    monkeypatch.setattr(native, "FLAGS", ("-no-such-flag",))
+    with pytest.raises(RuntimeError, match="no-such-flag"):
+        native.build(tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"a C compiler \(cc, gcc, clang\)"):
+        native.build(tmp_path)
+    assert not any(tmp_path.iterdir())
