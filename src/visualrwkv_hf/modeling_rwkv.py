@@ -677,17 +677,22 @@ def _refuse_misfit(model_name: str, source: object, info: dict) -> None:
 
 
 def refuse_non_finite(model: nn.Module, source: object = "the model") -> None:
-    """Raises `ValueError` naming every weight that holds NaN or infinity. Weights on disk are not read."""
+    """Raises `ValueError` naming every weight that holds NaN or infinity.
+
+    Not read are weights on disk and those of other kinds (quantised, distributed): tensors of their own classes.
+    """
     broken = [
         name
         for name, weight in model.state_dict(keep_vars=True).items()
-        if weight.is_floating_point() and not weight.is_meta and weight.numel() and not _is_finite(weight)
+        if type(weight.detach()) is torch.Tensor and not weight.is_meta and not _is_finite(weight)
     ]
     if broken:
         raise ValueError(f"{source} has NaN or infinite weights in {len(broken)} tensors: {_some(broken)}.")
 
 
 def _is_finite(weight: torch.Tensor) -> bool:
+    if not weight.is_floating_point() or not weight.numel():
+        return True
     low, high = torch.aminmax(weight.detach())
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
