@@ -1,0 +1,90 @@
+"""On a GPU, compiled: `TRITON_INTERPRET=0 pytest -m gpu`. The interpreter shows no races, no shared memory, no graphs."""
+
+import pytest
+import torch
+from tiny import awake, text_config
+from torch.nn.functional import normalize
+
+from visualrwkv_hf import VisualRWKVForCausalLM, wkv6, wkv7, wkv_backend
+
+DEVICE = "cuda"
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
+# Relative to float64. Rounding the output alone is 1.7e-3 in bfloat16; dots round their operands once more.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+SHAPES = {"picture": (1, 1088, 32, 64), "batch": (4, 515, 16, 64), "small heads": (2, 130, 4, 32)}
+SHAPES |= {"large heads": (2, 130, 4, 128)}
+
+
+def inputs_of(op, B, T, H, K, dtype):
+    generator = torch.Generator().manual_seed(0)
+    r, k, v, kk, noise = (torch.randn(B, T, H, K, generator=generator) for _ in range(5))
+    kk, rate = normalize(kk, dim=-1), torch.rand(B, T, H, K, generator=generator)
+    if op is wkv6:
+        tokens = [r, -torch.exp(noise), k, v, torch.randn(H, K, generator=generator)]
+    else:
+        tokens = [r, -0.6065 * torch.sigmoid(noise), k, v, -kk, kk * rate]
+    state = torch.randn(B, H, K, K, generator=generator)
+    return [x.to(DEVICE, dtype) for x in tokens] + [state.to(DEVICE)]
+
+
+def run(op, inputs, backend, order):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    options = {} if op is wkv6 else {"min_log_decay": -0.6065306597126334}
+    with wkv_backend(backend):
+        y, state = op(*inputs, order=order, **options)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
+    total = (y.double() * weights.double()).sum() + state.double().square().sum()
+    return [y.detach(), state.detach(), *torch.autograd.grad(total, inputs)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("op", [wkv6, wkv7])
+def test_op_equals_float64(op, shape, dtype):
+    inputs = inputs_of(op, *shape, dtype)
+    B, T = shape[:2]
+    order = torch.arange(T, device=DEVICE).repeat(B, 1)
+    order[:, 20:100] = order[:, 20:100].flip(1)
+    order[0, :7] = ~order[0, :7]  # pads
+    expected = run(op, [x.double() for x in inputs], "torch", order)
+    actual = run(op, inputs, "triton", order)
+    again = run(op, inputs, "triton", order)
+    for x, y, z in zip(actual, expected, again):
+        assert (x.double() - y).norm() <= TOLERANCE[dtype] * y.norm()
+        assert torch.equal(x, z), "deterministic"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_model_equals_plain_torch(version, dtype):
+    model = awake(VisualRWKVForCausalLM(text_config(version, head_dim=64, hidden_size=256)))
+    model = model.to(DEVICE, dtype).eval()
+    ids = torch.randint(1, 300, (2, 200), device=DEVICE)
+    results = []
+    for backend in ("torch", "triton"):
+        model.zero_grad()
+        with wkv_backend(backend):
+            logits = model(ids, use_cache=False).logits.float()
+            logits.square().mean().backward()
+        results.append([logits.detach(), *(weight.grad.float() for weight in model.parameters())])
+    for x, y in zip(*results):
+        assert (x - y).norm() <= (1e-4 if dtype == torch.float32 else 5e-2) * y.norm()
+
+
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_generate_with_the_static_cache_equals_plain_torch(version):
+    """generate() compiles the step, and on a GPU records it as a graph."""
+    model = awake(VisualRWKVForCausalLM(text_config(version, head_dim=64, hidden_size=256)))
+    model = model.to(DEVICE).float().eval()
+    ids = torch.randint(1, 300, (2, 50), device=DEVICE)
+    with wkv_backend("torch"):
+        expected = model.generate(ids, max_new_tokens=20, do_sample=False)
+    with wkv_backend("triton"):
+        for cache in ("dynamic", "static"):
+            actual = model.generate(ids, max_new_tokens=20, do_sample=False, cache_implementation=cache)
+            assert torch.equal(actual, expected)
