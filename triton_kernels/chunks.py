@@ -118,6 +118,16 @@ def chunk_table(cu_seqlens: Tensor | None, T: int, BT: int) -> tuple[Tensor | No
 
 
 @triton.jit
+def operand(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """x float32 as an operand of tl.dot. Tensor cores cut what tf32 has no bits for, which shrinks: rounded here."""
+    if PRECISION == "tf32" and DOT.is_fp32():
+        bits = x.to(tl.int32, bitcast=True) + 0x1000  # half of the last bit that is read
+        return (bits & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return x.to(DOT)
+
+
+@triton.jit
 def halves(w, BT: tl.constexpr, K: tl.constexpr, M: tl.constexpr):
     """Decay factors of the level at which blocks of M tokens join to blocks of 2 M.
 
@@ -125,11 +135,8 @@ def halves(w, BT: tl.constexpr, K: tl.constexpr, M: tl.constexpr):
     decayed to it, the row from it. Both exponents are sums of log decays, so nothing overflows or cancels:
         rows[t] cols[s] = D(s, t)   for s, t of one block of 2 M, s in its first and t in its second half.
 
-    Args:
-        w: log decay, finite, [BT, K] float32.
-
-    Returns:
-        rows [BT, K], 0 in first halves; cols [BT, K], 0 in second halves; same_block [BT, BT].
+    w: log decay, finite, [BT, K] float32.
+    Returns rows [BT, K], 0 in first halves; cols [BT, K], 0 in second halves; same_block [BT, BT].
     """
     o_t = tl.arange(0, BT)
     second = ((o_t // M) % 2 == 1)[:, None]
@@ -147,11 +154,8 @@ def centred(w, BT: tl.constexpr, K: tl.constexpr):
 
     For log decays that are known not to be low: a factor reaches exp(-BT / 2 min(w)).
 
-    Args:
-        w: log decay, finite, [BT, K] float32.
-
-    Returns:
-        rows [BT, K], cols [BT, K], before [BT, BT]: s < t.
+    w: log decay, finite, [BT, K] float32.
+    Returns rows [BT, K], cols [BT, K], before [BT, BT]: s < t.
     """
     o_t = tl.arange(0, BT)
     middle = tl.sum(tl.where((o_t < BT // 2)[:, None], w, 0.0), 0)[None, :]
@@ -182,30 +186,29 @@ def _join_inverses(T, A, BT: tl.constexpr, M: tl.constexpr, PRECISION: tl.conste
     """Inverses of blocks of M -> of blocks of 2 M."""
     row, col = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
     A21 = tl.where((row // (2 * M) == col // (2 * M)) & (row // M > col // M), A, 0.0)
-    return tl.dot(tl.dot(T, A21, input_precision=PRECISION), T, T, input_precision=PRECISION)
+    T_rounded = operand(T, tl.float32, PRECISION)
+    product = tl.dot(T_rounded, operand(A21, tl.float32, PRECISION), input_precision=PRECISION)
+    return tl.dot(operand(product, tl.float32, PRECISION), T_rounded, T, input_precision=PRECISION)
 
 
 @triton.jit
 def chunk_rows(order, tokens, start, i_t, length, BT: tl.constexpr):
     """Which rows of the flattened [B T, ...] a chunk reads.
 
-    Args:
-        order: int64 [B T] or None: position p of a sequence is its token order[p], ~token for a pad.
-        tokens: first flattened row that order's numbers count from, int64.
-        start: first position of the sequence in order, int64.
-        i_t: first position of the chunk in the sequence.
-        length: of the sequence.
-
-    Returns:
-        rows int64 [BT]; m_read [BT]: a real token; m_row [BT]: a token or a pad, not past the end.
+    order: int64 [B T] or None: position p of a sequence is its token order[p], ~token for a pad.
+    tokens: first flattened row that order's numbers count from, int64.
+    start: first position of the sequence in order, int64.
+    i_t: first position of the chunk in the sequence, whose length is `length`.
+    Returns rows int64 [BT]; m_read [BT]: a real token; m_row [BT]: a token or a pad, not past the end.
     """
     o_t = i_t + tl.arange(0, BT)
     m_row = o_t < length
     if order is None:
         return start + o_t, m_row, m_row
-    token = tl.load(order + start + o_t, mask=m_row, other=0)
-    m_read = m_row & (token >= 0)
-    return tokens + tl.where(token >= 0, token, -1 - token), m_read, m_row
+    else:  # both ways need a return: what follows one in an `if` is compiled all the same
+        token = tl.load(order + start + o_t, mask=m_row, other=0)
+        m_read = m_row & (token >= 0)
+        return tokens + tl.where(token >= 0, token, -1 - token), m_read, m_row
 
 
 @triton.jit
@@ -214,9 +217,10 @@ def span_of_sequence(i_s, T, cu_seqlens, chunk_starts, BT: tl.constexpr):
     if cu_seqlens is None:
         start = i_s.to(tl.int64) * T
         return i_s.to(tl.int64) * tl.cdiv(T, BT), start, start, T
-    start = tl.load(cu_seqlens + i_s).to(tl.int64)
-    length = (tl.load(cu_seqlens + i_s + 1).to(tl.int64) - start).to(tl.int32)
-    return tl.load(chunk_starts + i_s), start, start * 0, length
+    else:
+        start = tl.load(cu_seqlens + i_s).to(tl.int64)
+        length = (tl.load(cu_seqlens + i_s + 1).to(tl.int64) - start).to(tl.int32)
+        return tl.load(chunk_starts + i_s), start, start * 0, length
 
 
 @triton.jit
@@ -224,7 +228,8 @@ def sequence_of_chunk(i_c, T, sequence_of, BT: tl.constexpr):
     """Whose chunk it is."""
     if sequence_of is None:
         return i_c // tl.cdiv(T, BT)
-    return tl.load(sequence_of + i_c).to(tl.int32)
+    else:
+        return tl.load(sequence_of + i_c).to(tl.int32)
 
 
 @triton.jit

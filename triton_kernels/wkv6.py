@@ -43,27 +43,33 @@ MANY = 256
 class Config(NamedTuple):
     """Launches for one head size and size of operands, for few and for many sequences times heads."""
 
-    BT: int
     prepare: Launch
     inputs: Launch
     scan_few: Launch
     scan_many: Launch
 
 
-# (head size, bits of an operand): the largest chunks that do not spill registers on sm_80 and sm_90.
+# Tokens of a chunk, by the dtype of operands: what registers hold.
+CHUNK_SIZES = {torch.bfloat16: 32, torch.float32: 16}
+
+# (head size, bytes of an operand): the fewest warps that do not spill registers where that can be had.
 CONFIGS = {
-    (32, 16): Config(32, Launch(32, 4), Launch(32, 4), Launch(16, 4, 3), Launch(32, 4, 3)),
-    (64, 16): Config(32, Launch(64, 4), Launch(64, 4), Launch(16, 4, 3), Launch(32, 4, 3)),
-    (128, 16): Config(32, Launch(64, 8), Launch(32, 8), Launch(16, 4, 2), Launch(32, 4, 2)),
-    (32, 32): Config(16, Launch(32, 4), Launch(32, 4), Launch(16, 4, 2), Launch(32, 4, 2)),
-    (64, 32): Config(16, Launch(64, 4), Launch(64, 4), Launch(16, 4, 2), Launch(32, 4, 2)),
-    (128, 32): Config(16, Launch(32, 8), Launch(32, 8), Launch(16, 4, 2), Launch(32, 8, 2)),
+    (32, 2): Config(Launch(32, 4), Launch(32, 4), Launch(16, 4, 3), Launch(32, 4, 3)),
+    (64, 2): Config(Launch(64, 4), Launch(16, 4), Launch(16, 4, 2), Launch(32, 4, 2)),
+    (128, 2): Config(Launch(64, 8), Launch(16, 8), Launch(16, 4, 2), Launch(32, 4, 2)),
+    (32, 4): Config(Launch(32, 4), Launch(32, 4), Launch(16, 4, 2), Launch(32, 4, 2)),
+    (64, 4): Config(Launch(64, 4), Launch(16, 4), Launch(16, 4, 2), Launch(32, 4, 2)),
+    (128, 4): Config(Launch(32, 8), Launch(16, 8), Launch(16, 4, 2), Launch(32, 8, 2)),
 }
 STEPS = {32: Launch(32, 1), 64: Launch(32, 2), 128: Launch(32, 4)}
 
 
+def chunk_size_of(r: Tensor) -> int:
+    return CHUNK_SIZES[precision_of(r).dtype]
+
+
 def config_of(r: Tensor) -> Config:
-    return CONFIGS[r.shape[-1], 8 * precision_of(r).dtype.itemsize]
+    return CONFIGS[r.shape[-1], precision_of(r).dtype.itemsize]
 
 
 # --- forward ------------------------------------------------------------------------------------------
@@ -78,6 +84,16 @@ def load_log_decays(w, rows, m_read, i_b, i_h, T, stride_b, stride_t, K: tl.cons
 
 
 # Tokens are columns in what follows, [K, BT]: so the warps share the K rows of every product and of w.
+
+
+@triton.jit
+def operand(b_x, DOT: tl.constexpr, DOTS: tl.constexpr):
+    """b_x float32 as an operand of tl.dot; tf32 rounded here, for tensor cores cut off what they do not read."""
+    if DOTS == "tf32" and DOT.primitive_bitwidth == 32:
+        bits = b_x.to(tl.int32, bitcast=True) + 0x1000  # half of the last bit that is read
+        return (bits & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return b_x.to(DOT)
 
 
 @triton.jit
@@ -104,33 +120,21 @@ def chunk_decays(b_w, BT: tl.constexpr, DOT: tl.constexpr, DOTS: tl.constexpr):
 
 @triton.jit
 def level_decays(b_w, level, BT: tl.constexpr, DOT: tl.constexpr, DOTS: tl.constexpr):
-    """Decay factors of the level at which blocks of M = 2^level tokens join to blocks of 2 M.
+    """Decay to the boundary at which blocks of M = 2^level tokens meet to be blocks of 2 M.
 
-    A token s of a first half meets a token t of the second half at the boundary between them: s has decayed
-    to it, t from it. Both exponents are sums of log decays, so nothing overflows or cancels:
-        from_boundary[t] to_boundary[s] = D(s, t)   for s, t of one block of 2 M, in its first and second half.
+    There a token s of the first half meets a token t of the second: s has decayed to it, t from it. Both
+    exponents are sums of log decays, so nothing overflows or cancels:
+        decay[s] decay[t] = D(s, t)   for s, t of one block of 2 M, in its first and in its second half.
 
     Returns:
-        from_boundary [K, BT], 0 in first halves; to_boundary [K, BT], 0 in second halves;
-        m_block [BT, BT]: of one block; m_between [BT, BT]: row is between column and boundary.
+        decay [K, BT]; m_second [1, BT]: in a second half; m_between [BT, BT]: row is between column and boundary;
+        m_meet [BT, BT]: row and column are in the two halves of one block.
     """
     row, col = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    second = ((col >> level) & 1) == 1  # [1, BT]
-    m_between = ((row >> level) == (col >> level)) & ((second & (row < col)) | (~second & (row > col)))
-    m_block = (row >> (level + 1)) == (col >> (level + 1))
-    factor = tl.exp(sums_of(b_w, m_between, DOT, DOTS))
-    return tl.where(second, factor, 0.0), tl.where(second, 0.0, factor), m_block, m_between
-
-
-@triton.jit
-def products(b_r, b_w, b_k, BT: tl.constexpr, LEVELS: tl.constexpr, DOT: tl.constexpr, DOTS: tl.constexpr):
-    """A without its diagonal, rows s and columns t, [BT, BT] of DOT, by doubling the size of a block."""
-    b_A = tl.zeros([BT, BT], tl.float32)
-    for level in range(0, LEVELS):
-        b_from, b_to, m_block, _m_between = level_decays(b_w, level, BT, DOT, DOTS)
-        b_rows, b_cols = (b_r * b_from).to(DOT), (b_k * b_to).to(DOT)
-        b_A += tl.where(m_block, tl.dot(tl.trans(b_cols), b_rows, input_precision=DOTS), 0.0)
-    return b_A.to(DOT)
+    m_second = ((col >> level) & 1) == 1
+    m_between = (((row ^ col) >> level) == 0) & ((m_second & (row < col)) | (~m_second & (row > col)))
+    decay = tl.exp(sums_of(b_w, m_between, DOT, DOTS))
+    return decay, m_second, m_between, ((row ^ col) >> level) == 1
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -148,6 +152,7 @@ def wkv6_fwd_prepare_kernel(
     y_0,
     written,
     total,
+    A,
     stride_w_b,
     stride_w_t,
     T,
@@ -159,7 +164,10 @@ def wkv6_fwd_prepare_kernel(
     BV: tl.constexpr,
     DOTS: tl.constexpr,
 ):
-    """What a chunk says by itself: r_in, y_0 = A v, written = k_out^T v, total. One program per chunk and head."""
+    """What a chunk says by itself: r_in, y_0 = A v, written = k_out^T v, total. One program per chunk and head.
+
+    With `A` its transpose is kept there, of [t, s] at [s, t].
+    """
     DOT = r_in.dtype.element_ty
     i_p = tl.program_id(0).to(tl.int64)  # chunks outside, heads inside
     i_c, i_h = i_p // H, i_p % H
@@ -177,18 +185,27 @@ def wkv6_fwd_prepare_kernel(
     b_u = tl.load(u + i_h * K + o_k).to(tl.float32)
     since_start, until_end = chunk_decays(b_w, BT, DOT, DOTS)
     p_k = (i_p * BT + o_t)[None, :] * K + o_k[:, None]
-    tl.store(r_in + p_k, (b_r * since_start).to(DOT))
+    tl.store(r_in + p_k, operand(b_r * since_start, DOT, DOTS))
     tl.store(total + i_p * K + o_k, tl.sum(b_w, 1))
 
     b_bonus = tl.sum(b_r * b_u[:, None] * b_k, 0)  # [BT]
-    b_A = products(b_r, b_w, b_k, BT, LEVELS, DOT, DOTS)
-    b_k_out = (b_k * until_end).to(DOT)
-    for i_v in tl.static_range(0, K, BV):
+    b_A = tl.zeros([BT, BT], tl.float32)
+    for level in range(0, LEVELS):
+        decay, m_second, _m_between, m_meet = level_decays(b_w, level, BT, DOT, DOTS)
+        b_x = operand(tl.where(m_second, b_r, b_k) * decay, DOT, DOTS)
+        b_A += tl.where(m_meet, tl.dot(tl.trans(b_x), b_x, input_precision=DOTS), 0.0)  # symmetric
+    row, col = o_t[:, None], o_t[None, :]
+    b_A = operand(tl.where(row < col, b_A, 0.0), DOT, DOTS)
+    if A is not None:
+        b_diagonal = operand(tl.where(row == col, b_bonus[None, :], 0.0), DOT, DOTS)
+        tl.store(A + (i_p * BT + row) * BT + col, b_A + b_diagonal)
+    b_k_out = operand(b_k * until_end, DOT, DOTS)
+    for i_v in range(0, K, BV):
         o_v = i_v + tl.arange(0, BV)
         b_v = tl.trans(load_rows(v, rows, m_read, i_h, H, K, o_v))  # [BV, BT]
-        b_y = tl.dot(b_v.to(DOT), b_A, input_precision=DOTS) + b_v * b_bonus[None, :]
+        b_y = tl.dot(operand(b_v, DOT, DOTS), b_A, input_precision=DOTS) + b_v * b_bonus[None, :]
         tl.store(y_0 + (i_p * BT + o_t)[None, :] * K + o_v[:, None], b_y.to(DOT))
-        b_S = tl.dot(b_k_out, tl.trans(b_v.to(DOT)), input_precision=DOTS)
+        b_S = tl.dot(b_k_out, tl.trans(operand(b_v, DOT, DOTS)), input_precision=DOTS)
         tl.store(written + (i_p * K + o_k)[:, None] * K + o_v[None, :], b_S.to(DOT))
 
 
@@ -235,10 +252,10 @@ def wkv6_fwd_scan_kernel(
         p_c = (i_c * K + o_k)[:, None] * K + o_v[None, :]
         b_written = tl.load(written + p_c)
         b_total = tl.load(total + i_c * K + o_k)
-        b_y += tl.dot(b_r_in, b_S.to(DOT), input_precision=DOTS)
+        b_y += tl.dot(b_r_in, operand(b_S, DOT, DOTS), input_precision=DOTS)
         store_rows(y, b_y, rows, m_read, m_row, i_h, H, K, o_v)
         if states is not None:
-            tl.store(states + p_c, b_S.to(DOT))
+            tl.store(states + p_c, operand(b_S, DOT, DOTS))
         b_S = tl.exp(b_total)[:, None] * b_S + b_written
     tl.store(final_state + p_S, b_S)
 
@@ -329,9 +346,9 @@ def wkv6_bwd_scan_kernel(
         i_c = (first + i_t) * H + i_h
         rows, m_read, _ = chunk_rows(order, tokens, start, i_t * BT, length, BT)
         b_r_in = tl.load(r_in + (i_c * BT + o_t)[:, None] * K + o_k[None, :])
-        b_dy = load_rows(dy, rows, m_read, i_h, H, K, o_v).to(DOT)
+        b_dy = operand(load_rows(dy, rows, m_read, i_h, H, K, o_v), DOT, DOTS)
         b_total = tl.load(total + i_c * K + o_k)
-        tl.store(dstates + (i_c * K + o_k)[:, None] * K + o_v[None, :], b_dS.to(DOT))
+        tl.store(dstates + (i_c * K + o_k)[:, None] * K + o_v[None, :], operand(b_dS, DOT, DOTS))
         b_dS = tl.exp(b_total)[:, None] * b_dS + tl.dot(tl.trans(b_r_in), b_dy, input_precision=DOTS)
     tl.store(dinitial_state + p_S, b_dS)
 
@@ -347,6 +364,7 @@ def wkv6_bwd_inputs_kernel(
     cu_seqlens,
     chunk_starts,
     sequence_of,
+    A,
     states,
     total,
     dy,
@@ -384,35 +402,33 @@ def wkv6_bwd_inputs_kernel(
     i_b = tokens // T
     o_t, o_k = tl.arange(0, BT), tl.arange(0, K)
 
-    b_r = tl.trans(load_rows(r, rows, m_read, i_h, H, K, o_k))  # [K, BT]
-    b_k = tl.trans(load_rows(k, rows, m_read, i_h, H, K, o_k))
+    b_k = tl.trans(load_rows(k, rows, m_read, i_h, H, K, o_k))  # [K, BT]
     b_w = tl.trans(load_log_decays(w, rows, m_read, i_b, i_h, T, stride_w_b, stride_w_t, K))
-    b_u = tl.load(u + i_h * K + o_k).to(tl.float32)[:, None]
-    b_bonus = tl.sum(b_r * b_u * b_k, 0)  # [BT]
-    b_A = tl.trans(products(b_r, b_w, b_k, BT, LEVELS, DOT, DOTS))
     _since_start, until_end = chunk_decays(b_w, BT, DOT, DOTS)
-    b_k_out = (b_k * until_end).to(DOT)
+    b_k_out = operand(b_k * until_end, DOT, DOTS)
+    b_A = tl.trans(tl.load(A + (i_p * BT + o_t[:, None]) * BT + o_t[None, :]))
 
     b_dA = tl.zeros([BT, BT], tl.float32)  # rows s, columns t
     b_dbonus = tl.zeros([BT], tl.float32)
     b_dr_in = tl.zeros([K, BT], tl.float32)
     b_dk_out = tl.zeros([K, BT], tl.float32)
     b_dtotal = tl.zeros([K], tl.float32)
-    for i_v in tl.static_range(0, K, BV):
+    for i_v in range(0, K, BV):
         o_v = i_v + tl.arange(0, BV)
         b_v = tl.trans(load_rows(v, rows, m_read, i_h, H, K, o_v))  # [BV, BT]
         b_dy = tl.trans(load_rows(dy, rows, m_read, i_h, H, K, o_v))
         p_S = (i_p * K + o_k)[:, None] * K + o_v[None, :]
         b_S, b_dS = tl.load(states + p_S), tl.load(dstates + p_S)
-        b_dv = b_dy * b_bonus[None, :]
-        b_dv = tl.dot(b_dy.to(DOT), b_A, b_dv, input_precision=DOTS)
+        b_dv = tl.dot(operand(b_dy, DOT, DOTS), b_A, input_precision=DOTS)
         b_dv = tl.dot(tl.trans(b_dS), b_k_out, b_dv, input_precision=DOTS)
         store_rows(dv, tl.trans(b_dv), rows, m_read, m_row, i_h, H, K, o_v)
-        b_dA = tl.dot(tl.trans(b_v.to(DOT)), b_dy.to(DOT), b_dA, input_precision=DOTS)
-        b_dr_in = tl.dot(b_S, b_dy.to(DOT), b_dr_in, input_precision=DOTS)
-        b_dk_out = tl.dot(b_dS, b_v.to(DOT), b_dk_out, input_precision=DOTS)
+        b_dA = tl.dot(tl.trans(operand(b_v, DOT, DOTS)), operand(b_dy, DOT, DOTS), b_dA, input_precision=DOTS)
+        b_dr_in = tl.dot(b_S, operand(b_dy, DOT, DOTS), b_dr_in, input_precision=DOTS)
+        b_dk_out = tl.dot(b_dS, operand(b_v, DOT, DOTS), b_dk_out, input_precision=DOTS)
         b_dbonus += tl.sum(b_dy * b_v, 0)
-        b_dtotal += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
+        b_dtotal += tl.sum((b_S * b_dS).to(tl.float32), 1)
+
+    b_dA = tl.where(o_t[:, None] < o_t[None, :], b_dA, tl.trans(b_dA))  # the other half is of no s < t
 
     # Loaded again, not kept: registers are what this kernel is short of.
     b_r = tl.trans(load_rows(r, rows, m_read, i_h, H, K, o_k))
@@ -422,28 +438,27 @@ def wkv6_bwd_inputs_kernel(
     b_dr = b_dr_in * since_start
     b_dk = b_dk_out * until_end
     m_before = tl.where(o_t[:, None] < o_t[None, :], 1.0, 0.0).to(DOT)
-    b_dw = tl.dot((b_r * b_dr).to(DOT), tl.trans(m_before), input_precision=DOTS)
-    b_dw = tl.dot((b_k * b_dk).to(DOT), m_before, b_dw, input_precision=DOTS)
+    b_dw = tl.dot(operand(b_r * b_dr, DOT, DOTS), tl.trans(m_before), input_precision=DOTS)
+    b_dw = tl.dot(operand(b_k * b_dk, DOT, DOTS), m_before, b_dw, input_precision=DOTS)
     b_dw += (b_dtotal * tl.exp(tl.load(total + i_p * K + o_k)))[:, None]
+    b_u = tl.load(u + i_h * K + o_k).to(tl.float32)[:, None]
     b_dr += b_u * b_k * b_dbonus[None, :]
     b_dk += b_u * b_r * b_dbonus[None, :]
     tl.store(du + i_p * K + o_k, tl.sum(b_r * b_k * b_dbonus[None, :], 1))
 
-    # A[t, s] = rows_t^T cols_s has crossed the decays of the tokens between s and t. So w_j is given
-    # rows_t drows_t by all t behind j, if j is in a second half, and cols_s dcols_s by all s before j, if in a
-    # first: sums over what crosses j, as small as it has decayed to, where differences of sums over more would
-    # leave rounding errors of the largest.
+    # Where x_s = k_s and x_t = r_t, both decayed, meet, A[t, s] = x_s^T x_t. It has crossed the decays of the
+    # tokens between s and t: w_j is given x_t dx_t by all t behind j, if j is in a second half, and x_s dx_s by
+    # all s before j, if in a first. These are sums over what crosses j, as small as it has decayed to, where
+    # differences of sums over more would leave rounding errors of the largest.
     for level in range(0, LEVELS):
-        b_from, b_to, m_block, m_between = level_decays(b_w, level, BT, DOT, DOTS)
-        b_rows, b_cols = b_r * b_from, b_k * b_to
-        b_dA_level = tl.where(m_block, b_dA, 0.0).to(DOT)
-        b_drows = tl.dot(b_cols.to(DOT), b_dA_level, input_precision=DOTS)
-        b_dcols = tl.dot(b_rows.to(DOT), tl.trans(b_dA_level), input_precision=DOTS)
-        b_dr += b_drows * b_from
-        b_dk += b_dcols * b_to
-        b_dsums = (b_rows * b_drows + b_cols * b_dcols).to(DOT)  # one of the two is 0
+        decay, m_second, m_between, m_meet = level_decays(b_w, level, BT, DOT, DOTS)
+        b_x = tl.where(m_second, b_r, b_k) * decay
+        b_dA_level = operand(tl.where(m_meet, b_dA, 0.0), DOT, DOTS)
+        b_dx = tl.dot(operand(b_x, DOT, DOTS), b_dA_level, input_precision=DOTS)
+        b_dr += tl.where(m_second, b_dx * decay, 0.0)
+        b_dk += tl.where(m_second, 0.0, b_dx * decay)
         m_between = tl.trans(tl.where(m_between, 1.0, 0.0).to(DOT))
-        b_dw = tl.dot(b_dsums, m_between, b_dw, input_precision=DOTS)
+        b_dw = tl.dot(operand(b_x * b_dx, DOT, DOTS), m_between, b_dw, input_precision=DOTS)
     store_rows(dr, tl.trans(b_dr), rows, m_read, m_row, i_h, H, K, o_k)
     store_rows(dw, tl.trans(b_dw), rows, m_read, m_row, i_h, H, K, o_k)
     store_rows(dk, tl.trans(b_dk), rows, m_read, m_row, i_h, H, K, o_k)
@@ -460,7 +475,7 @@ def _heads_together(w: Tensor) -> Tensor:
 
 def _count(r: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
     """How many sequences there are, and how many chunks there may be."""
-    B, T, BT = r.shape[0], r.shape[1], config_of(r).BT
+    B, T, BT = r.shape[0], r.shape[1], chunk_size_of(r)
     if cu_seqlens is None:
         return B, B * most_chunks(T, 1, BT)
     S = cu_seqlens.shape[0] - 1
@@ -469,9 +484,9 @@ def _count(r: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
 
 def _outputs(
     r: Tensor, cu_seqlens: Tensor | None, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `wkv6_forward` returns, not yet written."""
-    (_, _, H, K), BT, dtype = r.shape, config_of(r).BT, precision_of(r).dtype
+    (_, _, H, K), BT, dtype = r.shape, chunk_size_of(r), precision_of(r).dtype
     S, C = _count(r, cu_seqlens)
     C = C if save else 0
     return (
@@ -479,6 +494,7 @@ def _outputs(
         torch.empty([S, H, K, K], dtype=torch.float32, device=r.device),
         torch.empty([C, H, BT, K], dtype=dtype, device=r.device),
         torch.empty([C, H, K], dtype=torch.float32, device=r.device),
+        torch.empty([C, H, BT, BT], dtype=dtype, device=r.device),
         torch.empty([C, H, K, K], dtype=dtype, device=r.device),
     )
 
@@ -494,8 +510,8 @@ def wkv6_forward(
     order: Tensor | None,
     cu_seqlens: Tensor | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y and final state; with `save` also r_in, total and the states at the start of the chunks, else empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y and final state; with `save` also r_in, total, A and the states at chunks' starts, which else are empty."""
     outputs = _outputs(r, cu_seqlens, save)
     w, (r, k, v, u) = _heads_together(w), (x.contiguous() for x in (r, k, v, u))
     initial_state, order = (x if x is None else x.contiguous() for x in (initial_state, order))
@@ -542,11 +558,12 @@ def _forward_in_chunks(
     final_state: Tensor,
     r_in: Tensor,
     total: Tensor,
+    A: Tensor,
     states: Tensor,
 ) -> None:
     _, T, H, K = r.shape
     config, (_, dots) = config_of(r), precision_of(r)
-    BT, (S, C) = config.BT, _count(r, cu_seqlens)
+    BT, (S, C) = chunk_size_of(r), _count(r, cu_seqlens)
     chunk_starts, sequence_of = chunk_table(cu_seqlens, T, BT)
     if not save:
         r_in, total = r_in.new_empty([C, H, BT, K]), total.new_empty([C, H, K])
@@ -555,8 +572,8 @@ def _forward_in_chunks(
     BV, warps, stages = config.prepare
     wkv6_fwd_prepare_kernel[(C * H,)](
         r, w, k, v, u, order, cu_seqlens, chunk_starts, sequence_of, r_in, y_0, written, total,
-        w.stride(0), w.stride(1), T, S, H=H, K=K, BT=BT, LEVELS=BT.bit_length() - 1, BV=BV, DOTS=dots,
-        num_warps=warps, num_stages=stages,
+        A if save else None, w.stride(0), w.stride(1), T, S, H=H, K=K, BT=BT, LEVELS=BT.bit_length() - 1, BV=BV,
+        DOTS=dots, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     BV, warps, stages = config.scan_many if S * H >= MANY else config.scan_few
     wkv6_fwd_scan_kernel[(S * H * (K // BV),)](
@@ -593,12 +610,13 @@ def wkv6_backward(
     cu_seqlens: Tensor | None,
     r_in: Tensor,
     total: Tensor,
+    A: Tensor,
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, w (in full), k, v, u and the initial state from those of y and the final state."""
     _, T, H, K = r.shape
     config, (_, dots) = config_of(r), precision_of(r)
-    BT, (S, C) = config.BT, _count(r, cu_seqlens)
+    BT, (S, C) = chunk_size_of(r), _count(r, cu_seqlens)
     dr, dw, dk, dv, du, dinitial_state = _gradients(r, w, k, v, u, cu_seqlens)
     w, (r, k, v, u) = _heads_together(w), (x.contiguous() for x in (r, k, v, u))
     order, dfinal_state = (x if x is None else x.contiguous() for x in (order, dfinal_state))
@@ -614,7 +632,7 @@ def wkv6_backward(
         )  # fmt: skip
         BV, warps, stages = config.inputs
         wkv6_bwd_inputs_kernel[(C * H,)](
-            r, w, k, v, u, order, cu_seqlens, chunk_starts, sequence_of, states, total, dy, dstates,
+            r, w, k, v, u, order, cu_seqlens, chunk_starts, sequence_of, A, states, total, dy, dstates,
             dr, dw, dk, dv, du_of_chunks, w.stride(0), w.stride(1), T, S,
             H=H, K=K, BT=BT, LEVELS=BT.bit_length() - 1, BV=BV, DOTS=dots, num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -623,18 +641,18 @@ def wkv6_backward(
 
 
 @wkv6_backward.register_fake
-def _(dy, dfinal_state, r, w, k, v, u, order, cu_seqlens, r_in, total, states):
+def _(dy, dfinal_state, r, w, k, v, u, order, cu_seqlens, r_in, total, A, states):
     return _gradients(r, w, k, v, u, cu_seqlens)
 
 
 def _save_for_backward(ctx, inputs, output):
     r, w, k, v, u, initial_state, order, cu_seqlens, save = inputs
-    _, _, r_in, total, states = output
-    ctx.mark_non_differentiable(r_in, total, states)
+    _, _, *saved = output
+    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
     ctx.has_initial_state = initial_state is not None
     if save:
-        ctx.save_for_backward(r, w, k, v, u, order, cu_seqlens, r_in, total, states)
+        ctx.save_for_backward(r, w, k, v, u, order, cu_seqlens, *saved)
 
 
 def _backward(ctx, dy, dfinal_state, *_):

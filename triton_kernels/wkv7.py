@@ -33,6 +33,7 @@ from .chunks import (
     load_rows,
     most_chunks,
     on_device_of,
+    operand,
     precision_of,
     sequence_of_chunk,
     span_of_sequence,
@@ -45,40 +46,35 @@ LEVELS = tl.constexpr(6)
 
 @triton.jit
 def _products(
-    r, w, k, a, b, rows, m_read, i_h, keys, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, SAFE: tl.constexpr, PRECISION: tl.constexpr,
+    r, w, k, a, b, rows, m_read, i_h, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr,
+    SAFE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A_rk, A_rb, A_ak, A_ab [BT, BT] float32, summed over BK keys at a time."""
-    o_t = tl.arange(0, BT)
-    A_rk = tl.zeros([BT, BT], tl.float32)
-    A_rb = tl.zeros([BT, BT], tl.float32)
+    """A_rk, A_rb, A_ak [BT, BT] as operands, A_ab [BT, BT] float32."""
+    o_t, o_k = tl.arange(0, BT), tl.arange(0, K)
+    b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
+    b_r = load_rows(r, rows, m_read, i_h, H, K, o_k)
+    b_k = load_rows(k, rows, m_read, i_h, H, K, o_k)
+    b_a = load_rows(a, rows, m_read, i_h, H, K, o_k)
+    b_b = load_rows(b, rows, m_read, i_h, H, K, o_k)
+    diagonal = o_t[:, None] == o_t[None, :]
+    A_rk = tl.where(diagonal, tl.sum(b_r * b_k, 1)[:, None], 0.0)
+    A_rb = tl.where(diagonal, tl.sum(b_r * b_b, 1)[:, None], 0.0)
     A_ak = tl.zeros([BT, BT], tl.float32)
     A_ab = tl.zeros([BT, BT], tl.float32)
-    b_rk = tl.zeros([BT], tl.float32)
-    b_rb = tl.zeros([BT], tl.float32)
-    for i_k in tl.static_range(0, K, BK):
-        o_k = i_k + tl.arange(0, BK)
-        b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
-        b_r = load_rows(r, rows, m_read, i_h, H, K, o_k)
-        b_k = load_rows(k, rows, m_read, i_h, H, K, o_k)
-        b_a = load_rows(a, rows, m_read, i_h, H, K, o_k)
-        b_b = load_rows(b, rows, m_read, i_h, H, K, o_k)
-        b_rk += tl.sum(b_r * b_k, 1)
-        b_rb += tl.sum(b_r * b_b, 1)
-        b_r *= tl.exp(b_w)
-        for level in tl.static_range(0, LEVELS if SAFE else 1):
-            if 2**level < BT:
-                f_row, f_col, m_pair = _factors(b_w, BT, BK, 2**level, SAFE)
-                x_r, x_a = (b_r * f_row).to(DOT), (b_a * f_row).to(DOT)
-                y_k, y_b = tl.trans((b_k * f_col).to(DOT)), tl.trans((b_b * f_col).to(DOT))
-                A_rk += tl.where(m_pair, tl.dot(x_r, y_k, input_precision=PRECISION), 0.0)
-                A_rb += tl.where(m_pair, tl.dot(x_r, y_b, input_precision=PRECISION), 0.0)
-                A_ak += tl.where(m_pair, tl.dot(x_a, y_k, input_precision=PRECISION), 0.0)
-                A_ab += tl.where(m_pair, tl.dot(x_a, y_b, input_precision=PRECISION), 0.0)
-    diagonal = o_t[:, None] == o_t[None, :]
-    A_rk += tl.where(diagonal, b_rk[:, None], 0.0)
-    A_rb += tl.where(diagonal, b_rb[:, None], 0.0)
-    return A_rk.to(DOT), A_rb.to(DOT), A_ak.to(DOT), A_ab
+    b_r *= tl.exp(b_w)
+    for level in tl.static_range(0, LEVELS if SAFE else 1):
+        if 2**level < BT:
+            f_row, f_col, m_pair = _factors(b_w, BT, K, 2**level, SAFE)
+            x_r, x_a = operand(b_r * f_row, DOT, PRECISION), operand(b_a * f_row, DOT, PRECISION)
+            y_k, y_b = (
+                tl.trans(operand(b_k * f_col, DOT, PRECISION)),
+                tl.trans(operand(b_b * f_col, DOT, PRECISION)),
+            )
+            A_rk += tl.where(m_pair, tl.dot(x_r, y_k, input_precision=PRECISION), 0.0)
+            A_rb += tl.where(m_pair, tl.dot(x_r, y_b, input_precision=PRECISION), 0.0)
+            A_ak += tl.where(m_pair, tl.dot(x_a, y_k, input_precision=PRECISION), 0.0)
+            A_ab += tl.where(m_pair, tl.dot(x_a, y_b, input_precision=PRECISION), 0.0)
+    return operand(A_rk, DOT, PRECISION), operand(A_rb, DOT, PRECISION), operand(A_ak, DOT, PRECISION), A_ab
 
 
 @triton.jit
@@ -122,8 +118,8 @@ def _before(by_col, BT: tl.constexpr, K: tl.constexpr, M: tl.constexpr, SAFE: tl
 
 @triton.jit(do_not_specialize=["T"])
 def wkv7_fwd_prepare_kernel(
-    r, w, k, v, a, b, order, cu_seqlens, chunk_starts, sequence_of, q, o0, P, N, G, T, S_, keys,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SAFE: tl.constexpr,
+    r, w, k, v, a, b, order, cu_seqlens, chunk_starts, sequence_of, q, o0, P, N, G, T, S_,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, SAFE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q, o0, P, N, G of one chunk and head."""
@@ -134,43 +130,44 @@ def wkv7_fwd_prepare_kernel(
         return
     first, start, tokens, length = span_of_sequence(i_s, T, cu_seqlens, chunk_starts, BT)
     i_t = (i_c - first).to(tl.int32) * BT
-    rows, m_read, m_row = chunk_rows(order, tokens, start, i_t, length, BT)
+    rows, m_read, _ = chunk_rows(order, tokens, start, i_t, length, BT)
     i_ch = tl.program_id(0).to(tl.int64)
 
     DOT: tl.constexpr = q.dtype.element_ty
     o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), tl.arange(0, V)
     A_rk, A_rb, A_ak, A_ab = _products(
-        r, w, k, a, b, rows, m_read, i_h, keys, H, K, BT, BK, DOT, SAFE, PRECISION
+        r, w, k, a, b, rows, m_read, i_h, H, K, BT, DOT, SAFE, PRECISION
     )  # fmt: skip
-    b_T = inverse_of_one_minus(A_ab, BT, PRECISION).to(DOT)
+    b_T = operand(inverse_of_one_minus(A_ab, BT, PRECISION), DOT, PRECISION)
 
     b_v = load_rows(v, rows, m_read, i_h, H, V, o_v).to(DOT)
     zeros = tl.zeros([BT, V], tl.float32)
-    b_u = _wide_dot(A_ak, b_v, zeros, PRECISION).to(DOT)
-    b_u = _wide_dot(b_T, b_u, zeros, PRECISION).to(DOT)
+    b_u = operand(_wide_dot(A_ak, b_v, zeros, PRECISION), DOT, PRECISION)
+    b_u = operand(_wide_dot(b_T, b_u, zeros, PRECISION), DOT, PRECISION)
     b_o = _wide_dot(A_rk, b_v, zeros, PRECISION)
     b_o = _wide_dot(A_rb, b_u, b_o, PRECISION)
-    tl.store(o0 + i_ch * BT * V + o_t[:, None] * V + o_v[None, :], b_o.to(DOT))
+    tl.store(o0 + i_ch * BT * V + o_t[:, None] * V + o_v[None, :], operand(b_o, DOT, PRECISION))
 
     b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
     until = tl.cumsum(b_w, 0)  # with t itself
     b_a = load_rows(a, rows, m_read, i_h, H, K, o_k) * tl.exp(until - b_w)
-    W = _wide_dot(b_T, b_a.to(DOT), tl.zeros([BT, K], tl.float32), PRECISION).to(DOT)
+    W = operand(
+        _wide_dot(b_T, operand(b_a, DOT, PRECISION), tl.zeros([BT, K], tl.float32), PRECISION), DOT, PRECISION
+    )
     b_r = load_rows(r, rows, m_read, i_h, H, K, o_k) * tl.exp(until)
     b_q = _wide_dot(A_rb, W, b_r, PRECISION)
-    tl.store(q + i_ch * BT * K + o_t[:, None] * K + o_k[None, :], b_q.to(DOT))
-    for i_k in tl.static_range(0, K, BK):
-        o_j = i_k + tl.arange(0, BK)
-        b_wj = load_log_decay(w, rows, m_read, i_h, H, K, o_j)
-        tl.store(G + i_ch * K + o_j, tl.sum(b_wj, 0))
-        decay = tl.exp(tl.cumsum(b_wj, 0, reverse=True) - b_wj)
-        b_kout = tl.trans((load_rows(k, rows, m_read, i_h, H, K, o_j) * decay).to(DOT))
-        b_bout = tl.trans((load_rows(b, rows, m_read, i_h, H, K, o_j) * decay).to(DOT))
-        b_P = tl.dot(b_bout, W, input_precision=PRECISION)
-        tl.store(P + i_ch * K * K + o_j[:, None] * K + o_k[None, :], b_P.to(DOT))
-        b_N = tl.dot(b_kout, b_v, input_precision=PRECISION)
-        b_N = tl.dot(b_bout, b_u, b_N, input_precision=PRECISION)
-        tl.store(N + i_ch * K * V + o_j[:, None] * V + o_v[None, :], b_N.to(DOT))
+    tl.store(q + i_ch * BT * K + o_t[:, None] * K + o_k[None, :], operand(b_q, DOT, PRECISION))
+    tl.store(G + i_ch * K + o_k, tl.sum(b_w, 0))
+
+    b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)  # again: to keep it would take registers
+    decay = tl.exp(tl.cumsum(b_w, 0, reverse=True) - b_w)
+    b_kout = tl.trans(operand(load_rows(k, rows, m_read, i_h, H, K, o_k) * decay, DOT, PRECISION))
+    b_bout = tl.trans(operand(load_rows(b, rows, m_read, i_h, H, K, o_k) * decay, DOT, PRECISION))
+    b_P = tl.dot(b_bout, W, input_precision=PRECISION)
+    tl.store(P + i_ch * K * K + o_k[:, None] * K + o_k[None, :], operand(b_P, DOT, PRECISION))
+    b_N = tl.dot(b_kout, b_v, input_precision=PRECISION)
+    b_N = tl.dot(b_bout, b_u, b_N, input_precision=PRECISION)
+    tl.store(N + i_ch * K * V + o_k[:, None] * V + o_v[None, :], operand(b_N, DOT, PRECISION))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -188,10 +185,7 @@ def wkv7_fwd_scan_kernel(
     DOT: tl.constexpr = q.dtype.element_ty
     o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), i_v * BV + tl.arange(0, BV)
     p_state = (i_s.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
-    if initial_state is None:
-        b_S = tl.zeros([K, BV], tl.float32)
-    else:
-        b_S = tl.load(initial_state + p_state)
+    b_S = tl.zeros([K, BV], tl.float32) if initial_state is None else tl.load(initial_state + p_state)
     for i_c in range(0, tl.cdiv(length, BT)):
         i_ch = (first + i_c) * H + i_h
         b_q = tl.load(q + i_ch * BT * K + o_t[:, None] * K + o_k[None, :])
@@ -200,7 +194,7 @@ def wkv7_fwd_scan_kernel(
         p_S = i_ch * K * V + o_k[:, None] * V + o_v[None, :]
         b_N = tl.load(N + p_S).to(tl.float32)
         b_G = tl.load(G + i_ch * K + o_k)
-        b_start = b_S.to(DOT)
+        b_start = operand(b_S, DOT, PRECISION)
         if states is not None:
             tl.store(states + p_S, b_start)
         b_o = tl.dot(b_q, b_start, b_o, input_precision=PRECISION)
@@ -218,7 +212,7 @@ def wkv7_bwd_scan_kernel(
 ):  # fmt: skip
     """Gradients of the states at the chunks' ends, of one sequence and head in BV columns, backwards.
 
-        dS = exp(G) dS' + P^T dS' + q^T dy
+    dS = exp(G) dS' + P^T dS' + q^T dy
     """
     i_v = tl.program_id(0) % (V // BV)
     i_h = tl.program_id(0) // (V // BV) % H
@@ -228,10 +222,7 @@ def wkv7_bwd_scan_kernel(
     DOT: tl.constexpr = q.dtype.element_ty
     o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), i_v * BV + tl.arange(0, BV)
     p_state = (i_s.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
-    if dfinal_state is None:
-        b_dS = tl.zeros([K, BV], tl.float32)
-    else:
-        b_dS = tl.load(dfinal_state + p_state)
+    b_dS = tl.zeros([K, BV], tl.float32) if dfinal_state is None else tl.load(dfinal_state + p_state)
     n = tl.cdiv(length, BT)
     for i in range(0, n):
         i_c = n - 1 - i
@@ -240,7 +231,7 @@ def wkv7_bwd_scan_kernel(
         b_q = tl.load(q + i_ch * BT * K + o_t[:, None] * K + o_k[None, :])
         b_P = tl.load(P + i_ch * K * K + o_k[:, None] * K + o_k[None, :])
         b_G = tl.load(G + i_ch * K + o_k)
-        b_end = b_dS.to(DOT)
+        b_end = operand(b_dS, DOT, PRECISION)
         tl.store(dstates + i_ch * K * V + o_k[:, None] * V + o_v[None, :], b_end)
         b_dS = tl.dot(tl.trans(b_P), b_end, tl.exp(b_G)[:, None] * b_dS, input_precision=PRECISION)
         if dy is not None:
@@ -253,7 +244,7 @@ def wkv7_bwd_scan_kernel(
 @triton.jit(do_not_specialize=["T"])
 def wkv7_bwd_gradients_kernel(
     r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, states, dstates, dr, dw, dk, dv, da, db,
-    T, S_, keys, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    T, S_, values, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
     SAFE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The inputs' gradients of one chunk and head, given the states at its start and their gradients at its end."""
@@ -268,114 +259,126 @@ def wkv7_bwd_gradients_kernel(
     i_ch = tl.program_id(0).to(tl.int64)
 
     DOT: tl.constexpr = states.dtype.element_ty
-    o_t, o_v = tl.arange(0, BT), tl.arange(0, V)
+    o_t = tl.arange(0, BT)
     A_rk, A_rb, A_ak, A_ab = _products(
-        r, w, k, a, b, rows, m_read, i_h, keys, H, K, BT, BK, DOT, SAFE, PRECISION
+        r, w, k, a, b, rows, m_read, i_h, H, K, BT, DOT, SAFE, PRECISION
     )  # fmt: skip
-    b_T = inverse_of_one_minus(A_ab, BT, PRECISION).to(DOT)
+    b_T = operand(inverse_of_one_minus(A_ab, BT, PRECISION), DOT, PRECISION)
 
-    b_v = load_rows(v, rows, m_read, i_h, H, V, o_v).to(DOT)
-    b_z = tl.zeros([BT, V], tl.float32)
-    b_du = tl.zeros([BT, V], tl.float32)
-    b_dv = tl.zeros([BT, V], tl.float32)
-    for i_k in tl.static_range(0, K, BK):
-        o_k = i_k + tl.arange(0, BK)
-        b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
-        b_ain = load_rows(a, rows, m_read, i_h, H, K, o_k) * tl.exp(tl.cumsum(b_w, 0) - b_w)
+    o_k = tl.arange(0, K)
+    b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
+    decay_in = tl.exp(tl.cumsum(b_w, 0) - b_w)
+    decay_out = tl.exp(tl.cumsum(b_w, 0, reverse=True) - b_w)
+    b_ain = operand(load_rows(a, rows, m_read, i_h, H, K, o_k) * decay_in, DOT, PRECISION)
+    b_kout = operand(load_rows(k, rows, m_read, i_h, H, K, o_k) * decay_out, DOT, PRECISION)
+    b_bout = operand(load_rows(b, rows, m_read, i_h, H, K, o_k) * decay_out, DOT, PRECISION)
+    dA_rk = tl.zeros([BT, BT], tl.float32)
+    dA_rb = tl.zeros([BT, BT], tl.float32)
+    dA_ak = tl.zeros([BT, BT], tl.float32)
+    dA_ab = tl.zeros([BT, BT], tl.float32)
+    b_dr = tl.zeros([BT, K], tl.float32)
+    b_dk = tl.zeros([BT, K], tl.float32)
+    b_da = tl.zeros([BT, K], tl.float32)
+    b_db = tl.zeros([BT, K], tl.float32)
+    b_dG = tl.zeros([K], tl.float32)
+    for i_v in range(0, values, BV):
+        o_v = i_v + tl.arange(0, BV)
         p_S = i_ch * K * V + o_k[:, None] * V + o_v[None, :]
-        b_z = _wide_dot(b_ain.to(DOT), tl.load(states + p_S), b_z, PRECISION)
-        decay_out = tl.exp(tl.cumsum(b_w, 0, reverse=True) - b_w)
-        b_kout = (load_rows(k, rows, m_read, i_h, H, K, o_k) * decay_out).to(DOT)
-        b_bout = (load_rows(b, rows, m_read, i_h, H, K, o_k) * decay_out).to(DOT)
+        b_S = tl.load(states + p_S)
         b_dS = tl.load(dstates + p_S)
-        b_du = _wide_dot(b_bout, b_dS, b_du, PRECISION)
-        b_dv = _wide_dot(b_kout, b_dS, b_dv, PRECISION)
-    b_z = _wide_dot(A_ak, b_v, b_z, PRECISION).to(DOT)
-    b_u = _wide_dot(b_T, b_z, tl.zeros([BT, V], tl.float32), PRECISION).to(DOT)
-    if dy is None:
-        b_dy = tl.zeros([BT, V], DOT)
-    else:
-        b_dy = load_rows(dy, rows, m_read, i_h, H, V, o_v).to(DOT)
-    b_du = _wide_dot(tl.trans(A_rb), b_dy, b_du, PRECISION).to(DOT)
-    b_dz = _wide_dot(tl.trans(b_T), b_du, tl.zeros([BT, V], tl.float32), PRECISION).to(DOT)
-    b_dv = _wide_dot(tl.trans(A_rk), b_dy, b_dv, PRECISION)
-    b_dv = _wide_dot(tl.trans(A_ak), b_dz, b_dv, PRECISION)
-    store_rows(dv, b_dv, rows, m_read, m_row, i_h, H, V, o_v)
+        b_v = load_rows(v, rows, m_read, i_h, H, V, o_v).to(DOT)
+        b_z = tl.dot(A_ak, b_v, input_precision=PRECISION)
+        b_z = operand(tl.dot(b_ain, b_S, b_z, input_precision=PRECISION), DOT, PRECISION)
+        b_u = operand(tl.dot(b_T, b_z, input_precision=PRECISION), DOT, PRECISION)
+        b_du = tl.dot(b_bout, b_dS, input_precision=PRECISION)
+        b_dv = tl.dot(b_kout, b_dS, input_precision=PRECISION)
+        if dy is not None:
+            b_dy = load_rows(dy, rows, m_read, i_h, H, V, o_v).to(DOT)
+            b_du = tl.dot(tl.trans(A_rb), b_dy, b_du, input_precision=PRECISION)
+            b_dv = tl.dot(tl.trans(A_rk), b_dy, b_dv, input_precision=PRECISION)
+            dA_rk = tl.dot(b_dy, tl.trans(b_v), dA_rk, input_precision=PRECISION)
+            dA_rb = tl.dot(b_dy, tl.trans(b_u), dA_rb, input_precision=PRECISION)
+            b_dr = tl.dot(b_dy, tl.trans(b_S), b_dr, input_precision=PRECISION)
+        b_dz = operand(
+            tl.dot(tl.trans(b_T), operand(b_du, DOT, PRECISION), input_precision=PRECISION), DOT, PRECISION
+        )
+        b_dv = tl.dot(tl.trans(A_ak), b_dz, b_dv, input_precision=PRECISION)
+        store_rows(dv, b_dv, rows, m_read, m_row, i_h, H, V, o_v)
+        dA_ak = tl.dot(b_dz, tl.trans(b_v), dA_ak, input_precision=PRECISION)
+        dA_ab = tl.dot(b_dz, tl.trans(b_u), dA_ab, input_precision=PRECISION)
+        b_da = tl.dot(b_dz, tl.trans(b_S), b_da, input_precision=PRECISION)
+        b_dk = tl.dot(b_v, tl.trans(b_dS), b_dk, input_precision=PRECISION)
+        b_db = tl.dot(b_u, tl.trans(b_dS), b_db, input_precision=PRECISION)
+        b_dG += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
 
-    dA_rk = tl.dot(b_dy, tl.trans(b_v), input_precision=PRECISION)
-    dA_rb = tl.dot(b_dy, tl.trans(b_u), input_precision=PRECISION)
-    dA_ak = tl.dot(b_dz, tl.trans(b_v), input_precision=PRECISION).to(DOT)
-    dA_ab = tl.dot(b_dz, tl.trans(b_u), input_precision=PRECISION).to(DOT)
     diagonal = o_t[:, None] == o_t[None, :]
     d_rk = tl.sum(tl.where(diagonal, dA_rk, 0.0), 1)[:, None]
     d_rb = tl.sum(tl.where(diagonal, dA_rb, 0.0), 1)[:, None]
-    dA_rk, dA_rb = dA_rk.to(DOT), dA_rb.to(DOT)
-    for i_k in tl.static_range(0, K, BK):
-        o_k = i_k + tl.arange(0, BK)
-        zeros = tl.zeros([BT, BK], tl.float32)
-        p_S = i_ch * K * V + o_k[:, None] * V + o_v[None, :]
+    dA_rk, dA_rb, dA_ak, dA_ab = (
+        operand(dA_rk, DOT, PRECISION),
+        operand(dA_rb, DOT, PRECISION),
+        operand(dA_ak, DOT, PRECISION),
+        operand(dA_ab, DOT, PRECISION),
+    )
 
-        # Rows: what reads at t, from the chunk's start and from columns before t.
-        b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
-        b_r = load_rows(r, rows, m_read, i_h, H, K, o_k)
-        b_k = load_rows(k, rows, m_read, i_h, H, K, o_k)
-        b_a = load_rows(a, rows, m_read, i_h, H, K, o_k)
-        b_b = load_rows(b, rows, m_read, i_h, H, K, o_k)
-        b_S = tl.load(states + p_S)
-        decay = tl.exp(b_w)
-        decay_in = tl.exp(tl.cumsum(b_w, 0) - b_w)
-        b_dr = _wide_dot(b_dy, tl.trans(b_S), zeros, PRECISION) * decay_in
-        b_da = _wide_dot(b_dz, tl.trans(b_S), zeros, PRECISION) * decay_in
-        by_row = b_r * decay * b_dr + b_a * b_da
-        b_dw = tl.cumsum(by_row, 0, reverse=True) - by_row
-        for level in tl.static_range(0, LEVELS if SAFE else 1):
-            if 2**level < BT:
-                f_row, f_col, m_pair = _factors(b_w, BT, BK, 2**level, SAFE)
-                y_k, y_b = (b_k * f_col).to(DOT), (b_b * f_col).to(DOT)
-                dx = _wide_dot(tl.where(m_pair, dA_rk, 0.0), y_k, zeros, PRECISION)
-                dx = _wide_dot(tl.where(m_pair, dA_rb, 0.0), y_b, dx, PRECISION)
-                b_dr += dx * f_row
-                by_row = (b_r * decay * f_row).to(DOT).to(tl.float32) * dx
-                dx = _wide_dot(tl.where(m_pair, dA_ak, 0.0), y_k, zeros, PRECISION)
-                dx = _wide_dot(tl.where(m_pair, dA_ab, 0.0), y_b, dx, PRECISION)
-                b_da += dx * f_row
-                by_row += (b_a * f_row).to(DOT).to(tl.float32) * dx
-                b_dw += _after(by_row, BT, BK, 2**level, SAFE)
-        b_dw += b_r * decay * b_dr
-        store_rows(dr, b_dr * decay + d_rk * b_k + d_rb * b_b, rows, m_read, m_row, i_h, H, K, o_k)
-        store_rows(da, b_da, rows, m_read, m_row, i_h, H, K, o_k)
+    # A decay's gradient is a sum over the paths that cross it. Rows: what reads at t, from the chunk's start and from
+    # columns before t.
+    b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
+    b_r = load_rows(r, rows, m_read, i_h, H, K, o_k)
+    b_k = load_rows(k, rows, m_read, i_h, H, K, o_k)
+    b_a = load_rows(a, rows, m_read, i_h, H, K, o_k)
+    b_b = load_rows(b, rows, m_read, i_h, H, K, o_k)
+    decay = tl.exp(b_w)
+    decay_in = tl.exp(tl.cumsum(b_w, 0) - b_w)
+    b_dr, b_da = b_dr * decay_in, b_da * decay_in
+    by_row = b_r * decay * b_dr + b_a * b_da
+    b_dw = tl.cumsum(by_row, 0, reverse=True) - by_row
+    b_dw += (tl.exp(tl.sum(b_w, 0)) * b_dG)[None, :]
+    for level in tl.static_range(0, LEVELS if SAFE else 1):
+        if 2**level < BT:
+            f_row, f_col, m_pair = _factors(b_w, BT, K, 2**level, SAFE)
+            y_k, y_b = operand(b_k * f_col, DOT, PRECISION), operand(b_b * f_col, DOT, PRECISION)
+            dx = tl.dot(tl.where(m_pair, dA_rk, 0.0), y_k, input_precision=PRECISION)
+            dx = tl.dot(tl.where(m_pair, dA_rb, 0.0), y_b, dx, input_precision=PRECISION)
+            b_dr += dx * f_row
+            # Of the rounded operands: what does not cross a decay of a centred chunk then cancels exactly.
+            by_row = operand(b_r * decay * f_row, DOT, PRECISION).to(tl.float32) * dx
+            dx = tl.dot(tl.where(m_pair, dA_ak, 0.0), y_k, input_precision=PRECISION)
+            dx = tl.dot(tl.where(m_pair, dA_ab, 0.0), y_b, dx, input_precision=PRECISION)
+            b_da += dx * f_row
+            by_row += operand(b_a * f_row, DOT, PRECISION).to(tl.float32) * dx
+            b_dw += _after(by_row, BT, K, 2**level, SAFE)
+    b_dw += b_r * decay * b_dr
+    store_rows(dr, b_dr * decay + d_rk * b_k + d_rb * b_b, rows, m_read, m_row, i_h, H, K, o_k)
+    store_rows(da, b_da, rows, m_read, m_row, i_h, H, K, o_k)
 
-        # Columns: what is written at s, until the chunk's end and until rows after s.
-        b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
-        b_r = load_rows(r, rows, m_read, i_h, H, K, o_k)
-        b_k = load_rows(k, rows, m_read, i_h, H, K, o_k)
-        b_a = load_rows(a, rows, m_read, i_h, H, K, o_k)
-        b_b = load_rows(b, rows, m_read, i_h, H, K, o_k)
-        b_S, b_dS = tl.load(states + p_S), tl.load(dstates + p_S)
-        decay = tl.exp(b_w)
-        decay_out = tl.exp(tl.cumsum(b_w, 0, reverse=True) - b_w)
-        b_dk = _wide_dot(b_v, tl.trans(b_dS), zeros, PRECISION) * decay_out
-        b_db = _wide_dot(b_u, tl.trans(b_dS), zeros, PRECISION) * decay_out
-        by_col = b_k * b_dk + b_b * b_db
-        b_dw += tl.cumsum(by_col, 0) - by_col
-        b_dG = tl.exp(tl.sum(b_w, 0)) * tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
-        b_dw += b_dG[None, :]
-        for level in tl.static_range(0, LEVELS if SAFE else 1):
-            if 2**level < BT:
-                f_row, f_col, m_pair = _factors(b_w, BT, BK, 2**level, SAFE)
-                x_r, x_a = (b_r * decay * f_row).to(DOT), (b_a * f_row).to(DOT)
-                dx = _wide_dot(tl.trans(tl.where(m_pair, dA_rk, 0.0)), x_r, zeros, PRECISION)
-                dx = _wide_dot(tl.trans(tl.where(m_pair, dA_ak, 0.0)), x_a, dx, PRECISION)
-                b_dk += dx * f_col
-                by_col = (b_k * f_col).to(DOT).to(tl.float32) * dx
-                dx = _wide_dot(tl.trans(tl.where(m_pair, dA_rb, 0.0)), x_r, zeros, PRECISION)
-                dx = _wide_dot(tl.trans(tl.where(m_pair, dA_ab, 0.0)), x_a, dx, PRECISION)
-                b_db += dx * f_col
-                by_col += (b_b * f_col).to(DOT).to(tl.float32) * dx
-                b_dw += _before(by_col, BT, BK, 2**level, SAFE)
-        store_rows(dk, b_dk + d_rk * b_r, rows, m_read, m_row, i_h, H, K, o_k)
-        store_rows(db, b_db + d_rb * b_r, rows, m_read, m_row, i_h, H, K, o_k)
-        store_rows(dw, b_dw, rows, m_read, m_row, i_h, H, K, o_k)
+    # Columns: what is written at s, until the chunk's end and until rows after s.
+    b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
+    b_r = load_rows(r, rows, m_read, i_h, H, K, o_k)
+    b_k = load_rows(k, rows, m_read, i_h, H, K, o_k)
+    b_a = load_rows(a, rows, m_read, i_h, H, K, o_k)
+    b_b = load_rows(b, rows, m_read, i_h, H, K, o_k)
+    decay = tl.exp(b_w)
+    decay_out = tl.exp(tl.cumsum(b_w, 0, reverse=True) - b_w)
+    b_dk, b_db = b_dk * decay_out, b_db * decay_out
+    by_col = b_k * b_dk + b_b * b_db
+    b_dw += tl.cumsum(by_col, 0) - by_col
+    for level in tl.static_range(0, LEVELS if SAFE else 1):
+        if 2**level < BT:
+            f_row, f_col, m_pair = _factors(b_w, BT, K, 2**level, SAFE)
+            x_r, x_a = operand(b_r * decay * f_row, DOT, PRECISION), operand(b_a * f_row, DOT, PRECISION)
+            dx = tl.dot(tl.trans(tl.where(m_pair, dA_rk, 0.0)), x_r, input_precision=PRECISION)
+            dx = tl.dot(tl.trans(tl.where(m_pair, dA_ak, 0.0)), x_a, dx, input_precision=PRECISION)
+            b_dk += dx * f_col
+            by_col = operand(b_k * f_col, DOT, PRECISION).to(tl.float32) * dx
+            dx = tl.dot(tl.trans(tl.where(m_pair, dA_rb, 0.0)), x_r, input_precision=PRECISION)
+            dx = tl.dot(tl.trans(tl.where(m_pair, dA_ab, 0.0)), x_a, dx, input_precision=PRECISION)
+            b_db += dx * f_col
+            by_col += operand(b_b * f_col, DOT, PRECISION).to(tl.float32) * dx
+            b_dw += _before(by_col, BT, K, 2**level, SAFE)
+    store_rows(dk, b_dk + d_rk * b_r, rows, m_read, m_row, i_h, H, K, o_k)
+    store_rows(db, b_db + d_rb * b_r, rows, m_read, m_row, i_h, H, K, o_k)
+    store_rows(dw, b_dw, rows, m_read, m_row, i_h, H, K, o_k)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -391,28 +394,25 @@ def wkv7_fwd_recurrent_kernel(
 
     o_k, o_v = tl.arange(0, K), i_v * BV + tl.arange(0, BV)
     p_state = (i_s.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
-    if initial_state is None:
-        b_S = tl.zeros([K, BV], tl.float32)
-    else:
-        b_S = tl.load(initial_state + p_state)
+    b_S = tl.zeros([K, BV], tl.float32) if initial_state is None else tl.load(initial_state + p_state)
     for i_t in range(0, length):
         row = start + i_t
-        read = True
+        m_k, m_v = o_k >= 0, o_v >= 0
         if order is not None:
             token = tl.load(order + row)
-            read = token >= 0
-            row = tokens + tl.where(read, token, -1 - token)
+            m_k, m_v = o_k * 0 + token >= 0, o_v * 0 + token >= 0
+            row = tokens + tl.where(token >= 0, token, -1 - token)
         p_k, p_v = (row * H + i_h) * K + o_k, (row * H + i_h) * V + o_v
-        b_r = tl.load(r + p_k, mask=read, other=0.0).to(tl.float32)
-        b_w = tl.load(w + p_k, mask=read, other=0.0).to(tl.float32)
-        b_k = tl.load(k + p_k, mask=read, other=0.0).to(tl.float32)
-        b_a = tl.load(a + p_k, mask=read, other=0.0).to(tl.float32)
-        b_b = tl.load(b + p_k, mask=read, other=0.0).to(tl.float32)
-        b_v = tl.load(v + p_v, mask=read, other=0.0).to(tl.float32)
+        b_r = tl.load(r + p_k, mask=m_k, other=0.0).to(tl.float32)
+        b_w = tl.load(w + p_k, mask=m_k, other=0.0).to(tl.float32)
+        b_k = tl.load(k + p_k, mask=m_k, other=0.0).to(tl.float32)
+        b_a = tl.load(a + p_k, mask=m_k, other=0.0).to(tl.float32)
+        b_b = tl.load(b + p_k, mask=m_k, other=0.0).to(tl.float32)
+        b_v = tl.load(v + p_v, mask=m_v, other=0.0).to(tl.float32)
         b_sa = tl.sum(b_a[:, None] * b_S, 0)
         b_S = tl.exp(b_w)[:, None] * b_S + b_b[:, None] * b_sa[None, :] + b_k[:, None] * b_v[None, :]
         b_y = tl.sum(b_r[:, None] * b_S, 0)
-        tl.store(y + p_v, tl.where(read, b_y, 0.0).to(y.dtype.element_ty))
+        tl.store(y + p_v, tl.where(m_v, b_y, 0.0).to(y.dtype.element_ty))
     tl.store(final_state + p_state, b_S)
 
 
@@ -420,7 +420,14 @@ def wkv7_fwd_recurrent_kernel(
 
 
 class Config(NamedTuple):
-    """Launches of the chunked kernels. BT: tokens of a chunk."""
+    """Launches of the chunked kernels for a head size, a dtype and log decays that are bounded or are not.
+
+    Attributes:
+        BT: tokens of a chunk.
+        prepare: its block is not used.
+        scan: columns per program; fewer where there are few sequences and heads (`FEW`).
+        gradients: columns per turn of its loop.
+    """
 
     BT: int
     prepare: Launch
@@ -429,40 +436,53 @@ class Config(NamedTuple):
     gradients: Launch
 
 
-# From how many sequences times heads on the scans fill a GPU with wide programs; below, narrow ones share the work.
-MANY = 256
+NARROW, WIDE = Launch(16, 4, 3), Launch(32, 4, 2)
 
-# (K, operands of 16 bits?, MANY?). BT does not depend on the last: what the forward saves, the backward reads.
-CONFIGS = {
-    (K, half, many): Config(32, Launch(K, 4), Launch(32, 4), Launch(32, 4), Launch(32, 8))
-    for K in (32, 64, 128)
-    for half in (False, True)
-    for many in (False, True)
-}
+
+def _configs(K: int) -> dict[tuple[int, torch.dtype, bool], Config]:
+    narrow = Launch(16, 8) if K == 128 else NARROW
+    half = Config(16, Launch(K, 4 if K < 128 else 8), WIDE, WIDE, Launch(16, 8))
+    single = Config(16, Launch(K, 8), narrow, narrow, Launch(16, 8))
+    table = {
+        (torch.bfloat16, True): half,
+        (torch.bfloat16, False): half,
+        (torch.float16, True): single,
+        (torch.float16, False): single,
+        (torch.float32, True): single,
+        (torch.float32, False): single,
+    }
+    return {(K, dtype, bounded): config for (dtype, bounded), config in table.items()}
+
+
+CONFIGS = _configs(32) | _configs(64) | _configs(128)
+# The model's own case. All others have more in registers.
+CONFIGS[64, torch.bfloat16, True] = Config(32, Launch(64, 4), WIDE, WIDE, Launch(32, 8))
+
+# Up to how many sequences times heads the scans' programs take 16 columns each, so that there are enough of them.
+FEW = 128
 
 # Token by token: up to so many, and whatever the number on GPUs without matrix units.
 MAX_STEPS = 16
 RECURRENT = {32: Launch(16, 1), 64: Launch(16, 1), 128: Launch(16, 2)}  # by K
 
 
-def config_of(r: Tensor, sequences: int) -> Config:
-    half = precision_of(r).dtype.itemsize == 2
-    return CONFIGS[r.shape[3], half, sequences * r.shape[2] >= MANY]
+def config_of(r: Tensor, min_log_decay: float) -> tuple[Config, bool]:
+    """The launches, and whether factors about the middle of a chunk are safe: they reach exp(40) at most."""
+    K = int(r.shape[3])  # under torch.compile it may be a symbol
+    config = CONFIGS[K, r.dtype, True]
+    if -min_log_decay * config.BT / 2 <= 40:
+        return config, True
+    return CONFIGS[K, r.dtype, False], False
 
 
-def chunk_size_of(r: Tensor) -> int:
-    return CONFIGS[r.shape[3], precision_of(r).dtype.itemsize == 2, True].BT
+def _scan_launch(launch: Launch, programs: int) -> Launch:
+    return NARROW if programs <= FEW and launch == WIDE else launch
 
 
-def is_safe(min_log_decay: float, BT: int) -> bool:
-    """Whether factors about the middle of a chunk might overflow, exp(40) being far from that."""
-    return -min_log_decay * BT / 2 > 40
-
-
-def _empty(r: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty(r: Tensor, v: Tensor, cu_seqlens: Tensor | None, BT: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q [chunks, H, BT, K], P [chunks, H, K, K], G [chunks, H, K], states [chunks, H, K, V]."""
     B, T, H, K = r.shape
-    BT, dtype = chunk_size_of(r), precision_of(r).dtype
+    dtype = precision_of(r).dtype
     chunks = B * most_chunks(T, 1, BT) if cu_seqlens is None else most_chunks(T, cu_seqlens.shape[0] - 1, BT)
     q, P, states = (
         r.new_empty((chunks, H, *shape), dtype=dtype) for shape in ((BT, K), (K, K), (K, v.shape[3]))
@@ -504,19 +524,19 @@ def wkv7_forward(
             )  # fmt: skip
         return y, final_state, *(r.new_empty(0) for _ in range(4))
 
-    config, (dtype, PRECISION) = config_of(r, sequences), precision_of(r)
-    BT = config.BT
+    config, bounded = config_of(r, min_log_decay)
+    BT, (dtype, PRECISION) = config.BT, precision_of(r)
     chunk_starts, sequence_of = chunk_table(cu_seqlens, T, BT)
-    q, P, G, states = _empty(r, v, cu_seqlens)
+    q, P, G, states = _empty(r, v, cu_seqlens, BT)
     o0, N = r.new_empty((*q.shape[:3], V), dtype=dtype), torch.empty_like(states)
     with on_device_of(r):
-        BK, num_warps, num_stages = config.prepare
+        _, num_warps, num_stages = config.prepare
         wkv7_fwd_prepare_kernel[(G.shape[0] * H,)](
-            r, w, k, v, a, b, order, cu_seqlens, chunk_starts, sequence_of, q, o0, P, N, G, T, sequences, K,
-            H=H, K=K, V=V, BT=BT, BK=BK, SAFE=is_safe(min_log_decay, BT), PRECISION=PRECISION,
+            r, w, k, v, a, b, order, cu_seqlens, chunk_starts, sequence_of, q, o0, P, N, G, T, sequences,
+            H=H, K=K, V=V, BT=BT, SAFE=not bounded, PRECISION=PRECISION,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
-        BV, num_warps, num_stages = config.scan
+        BV, num_warps, num_stages = _scan_launch(config.scan, sequences * H)
         wkv7_fwd_scan_kernel[(sequences * H * (V // BV),)](
             q, o0, P, N, G, initial_state, order, cu_seqlens, chunk_starts, y, states if save else None,
             final_state, T, H=H, K=K, V=V, BT=BT, BV=BV, PRECISION=PRECISION,
@@ -529,7 +549,8 @@ def wkv7_forward(
 
 @wkv7_forward.register_fake
 def _(r, w, k, v, a, b, initial_state, order, cu_seqlens, min_log_decay, save):
-    saved = _empty(r, v, cu_seqlens) if save else (r.new_empty(0) for _ in range(4))
+    BT = config_of(r, min_log_decay)[0].BT
+    saved = _empty(r, v, cu_seqlens, BT) if save else (r.new_empty(0) for _ in range(4))
     return *_empty_outputs(r, v, cu_seqlens), *saved
 
 
@@ -557,21 +578,21 @@ def wkv7_backward(
     V = v.shape[3]
     *gradients, dinitial_state = _empty_gradients(r, w, k, v, a, b, initial_state)
     sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    config, PRECISION = config_of(r, sequences), precision_of(r).dots
-    BT = config.BT
+    config, bounded = config_of(r, min_log_decay)
+    BT, PRECISION = config.BT, precision_of(r).dots
     chunk_starts, sequence_of = chunk_table(cu_seqlens, T, BT)
     dstates = torch.empty_like(states)
     with on_device_of(r):
-        BV, num_warps, num_stages = config.bwd_scan
+        BV, num_warps, num_stages = _scan_launch(config.bwd_scan, sequences * H)
         wkv7_bwd_scan_kernel[(sequences * H * (V // BV),)](
             q, P, G, dy, dfinal_state, order, cu_seqlens, chunk_starts, dstates,
             None if initial_state is None else dinitial_state, T,
             H=H, K=K, V=V, BT=BT, BV=BV, PRECISION=PRECISION, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
-        BK, num_warps, num_stages = config.gradients
+        BV, num_warps, num_stages = config.gradients
         wkv7_bwd_gradients_kernel[(G.shape[0] * H,)](
             r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, states, dstates, *gradients,
-            T, sequences, K, H=H, K=K, V=V, BT=BT, BK=BK, SAFE=is_safe(min_log_decay, BT), PRECISION=PRECISION,
+            T, sequences, V, H=H, K=K, V=V, BT=BT, BV=BV, SAFE=not bounded, PRECISION=PRECISION,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     return *gradients, dinitial_state
@@ -596,7 +617,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dfinal_state, *_):
-    tensors, saved = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+    saved_tensors = ctx.saved_tensors  # once: with a checkpoint this computes them
+    tensors, saved = saved_tensors[:9], saved_tensors[9:]
     dy, dfinal_state = (None if x is None else x.contiguous() for x in (dy, dfinal_state))
     *gradients, dstate = wkv7_backward(*tensors, ctx.min_log_decay, *saved, dy, dfinal_state)
     return *gradients, dstate if ctx.needs_input_grad[6] else None, None, None, None, None
@@ -643,6 +665,8 @@ def wkv7(
     """
     tensors = [x.contiguous() for x in (r, w, k, v, a, b)]
     options = [None if x is None else x.contiguous() for x in (initial_state, order, cu_seqlens)]
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, initial_state))
+    save = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (*tensors, initial_state)
+    )
     y, final_state, *_ = wkv7_forward(*tensors, *options, min_log_decay, save)
     return y, final_state
