@@ -1,4 +1,4 @@
-"""On a GPU, compiled: `TRITON_INTERPRET=0 pytest -m gpu`. The interpreter shows no races, no shared memory, no graphs."""
+"""On a GPU, compiled: `TRITON_INTERPRET=0 pytest -m gpu`. What the interpreter does not know: races, memory, graphs."""
 
 import pytest
 import torch

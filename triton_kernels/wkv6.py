@@ -58,7 +58,7 @@ CONFIGS = {
     (64, 2): Config(Launch(64, 4), Launch(16, 4), Launch(16, 4, 2), Launch(32, 4, 2)),
     (128, 2): Config(Launch(64, 8), Launch(16, 8), Launch(16, 4, 2), Launch(32, 4, 2)),
     (32, 4): Config(Launch(32, 4), Launch(32, 4), Launch(16, 4, 2), Launch(32, 4, 2)),
-    (64, 4): Config(Launch(64, 4), Launch(16, 4), Launch(16, 4, 2), Launch(32, 4, 2)),
+    (64, 4): Config(Launch(64, 4), Launch(16, 8), Launch(16, 4, 2), Launch(32, 4, 2)),
     (128, 4): Config(Launch(32, 8), Launch(16, 8), Launch(16, 4, 2), Launch(32, 8, 2)),
 }
 STEPS = {32: Launch(32, 1), 64: Launch(32, 2), 128: Launch(32, 4)}

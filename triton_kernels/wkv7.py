@@ -281,7 +281,7 @@ def wkv7_bwd_gradients_kernel(
     b_da = tl.zeros([BT, K], tl.float32)
     b_db = tl.zeros([BT, K], tl.float32)
     b_dG = tl.zeros([K], tl.float32)
-    for i_v in range(0, values, BV):
+    for i_v in range(0, values, BV):  # V, which the compiler must not know: unrolled, it spills registers
         o_v = i_v + tl.arange(0, BV)
         p_S = i_ch * K * V + o_k[:, None] * V + o_v[None, :]
         b_S = tl.load(states + p_S)
@@ -352,7 +352,7 @@ def wkv7_bwd_gradients_kernel(
     store_rows(dr, b_dr * decay + d_rk * b_k + d_rb * b_b, rows, m_read, m_row, i_h, H, K, o_k)
     store_rows(da, b_da, rows, m_read, m_row, i_h, H, K, o_k)
 
-    # Columns: what is written at s, until the chunk's end and until rows after s.
+    # Columns: what is written at s, until the chunk's end and until rows after s. (Loaded anew to save registers.)
     b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
     b_r = load_rows(r, rows, m_read, i_h, H, K, o_k)
     b_k = load_rows(k, rows, m_read, i_h, H, K, o_k)
@@ -390,6 +390,7 @@ def wkv7_fwd_recurrent_kernel(
     i_v = tl.program_id(0) % (V // BV)
     i_h = tl.program_id(0) // (V // BV) % H
     i_s = tl.program_id(0) // (V // BV) // H
+    # There are no chunks: any table will do for where they start.
     _, start, tokens, length = span_of_sequence(i_s, T, cu_seqlens, cu_seqlens, 1)
 
     o_k, o_v = tl.arange(0, K), i_v * BV + tl.arange(0, BV)

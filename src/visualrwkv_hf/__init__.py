@@ -12,6 +12,7 @@ from .auto_classes import register
 
 if TYPE_CHECKING:
     from .cache_visualrwkv import VisualRWKVCache, VisualRWKVStaticCache
+    from .collator_visualrwkv import VisualRWKVDataCollator, load_conversations, messages_to_conversation
     from .configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig, VisualRWKVVisionConfig
     from .image_processing_visualrwkv import VisualRWKVImageProcessor
     from .kernels import wkv_backend
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
     from .native import accelerate_on_cpu
     from .processing_visualrwkv import VisualRWKVProcessor
     from .scan_orders import SCANS
+    from .training_visualrwkv import (
+        VisualRWKVTrainer,
+        VisualRWKVTrainingArguments,
+        learning_rate_at,
+        lora_config,
+        train_only,
+        training_card,
+    )
     from .wkv import wkv6, wkv7
 
 __version__ = "0.1.0"
@@ -29,6 +38,7 @@ MODULE_OF = {
     "SCANS": "scan_orders",
     "VisualRWKVCache": "cache_visualrwkv",
     "VisualRWKVConfig": "configuration_visualrwkv",
+    "VisualRWKVDataCollator": "collator_visualrwkv",
     "VisualRWKVForCausalLM": "modeling_rwkv",
     "VisualRWKVForConditionalGeneration": "modeling_visualrwkv",
     "VisualRWKVImageProcessor": "image_processing_visualrwkv",
@@ -37,9 +47,17 @@ MODULE_OF = {
     "VisualRWKVStaticCache": "cache_visualrwkv",
     "VisualRWKVTextConfig": "configuration_visualrwkv",
     "VisualRWKVTextModel": "modeling_rwkv",
+    "VisualRWKVTrainer": "training_visualrwkv",
+    "VisualRWKVTrainingArguments": "training_visualrwkv",
     "VisualRWKVVisionConfig": "configuration_visualrwkv",
     "VisualRWKVVisionModel": "modeling_vision",
     "accelerate_on_cpu": "native",
+    "learning_rate_at": "training_visualrwkv",
+    "load_conversations": "collator_visualrwkv",
+    "lora_config": "training_visualrwkv",
+    "messages_to_conversation": "collator_visualrwkv",
+    "train_only": "training_visualrwkv",
+    "training_card": "training_visualrwkv",
     "wkv6": "wkv",
     "wkv7": "wkv",
     "wkv_backend": "kernels",
@@ -50,6 +68,7 @@ __all__ = [
     "SCANS",
     "VisualRWKVCache",
     "VisualRWKVConfig",
+    "VisualRWKVDataCollator",
     "VisualRWKVForCausalLM",
     "VisualRWKVForConditionalGeneration",
     "VisualRWKVImageProcessor",
@@ -58,11 +77,19 @@ __all__ = [
     "VisualRWKVStaticCache",
     "VisualRWKVTextConfig",
     "VisualRWKVTextModel",
+    "VisualRWKVTrainer",
+    "VisualRWKVTrainingArguments",
     "VisualRWKVVisionConfig",
     "VisualRWKVVisionModel",
     "accelerate_on_cpu",
     "bundled_model",
+    "learning_rate_at",
+    "load_conversations",
+    "lora_config",
+    "messages_to_conversation",
     "register",
+    "train_only",
+    "training_card",
     "wkv6",
     "wkv7",
     "wkv_backend",

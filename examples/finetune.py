@@ -1,0 +1,204 @@
+"""Fine-tunes a VisualRWKV on pictures and conversations: transformers' Trainer with the original's recipe.
+
+    python examples/finetune.py --model MODEL --data train.json --image-folder pictures --output-dir out --preset stage2
+
+MODEL is a folder or a Hub id; train.json holds LLaVA conversations or chat messages (JSON or JSON lines). A preset is
+a YAML file of options, of `examples/presets` by its name or by its path; options on the command line come on top.
+Every option of transformers' TrainingArguments is one, for example:
+
+    --eval-data val.json --eval-strategy steps --eval-steps 200     the loss on other data, while training
+    --resume-from-checkpoint last                                   go on behind the newest checkpoint, if there is one
+    --bf16 --gradient-checkpointing                                 on a GPU
+    --push-to-hub --hub-model-id me/my-model                        with a card that says what it was trained on
+
+On several GPUs: `accelerate launch --config_file examples/accelerate/ddp.yaml examples/finetune.py ...`.
+"""
+
+import argparse
+import hashlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, set_seed
+from transformers.integrations import is_tensorboard_available
+from transformers.trainer_utils import get_last_checkpoint
+
+from visualrwkv_hf import (
+    VisualRWKVDataCollator,
+    VisualRWKVTrainer,
+    VisualRWKVTrainingArguments,
+    load_conversations,
+    lora_config,
+    train_only,
+    training_card,
+)
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def described(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class FinetuneArguments:
+    """What is trained, and on what."""
+
+    model: str = field(metadata=described("Folder or Hub id of the model to start from."))
+    data: str = field(metadata=described("LLaVA conversations or chat messages: .json or .jsonl."))
+    image_folder: str | None = field(
+        default=None, metadata=described("Where the pictures' paths start; by default beside the data.")
+    )
+    eval_data: str | None = field(
+        default=None, metadata=described("Data to evaluate on; at the end, or as --eval-strategy says.")
+    )
+    preset: str | None = field(
+        default=None, metadata=described("stage1, stage2, lora or a YAML file of options.")
+    )
+    train: list[str] = field(
+        default_factory=lambda: ["projector", "language_model"],
+        metadata=described("Parts to train: projector, language_model, embeddings, vision_tower."),
+    )
+    prompt_format: str | None = field(
+        default=None, metadata=described("A release's way to write a conversation, e.g. v6.0.")
+    )
+    max_length: int | None = field(
+        default=None, metadata=described("Longest sequence in tokens, pictures included; text behind is cut.")
+    )
+    on_bad_sample: Literal["raise", "skip"] = field(
+        default="raise", metadata=described("What to do with a sample that cannot be read.")
+    )
+    loss_reduction: Literal["sample", "token"] | None = field(
+        default=None, metadata=described("By default the model's own.")
+    )
+    dtype: str = field(
+        default="float32", metadata=described("Of the weights; computation in bfloat16 is --bf16.")
+    )
+    lora: bool = field(
+        default=False, metadata=described("Train LoRA adapters of the language model (needs peft).")
+    )
+    lora_r: int = field(default=16, metadata=described("Rank."))
+    lora_alpha: int = field(default=32, metadata=described("Scale."))
+    lora_dropout: float = field(default=0.0, metadata=described("Dropout in front of the adapters."))
+    merge_lora: bool = field(
+        default=False,
+        metadata=described("Save the whole model with the adapters merged, in place of adapters."),
+    )
+
+
+def parse(arguments: list[str]) -> tuple[FinetuneArguments, VisualRWKVTrainingArguments]:
+    """Options: the command line's, else the preset's, else the defaults."""
+    parser = HfArgumentParser((FinetuneArguments, VisualRWKVTrainingArguments), description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(report_to="tensorboard" if is_tensorboard_available() else "none")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    if preset := first.parse_known_args(arguments)[0].preset:
+        options = read_preset(preset)
+        if unknown := set(options) - {action.dest for action in parser._actions}:
+            parser.error(f"{preset} has unknown options: {', '.join(sorted(unknown))}.")
+        parser.set_defaults(**options)
+    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+
+
+def read_preset(name: str) -> dict:
+    named = PRESETS / f"{name}.yaml"
+    return yaml.safe_load((named if named.exists() else Path(name)).read_text(encoding="utf-8"))
+
+
+def load_model(options: FinetuneArguments) -> torch.nn.Module:
+    """The model with its frozen parts, and with adapters where asked for."""
+    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=options.dtype)
+    if options.loss_reduction:
+        model.config.text_config.loss_reduction = options.loss_reduction
+    train_only(model, options.train)
+    if options.lora:
+        from peft import get_peft_model
+
+        adapters = lora_config(
+            train_projector="projector" in options.train,
+            r=options.lora_r,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
+        )
+        model = get_peft_model(model, adapters)
+    return model
+
+
+def card_of(options: FinetuneArguments, trainer: VisualRWKVTrainer) -> str:
+    """The model card: what it was trained on and how."""
+    arguments, data = trainer.args, Path(options.data)
+    is_folder = Path(options.model).exists()
+    facts = {
+        "base model": f"`{Path(options.model).name if is_folder else options.model}`",
+        "data": f"`{data.name}`, sha256 `{hashlib.sha256(data.read_bytes()).hexdigest()}`",
+        "samples": len(trainer.train_dataset),
+        "preset": options.preset or "none",
+        "trained parts": ", ".join(options.train)
+        + (f" (LoRA of rank {options.lora_r})" if options.lora else ""),
+        "epochs": f"{trainer.state.epoch:.2f}",
+        "steps": trainer.state.global_step,
+        "batch": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        "learning rate": f"{arguments.learning_rate:g} to {arguments.learning_rate_final}",
+        "seed": arguments.seed,
+    }
+    facts |= {name: f"{value:.4f}" for name, value in last_losses(trainer.state.log_history).items()}
+    title = (arguments.hub_model_id or Path(arguments.output_dir).absolute().name).split("/")[-1]
+    return training_card(
+        title,
+        facts,
+        base_model=None if is_folder else options.model,
+        is_adapter=options.lora and not options.merge_lora,
+    )
+
+
+def last_losses(log: list[dict]) -> dict[str, float]:
+    names = {"loss": "last training loss", "eval_loss": "last evaluation loss"}
+    return {names[key]: entry[key] for entry in log for key in names if key in entry}
+
+
+def main(command_line: list[str]) -> None:
+    options, arguments = parse(command_line)
+    set_seed(arguments.seed)  # adapters are random
+    processor = AutoProcessor.from_pretrained(options.model)
+    collator = VisualRWKVDataCollator(
+        processor,
+        prompt_format=options.prompt_format,
+        max_length=options.max_length,
+        on_bad_sample=options.on_bad_sample,
+        picture_in_every_batch=True,
+    )
+    trainer = VisualRWKVTrainer(
+        load_model(options),
+        arguments,
+        train_dataset=load_conversations(options.data, options.image_folder),
+        eval_dataset=load_conversations(options.eval_data, options.image_folder)
+        if options.eval_data
+        else None,
+        data_collator=collator,
+        processing_class=processor,
+    )
+    resume = arguments.resume_from_checkpoint
+    if resume == "last":
+        folder = Path(arguments.output_dir)
+        resume = get_last_checkpoint(str(folder)) if folder.exists() else None
+    trainer.train(resume_from_checkpoint=resume)
+    if options.eval_data and arguments.eval_strategy == "no":
+        trainer.log_metrics("eval", trainer.evaluate())
+    if options.merge_lora and options.lora:
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    trainer.card = card_of(options, trainer)
+    trainer.save_state()
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.save_model()
+        trainer.create_model_card()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
