@@ -116,7 +116,7 @@ def _before(by_col, BT: tl.constexpr, K: tl.constexpr, M: tl.constexpr, SAFE: tl
         return -tl.cumsum(by_col, 0, reverse=True)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "S_"])
 def wkv7_fwd_prepare_kernel(
     r, w, k, v, a, b, order, cu_seqlens, chunk_starts, sequence_of, q, o0, P, N, G, T, S_,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, SAFE: tl.constexpr,
@@ -241,7 +241,7 @@ def wkv7_bwd_scan_kernel(
         tl.store(dinitial_state + p_state, b_dS)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "S_", "values"])
 def wkv7_bwd_gradients_kernel(
     r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, states, dstates, dr, dw, dk, dv, da, db,
     T, S_, values, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,

@@ -1,0 +1,365 @@
+"""The Triton kernels of RWKV-7 against the recurrence in float64, over every option of the op."""
+
+import functools
+import math
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
+
+pytest.importorskip("triton")
+
+from triton_interpreter import INTERPRETED, tf32_dots
+
+from visualrwkv_hf import wkv
+from visualrwkv_hf.triton_kernels import chunks, unsupported
+from visualrwkv_hf.triton_kernels.wkv7 import MAX_STEPS, wkv7, wkv7_backward, wkv7_forward
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here: TRITON_INTERPRET is 0")
+
+LENGTHS = (1, 7, 16, 17, 33, 64, 65, 100)
+BOUND = -math.exp(-0.5)  # of RWKV-7's log decays
+
+# Relative to the norm of the float64 tensor. Products of bfloat16 have operands of 8 bits (2^-9 at most), of which a
+# gradient passes several; float16's have 10 (tf32) and so are its results; float32's are tf32 three times over.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+DECAYS = {
+    "one": lambda x: 0 * x,
+    "zero": lambda x: torch.full_like(x, -torch.inf),
+    "-600": lambda x: torch.full_like(x, -600.0),
+    "mixed": lambda x: torch.tensor([0.0, -1e-3, -1.0, -20.0, -90.0, -600.0, -1e4, -torch.inf])[
+        (x * 1e4).long() % 8
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """What a kernel does not write is NaN."""
+
+    def poisoned(empty):
+        def fill(*args, **kwargs):
+            tensor = empty(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return fill
+
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+def make_inputs(T, dtype=torch.float32, K=32, B=1, H=1, states=None, decay=None, seed=0):
+    """r, w, k, v, a, b and the initial state, of `states` sequences; w is float32 as in the model."""
+    generator = torch.Generator().manual_seed(seed)
+    randn = functools.partial(torch.randn, generator=generator)
+    r, k, v, kk, noise = (randn(B, T, H, K) for _ in range(5))
+    w = BOUND * torch.sigmoid(noise) if decay is None else DECAYS[decay](noise)
+    kk, rate = normalize(kk, dim=-1), torch.rand(B, T, H, K, generator=generator)
+    r, k, v, a, b = (x.to(dtype) for x in (r, k, v, -kk, kk * rate))
+    return [r, w, k, v, a, b, randn(B if states is None else states, H, K, K)]
+
+
+def run(op, inputs, **options):
+    """Output, final state and the gradient of everything from both of them."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    y, state = op(*inputs, **options)
+    generator = torch.Generator().manual_seed(1)
+    # Weights of few bits: the gradient of y is rounded to the dtype of y, and that in float64 is not.
+    weights = [torch.randn(x.shape, generator=generator).bfloat16() for x in (y, state)]
+    total = sum((x.double() * weight.double()).sum() for x, weight in zip((y, state), weights))
+    return [y.detach(), state.detach(), *torch.autograd.grad(total, inputs)]
+
+
+def expected_of(inputs, **options):
+    """By the plain op in float64, which the oracle judges."""
+    return run(wkv.wkv7, [x.double() for x in inputs], **options)
+
+
+def relative_error(actual, expected):
+    # Both zero is no error: nothing but 0 may stand for 0, NaN and inf fail.
+    difference = (actual.double() - expected).norm()
+    return float(difference / expected.norm()) if expected.any() else float(difference)
+
+
+def assert_same(actual, expected, tolerance):
+    errors = [relative_error(x, y) for x, y in zip(actual, expected, strict=True)]
+    assert all(error <= tolerance for error in errors), errors
+
+
+def assert_equal(actual, expected):
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("T", "dtype", "min_log_decay"),
+    [(T, torch.float32, BOUND) for T in LENGTHS]
+    + [(T, dtype, BOUND) for T in (16, 65) for dtype in (torch.float16, torch.bfloat16)]
+    + [(T, dtype, -torch.inf) for T in (17, 33) for dtype in TOLERANCE],
+    ids=str,
+)
+def test_equals_recurrence(T, dtype, min_log_decay):
+    inputs = make_inputs(T, dtype)
+    with tf32_dots():
+        actual = run(wkv7, inputs, min_log_decay=min_log_decay)
+    assert actual[0].dtype == dtype and actual[1].dtype == torch.float32
+    assert [x.dtype for x in actual[2:]] == [x.dtype for x in inputs]
+    assert_same(actual, expected_of(inputs), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("K", [64, 128])
+def test_head_sizes(K, dtype):
+    inputs = make_inputs(40, dtype, K)
+    with tf32_dots():
+        actual = run(wkv7, inputs, min_log_decay=BOUND)
+    assert_same(actual, expected_of(inputs), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("T", [1, MAX_STEPS, MAX_STEPS + 1])
+def test_without_gradient_equals_recurrence(T, dtype):
+    inputs = make_inputs(T, dtype, B=2, H=2)
+    with tf32_dots(), torch.no_grad():
+        actual = wkv7(*inputs)
+    assert_same(actual, expected_of(inputs)[:2], TOLERANCE[dtype])
+
+
+def test_token_by_token_equals_chunks(monkeypatch):
+    inputs = make_inputs(40, B=2)
+    options = dict(order=pads_and_pictures(2, 40))
+    with torch.no_grad():
+        chunked = wkv7(*inputs, **options)
+        # As on a GPU without matrix units.
+        monkeypatch.setattr(sys.modules[wkv7.__module__], "has_matrix_units", lambda r: False)
+        stepped = wkv7(*inputs, **options)
+    assert_same(stepped, [x.double() for x in chunked], 1e-6)  # float32, summed in another order
+    assert not torch.equal(stepped[0], chunked[0])
+
+
+def pads_and_pictures(B, T):
+    """A permutation of a span per row, with pads left (row 0), right (row 1) and in the middle."""
+    order = torch.arange(T).repeat(B, 1)
+    for row in range(B):
+        generator = torch.Generator().manual_seed(row)
+        order[row, 3:-5] = 3 + torch.randperm(T - 8, generator=generator)
+    order[0, :2] = ~order[0, :2]
+    order[-1, -3:] = ~order[-1, -3:]
+    order[:, T // 2 : T // 2 + 2] = ~order[:, T // 2 : T // 2 + 2]
+    return order
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("T", [12, 40])
+def test_order_with_pads(T, dtype):
+    inputs, order = make_inputs(T, dtype, B=2), pads_and_pictures(2, T)
+    expected = expected_of(inputs, order=order)
+    with tf32_dots():
+        actual = run(wkv7, inputs, order=order, min_log_decay=BOUND)
+        with torch.no_grad():
+            forward = wkv7(*inputs, order=order)
+    assert_same(actual, expected, TOLERANCE[dtype])
+    assert_same(forward, expected[:2], TOLERANCE[dtype])
+    pads = torch.zeros(2, T, dtype=torch.bool).scatter_(1, torch.where(order < 0, ~order, order), order < 0)
+    for x in (actual[0], *actual[2:8], forward[0]):
+        assert not x[pads].any(), "rows of pads are 0"
+
+
+def test_pads_only():
+    inputs = make_inputs(20, B=2)
+    actual = run(wkv7, inputs, order=~torch.arange(20).repeat(2, 1))
+    assert not any(x.any() for x in (actual[0], *actual[2:8])) and torch.equal(actual[1], inputs[-1])
+
+
+LENGTHS_PACKED = (1, 0, 33, 17, 0, 16, 0)
+
+
+@pytest.mark.parametrize(("with_order", "index"), [(False, torch.int32), (True, torch.int64)])
+def test_packed_sequences_equal_each_alone(with_order, index):
+    ends = torch.tensor((0, *LENGTHS_PACKED)).cumsum(0)
+    T, S = int(ends[-1]), len(LENGTHS_PACKED)
+    *inputs, states = make_inputs(T, states=S)
+    order = torch.arange(T)[None]
+    if with_order:
+        order = torch.cat(
+            [begin + torch.randperm(end - begin) for begin, end in zip(ends.tolist(), ends[1:].tolist())]
+        )[None]
+        order[:, 20:23] = ~order[:, 20:23]
+    packed = run(
+        wkv7,
+        [*inputs, states],
+        order=order if with_order else None,
+        cu_seqlens=ends.to(index),
+        min_log_decay=BOUND,
+    )
+    assert_same(
+        packed, expected_of([*inputs, states], order=order, cu_seqlens=ends), TOLERANCE[torch.float32]
+    )
+    with torch.no_grad():
+        for s, (begin, end) in enumerate(zip(ends.tolist(), ends[1:].tolist())):
+            if begin == end:
+                assert torch.equal(packed[1][s], states[s])
+                continue
+            own = order[:, begin:end]
+            y, state = wkv7(
+                *(x[:, begin:end] for x in inputs),
+                states[s : s + 1],
+                order=torch.where(own < 0, own + begin, own - begin),
+            )
+            # Chunks of other sizes, or none: summed in another order.
+            assert_same((y, state), (packed[0][:, begin:end].double(), packed[1][s : s + 1].double()), 1e-6)
+
+
+def test_short_packed_sequences_token_by_token():
+    ends = torch.tensor([0, 1, 1, 4, 9])
+    inputs = make_inputs(9, states=4)
+    with torch.no_grad():
+        actual = wkv7(*inputs, cu_seqlens=ends)
+    assert_same(actual, expected_of(inputs, cu_seqlens=ends)[:2], TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_any_decay_from_0_to_1(decay, dtype):
+    inputs = make_inputs(20, dtype, decay=decay)
+    with tf32_dots():
+        actual = run(wkv7, inputs)
+    # What is nothing to float32 may be exp(-600) in float64.
+    expected = [x.float().double() for x in expected_of(inputs)]
+    tiny = [x.abs().max() < 1e-30 for x in expected]
+    assert all(x.abs().max() < 1e-30 for x, small in zip(actual, tiny) if small)
+    assert_same(
+        [x for x, small in zip(actual, tiny) if not small],
+        [x for x, small in zip(expected, tiny) if not small],
+        TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_equal_keys_do_not_grow(dtype):
+    """Each token removes what the last one wrote; powers of A_ab would grow as binomials."""
+    r, w, k, v, a, _, state = make_inputs(64, dtype)
+    a = a[:, :1].expand_as(a)
+    inputs = [r, 1e-3 * w, k, v, a, -a, state]
+    with tf32_dots():
+        actual = run(wkv7, inputs, min_log_decay=BOUND)
+    # Gradients of a and b sum what is mostly parallel and cancels: measured 3 times the others' error.
+    assert_same(actual, expected_of(inputs), 3 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+def test_does_not_drift(dtype):
+    """The state of slow decays after 2,000 tokens is as near as after one chunk."""
+    r, w, k, v, a, b, state = make_inputs(2000, dtype)
+    inputs = [r, 1e-3 * w, k, v, a, b, state]
+    with tf32_dots(), torch.no_grad():
+        actual = wkv7(*inputs, min_log_decay=BOUND)
+        expected = wkv.wkv7(*(x.double() for x in inputs))
+    assert_same(actual, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("wanted", ["y", "state"])
+def test_one_of_the_two_outputs(wanted):
+    def total(op, inputs):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = op(*inputs)[wanted == "state"]
+        return torch.autograd.grad((out * torch.ones_like(out).cumsum(-1)).sum(), inputs)
+
+    # r has no part in the state: its gradient is 0 here and None there.
+    inputs = make_inputs(40)
+    actual = total(wkv7, inputs)
+    expected = total(lambda *x: [y + 0 * x[0].sum() for y in wkv.wkv7(*x)], [x.double() for x in inputs])
+    assert_same(actual, expected, TOLERANCE[torch.float32])
+
+
+def test_without_initial_state():
+    *inputs, state = make_inputs(40)
+    expected = run(wkv7, [*inputs, torch.zeros_like(state)])
+    assert_equal(run(wkv7, inputs), expected[:-1])
+
+
+def test_inputs_need_not_be_contiguous():
+    inputs = make_inputs(20, H=2)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    strided[1] = strided[1][:, :1].expand_as(strided[1])
+    inputs[1] = strided[1].contiguous()
+    assert_equal(run(wkv7, strided), run(wkv7, inputs))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_two_runs_are_equal(dtype):
+    inputs = make_inputs(20, dtype, B=2)
+    assert_equal(run(wkv7, inputs), run(wkv7, inputs))
+
+
+def test_few_and_many_sequences_equal(monkeypatch):
+    inputs = make_inputs(40, B=2)
+    few = run(wkv7, inputs)
+    monkeypatch.setattr(sys.modules[wkv7.__module__], "FEW", 0)
+    assert_equal(run(wkv7, inputs), few)
+
+
+def test_compiles_in_one_graph():
+    inputs = make_inputs(40, B=2)
+    options = dict(order=pads_and_pictures(2, 40), min_log_decay=BOUND)
+    compiled = torch.compile(wkv7, fullgraph=True, backend="aot_eager")
+    assert_equal(run(compiled, inputs, **options), run(wkv7, inputs, **options))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_registered_as_torch_demands(packed):
+    # Lengths that fill the table of chunks: behind its end nothing is written, which no one reads either.
+    cu_seqlens = torch.tensor([0, 17, 18]) if packed else None
+    *tensors, state = (x.requires_grad_() for x in make_inputs(18, states=2 if packed else None))
+    torch.library.opcheck(wkv7_forward, (*tensors, state, None, cu_seqlens, -torch.inf, True))
+    torch.library.opcheck(
+        wkv7_forward, (*tensors, None, None, cu_seqlens, BOUND, False), test_utils="test_schema"
+    )
+    with torch.no_grad():
+        y, _, *saved = wkv7_forward(*tensors, state, None, cu_seqlens, -torch.inf, True)
+        arguments = (*(x.detach() for x in tensors), state.detach(), None, cu_seqlens, -torch.inf)
+    torch.library.opcheck(wkv7_backward, (*arguments, *saved, torch.ones_like(y), None))
+
+
+def test_nothing_is_saved_without_gradient():
+    *tensors, state = make_inputs(40)
+    assert all(x.numel() == 0 for x in wkv7_forward(*tensors, state, None, None, BOUND, False)[2:])
+
+
+def test_checkpoint():
+    inputs = make_inputs(20)
+    again = functools.partial(checkpoint, wkv7, use_reentrant=False)
+    assert_equal(run(again, inputs), run(wkv7, inputs))
+
+
+def test_autocast_changes_nothing():
+    inputs = make_inputs(20)
+    expected = run(wkv7, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(wkv7, inputs)
+    assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((1, 2, 1, 48), torch.float32, "K = 48"),
+        ((1, 2, 1, 64), torch.float64, "torch.float64"),
+        ((1, 2, 1, 64), torch.bfloat16, ""),
+    ],
+)
+def test_says_what_is_not_served(shape, dtype, message):
+    x = torch.zeros(shape, dtype=dtype)
+    reason = unsupported("wkv7", x, x)
+    assert message in reason and bool(message) == bool(reason)
+
+
+def test_old_gpus_have_no_gradient(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    on_gpu = type(
+        "OnGpu", (), {"device": torch.device("cuda"), "dtype": torch.float16, "shape": (1, 2, 1, 64)}
+    )()
+    assert "8.0" in chunks.unsupported(on_gpu, on_gpu, gradient=True)
+    assert not chunks.unsupported(on_gpu, on_gpu)
