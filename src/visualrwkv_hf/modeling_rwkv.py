@@ -378,7 +378,7 @@ class Rwkv7TimeMix(TimeMix):
         if products["value_gate"] is None:
             v_first = v
         else:
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + products["value_gate"]))
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + products["value_gate"]).to(v.dtype))
         rate = torch.sigmoid(self.a0 + products["rate"])  # [B, T, C], in-context learning rate
         kk = F.normalize(self.heads(k * self.k_k), dim=-1, eps=1e-12)
         inputs = {
