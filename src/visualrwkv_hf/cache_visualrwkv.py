@@ -198,6 +198,11 @@ class VisualRWKVStaticCache(VisualRWKVCache):
         return True
 
     def advance(self, num_tokens: int) -> None:
+        device = self.layers[0].conv_states[TIME_MIX_SHIFT].device
+        if self._length.device != device:  # a CUDA graph takes no tensor of the CPU, nor one that moves
+            self._length = self._length.to(device)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self._length)
         self._length.add_(num_tokens)
 
 
