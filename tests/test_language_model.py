@@ -140,6 +140,139 @@ def test_gradients_reach_every_parameter(model):
 def test_gradient_checkpointing_gives_the_same_gradients(model):
     ids = ids_of((2, 17))
     model.train()
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        if enabled:
+            model.gradient_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([weight.grad.clone() for weight in model.parameters()])
+    model.gradient_checkpointing_disable()
+    model.eval().zero_grad()
+    for plain, checkpointed in zip(*gradients):
+        torch.testing.assert_close(checkpointed, plain, atol=1e-6, rtol=1e-5)
+
+
+def test_state_is_float32_whatever_the_model(model):
+    cache = VisualRWKVCache(model.config)
+    ids = ids_of((2, 9))
+    half = VisualRWKVForCausalLM(model.config).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        logits = half(ids, past_key_values=cache).logits
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+    config = model.config
+    for layer in cache.layers:
+        assert layer.wkv_state().dtype == torch.float32
+        assert layer.wkv_state().shape == (2, config.num_attention_heads, config.head_dim, config.head_dim)
+        assert layer.token_shift(0).shape == layer.token_shift(1).shape == (2, config.hidden_size)
+
+
+@torch.no_grad()
+def test_bfloat16_is_close_to_float32(model):
+    """8 bits of mantissa through three layers: the worst logit moves by about 2^-8 of their size per layer."""
+    ids = ids_of((1, 40))
+    exact = model(ids, use_cache=False).logits
+    half = VisualRWKVForCausalLM(model.config)
+    half.load_state_dict(model.state_dict())
+    rounded = half.to(torch.bfloat16).eval()(ids, use_cache=False).logits.float()
+    assert (rounded - exact).square().mean().sqrt() < 0.04 * exact.std()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_initialisation_is_the_originals(version):
+    torch.manual_seed(0)
+    config = text_config(version, hidden_size=128, head_dim=64, num_hidden_layers=4)
+    layer = VisualRWKVTextModel(config).layers[1]
+    r01, r10 = 1 / 3, 1 - 1 / 4
+    d = torch.arange(128) / 128
+    n = torch.arange(128) / 127
+    att, ffn = layer.att, layer.ffn
+    if version == 7:
+        torch.testing.assert_close(att.x_v.flatten(), 1 - (d ** (0.4 * r10) + 0.6 * r01))
+        torch.testing.assert_close(att.w0.flatten(), -6.5 + 5 * n ** (0.85 + r01**0.5))
+        torch.testing.assert_close(ffn.x_k.flatten(), 1 - d ** (r10**4))
+        assert not att.w1.any() and not att.output.weight.any() and not ffn.value.weight.any()
+        assert (att.k_k == 0.85).all() and (att.v0 == 1).all() and not att.r_k.any()
+        assert 0.9 * 0.05 < att.key.weight.abs().max() * 128**0.5 <= 0.05
+        gram = att.w2 @ att.w2.T  # rank 8 x 128: rows orthogonal with gain 0.1
+        torch.testing.assert_close(gram, 0.01 * torch.eye(8), atol=1e-5, rtol=0)
+        return
+    name = "time_mix_v" if version == 5 else "time_maa_v"
+    kept = d**r10 + 0.3 * r01
+    torch.testing.assert_close(getattr(att, name).flatten(), kept if version == 5 else 1 - kept)
+    torch.testing.assert_close(att.time_decay.flatten(), -6 + 5 * n ** (0.7 + 1.3 * r01))
+    zigzag = 0.1 * ((torch.arange(128) + 1) % 3 - 1)
+    torch.testing.assert_close(att.time_faaaa.flatten(), r01 * (1 - n) + zigzag)
+    if version == 6:
+        assert not att.time_maa_w1.any() and 0 < att.time_maa_w2.abs().max() <= 0.01
+        torch.testing.assert_close(ffn.time_maa_k.flatten(), 1 - d**r10)
+
+
+def test_fresh_weights_are_the_same_from_the_meta_device(tmp_path):
+    """What a checkpoint lacks is initialised as if the model had been built in the open."""
+    config = text_config(7)
+    with torch.device("meta"):
+        assert all(weight.is_meta for weight in VisualRWKVForCausalLM(config).parameters())
+    model = VisualRWKVForCausalLM(config)
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".att.w0" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lacks 3 tensors of VisualRWKVForCausalLM: model.layers.0.att.w0"):
+        VisualRWKVForCausalLM.from_pretrained(tmp_path)
+    partly = VisualRWKVForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    torch.testing.assert_close(partly.model.layers[1].att.w0, model.model.layers[1].att.w0)
+
+
+def test_nan_weights_are_named(tmp_path):
+    model = VisualRWKVForCausalLM(text_config(6))
+    model.model.layers[1].att.key.weight.data[3, 5] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"NaN or infinite weights in 1 tensors: model.layers.1.att.key.weight"
+    ):
+        VisualRWKVForCausalLM.from_pretrained(tmp_path)
+    model.model.layers[1].att.key.weight.data[3, 5] = float("-inf")
+    with pytest.raises(ValueError, match=r"layers\.1\.att\.key\.weight"):
+        refuse_non_finite(model)
+
+
+def test_unexpected_tensors_are_named(tmp_path):
+    model = VisualRWKVForCausalLM(text_config(6))
+    model.save_pretrained(
+        tmp_path, state_dict={**model.state_dict(), "model.layers.0.att.odd": torch.ones(2)}
+    )
+    with pytest.raises(
+        ValueError, match=r"has 1 tensors that VisualRWKVForCausalLM does not: model.layers.0.att.odd"
+    ):
+        VisualRWKVForCausalLM.from_pretrained(tmp_path)
+
+
+def test_misshapen_tensors_are_refused(tmp_path):
+    model = VisualRWKVForCausalLM(text_config(6))
+    model.save_pretrained(tmp_path, state_dict={**model.state_dict(), "lm_head.weight": torch.ones(3, 64)})
+    with pytest.raises(
+        ValueError, match=r"another shape than VisualRWKVForCausalLM: lm_head.weight \[3, 64\]"
+    ):
+        VisualRWKVForCausalLM.from_pretrained(tmp_path)
+
+
+def test_bad_masks_and_inputs_are_refused(model):
+    ids = ids_of((1, 6))
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(ids, inputs_embeds=torch.zeros(1, 6, 64))
+    with pytest.raises(ValueError, match=r"shorter \(4\) than the tokens given \(6\)"):
+        model(ids, attention_mask=torch.ones(1, 4))
+    with pytest.raises(ValueError, match=r"must be \[B, T\], got \(1, 1, 6, 6\)"):
+        model(ids, attention_mask=torch.ones(1, 1, 6, 6))
+
+
+_MODELS = {version: awake(VisualRWKVForCausalLM(text_config(version))).double() for version in VERSIONS}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_trains_under_autocast(version):
+    """Parameters in float32, products in bfloat16: as `TrainingArguments(bf16=True)` has it."""
+    model = awake(VisualRWKVForCausalLM(text_config(version))).float().train()
+    ids = ids_of((2, 40))
     losses = []
     for enabled in (False, True):
         model.zero_grad()

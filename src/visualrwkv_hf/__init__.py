@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .cache_visualrwkv import VisualRWKVCache, VisualRWKVStaticCache
     from .collator_visualrwkv import VisualRWKVDataCollator, load_conversations, messages_to_conversation
     from .configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig, VisualRWKVVisionConfig
-    from .image_processing_visualrwkv import VisualRWKVImageProcessor
+    from .data_visualrwkv import PROMPT_FORMATS, TURN_END, encode_turns
+    from .image_processing_visualrwkv import VisualRWKVImageProcessor, image_processor_for
     from .kernels import wkv_backend
     from .modeling_rwkv import VisualRWKVForCausalLM, VisualRWKVTextModel
     from .modeling_vision import VisualRWKVVisionModel
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .processing_visualrwkv import VisualRWKVProcessor
     from .scan_orders import SCANS
     from .training_visualrwkv import (
+        TRAINABLE_PARTS,
         VisualRWKVTrainer,
         VisualRWKVTrainingArguments,
         learning_rate_at,
@@ -35,7 +37,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 MODULE_OF = {
+    "PROMPT_FORMATS": "data_visualrwkv",
     "SCANS": "scan_orders",
+    "TRAINABLE_PARTS": "training_visualrwkv",
+    "TURN_END": "data_visualrwkv",
     "VisualRWKVCache": "cache_visualrwkv",
     "VisualRWKVConfig": "configuration_visualrwkv",
     "VisualRWKVDataCollator": "collator_visualrwkv",
@@ -52,6 +57,8 @@ MODULE_OF = {
     "VisualRWKVVisionConfig": "configuration_visualrwkv",
     "VisualRWKVVisionModel": "modeling_vision",
     "accelerate_on_cpu": "native",
+    "encode_turns": "data_visualrwkv",
+    "image_processor_for": "image_processing_visualrwkv",
     "learning_rate_at": "training_visualrwkv",
     "load_conversations": "collator_visualrwkv",
     "lora_config": "training_visualrwkv",
@@ -65,7 +72,10 @@ MODULE_OF = {
 """Public name -> the file beside this one that is imported when the name is first used."""
 
 __all__ = [
+    "PROMPT_FORMATS",
     "SCANS",
+    "TRAINABLE_PARTS",
+    "TURN_END",
     "VisualRWKVCache",
     "VisualRWKVConfig",
     "VisualRWKVDataCollator",
@@ -83,6 +93,8 @@ __all__ = [
     "VisualRWKVVisionModel",
     "accelerate_on_cpu",
     "bundled_model",
+    "encode_turns",
+    "image_processor_for",
     "learning_rate_at",
     "load_conversations",
     "lora_config",

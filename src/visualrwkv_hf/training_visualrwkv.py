@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-PARTS = {
+TRAINABLE_PARTS = {
     "vision_tower": ("model.vision_tower.",),
     "projector": ("model.multi_modal_projector.", "model.compressor."),
     "embeddings": ("model.language_model.embed_tokens.",),
@@ -38,7 +38,7 @@ UNFINISHED = "_unfinished"
 
 def part_of(name: str) -> str:
     """The part that a parameter belongs to, by its name in [`VisualRWKVForConditionalGeneration`]."""
-    return next(part for part, starts in PARTS.items() if name.startswith(starts))
+    return next(part for part, starts in TRAINABLE_PARTS.items() if name.startswith(starts))
 
 
 def train_only(model: nn.Module, parts: Collection[str]) -> int:
@@ -48,7 +48,7 @@ def train_only(model: nn.Module, parts: Collection[str]) -> int:
 
     Args:
         model: the model.
-        parts: names in `PARTS`.
+        parts: names in `TRAINABLE_PARTS`.
 
     Returns:
         How many parameters are trained.
@@ -56,8 +56,10 @@ def train_only(model: nn.Module, parts: Collection[str]) -> int:
     Raises:
         ValueError: a part is unknown, or none is given.
     """
-    if not parts or not set(parts) <= set(PARTS):
-        raise ValueError(f"The parts to train must be some of {', '.join(PARTS)}, got {list(parts)}.")
+    if not parts or not set(parts) <= set(TRAINABLE_PARTS):
+        raise ValueError(
+            f"The parts to train must be some of {', '.join(TRAINABLE_PARTS)}, got {list(parts)}."
+        )
     for name, weight in model.named_parameters():
         weight.requires_grad_(part_of(name) in parts)
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
@@ -289,7 +291,7 @@ def training_card(
 
 
 __all__ = [
-    "PARTS",
+    "TRAINABLE_PARTS",
     "VisualRWKVTrainer",
     "VisualRWKVTrainingArguments",
     "learning_rate_at",

@@ -1,0 +1,545 @@
+"""Trains the model inside the package from scratch, on pictures that install from package registries.
+
+    pip install easy-vqa scikit-learn      # and npm, which packs the emoji
+    python examples/train_tiny.py --output-dir tiny
+
+RWKV-7, sandwich prompt, bidirectional scan, the recipe's optimizer and two stages. Nothing is pretrained, so stage 1
+trains everything, the vision tower too; stage 2 is the paper's: the tower is frozen, language model and projector go
+on. Then all held-out questions are asked, also with the pictures shuffled among the questions, and the model card is
+written. One seed gives one model on one machine.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+from tiny_data import (
+    Exam,
+    Lessons,
+    Question,
+    Task,
+    all_questions,
+    conversation,
+    digits_task,
+    easy_vqa_task,
+    emoji_archive,
+    emoji_task,
+)
+from tqdm import tqdm
+from transformers import GenerationConfig, TrainerCallback, set_seed
+
+from visualrwkv_hf import (
+    PROMPT_FORMATS,
+    TRAINABLE_PARTS,
+    TURN_END,
+    VisualRWKVConfig,
+    VisualRWKVDataCollator,
+    VisualRWKVForConditionalGeneration,
+    VisualRWKVProcessor,
+    VisualRWKVTrainer,
+    VisualRWKVTrainingArguments,
+    encode_turns,
+    image_processor_for,
+    train_only,
+)
+from visualrwkv_hf.conversion.world_tokenizer import build_world_tokenizer, load_world_vocabulary
+
+CARD, ABLATION = (Path(__file__).with_name(name) for name in ("tiny_card.md", "tiny_ablation.md"))
+BATCH = 32
+EMBEDDING_STD = 0.3
+"""Of fresh embeddings. RWKV's own, 1e-4, stands in front of a norm and has 300 times the gradient of all else: clipping
+that leaves the vision tower next to nothing to learn from in the first steps."""
+
+POOLED_GRID = 4
+"""Side of the grid of a picture's tokens."""
+
+MINUTES_KEPT, STEP_MARGIN = 7, 1.15
+"""For the examination; what an optimizer's step takes more than its gradients, and the questions in between."""
+
+TARGETS = {"easy-VQA": 0.97, "digits": 0.95, "emoji": 0.55}
+
+
+class Stage(NamedTuple):
+    """A part of the training: a short warm-up, then a cosine from one learning rate to the other."""
+
+    steps: int
+    learning_rate: float
+    final_learning_rate: float
+    trained: tuple[str, ...]  # names in `TRAINABLE_PARTS`
+    turns: int  # questions about a picture in a sample
+    shares: dict[str, float]  # of the samples, by task
+
+
+STAGES = (
+    Stage(5000, 6e-4, 6e-5, tuple(TRAINABLE_PARTS), 1, {"easy-VQA": 0.3, "digits": 0.25, "emoji": 0.45}),
+    Stage(
+        1200,
+        4e-4,
+        2e-5,
+        ("projector", "embeddings", "language_model"),
+        4,
+        {"easy-VQA": 0.6, "digits": 0.15, "emoji": 0.25},
+    ),
+)
+"""Stage 1 teaches to see, with open questions alone: their answers are names and tell most about a picture. Stage 2
+teaches to answer all kinds of questions, several about one picture, with the vision tower frozen as in the paper."""
+
+WARM_UP = 100
+WEIGHT_DECAY = 0.05
+"""Of the matrices. The original has none, but it trains no vision tower from scratch on a few thousand pictures."""
+
+TOWER = dict(
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    image_size=64,
+    patch_size=8,
+)
+LANGUAGE_MODEL = dict(
+    rwkv_version=7,
+    hidden_size=128,
+    num_hidden_layers=3,
+    head_dim=64,
+    decay_low_rank_dim=32,
+    a_low_rank_dim=32,
+    v_low_rank_dim=32,
+    gate_low_rank_dim=32,
+)
+
+
+# The model.
+
+
+def cut_vocabulary(questions: Iterable[Question]) -> dict[bytes, int]:
+    """The tokens of the World vocabulary that training samples are made of, and all single bytes, ids from 1 on.
+
+    Text is cut as the whole vocabulary cuts it: what is the longest match there is the longest here.
+    """
+    whole, tokenizer = load_world_vocabulary(), build_world_tokenizer()
+    wanted = {number for token, number in whole.items() if len(token) == 1}
+    for question in questions:
+        turns = encode_turns(tokenizer, conversation([question]), prompt_format("middle"), 1)
+        wanted.update(number for _, ids in turns for number in ids)
+    kept = sorted((number, token) for token, number in whole.items() if number in wanted)
+    return {token: position + 1 for position, (_, token) in enumerate(kept)}
+
+
+def prompt_format(image_position: str):
+    """Training text as the chat template writes it: the sandwich repeats the turn's own question."""
+    return replace(PROMPT_FORMATS["v7.00"], image_position=image_position, sandwich="turn")
+
+
+def fresh_model(
+    vocabulary: dict[bytes, int], tower: dict, language_model: dict, **fields: Any
+) -> tuple[VisualRWKVForConditionalGeneration, VisualRWKVProcessor]:
+    """An untrained model and its processor; `fields` of [`VisualRWKVConfig`]."""
+    vocab_size = len(vocabulary) + 2  # the end of the text in front, the picture behind
+    config = VisualRWKVConfig(
+        text_config={**language_model, "vocab_size": vocab_size},
+        vision_config={"siglip_config": tower},
+        image_token_id=vocab_size - 1,
+        **fields,
+    )
+    tokenizer = build_world_tokenizer(vocabulary, vocab_size)
+    (turn_end,) = tokenizer.encode(TURN_END)
+    model = VisualRWKVForConditionalGeneration(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=[0, turn_end], pad_token_id=0)
+    return model, VisualRWKVProcessor.from_config(config, image_processor_for(config), tokenizer)
+
+
+# Training.
+
+
+class Deadline(TrainerCallback):
+    """Stops the training at `end`, of `time.monotonic()`."""
+
+    def __init__(self, end: float):
+        self.end = end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= time.monotonic() > self.end
+
+
+class Progress(TrainerCallback):
+    """Asks a few of the questions of each task while training, and prints how many answers are right."""
+
+    def __init__(
+        self, processor: VisualRWKVProcessor, tasks: Sequence[Task], every: int, questions: int = 100
+    ):
+        self.processor, self.every = processor, every
+        self.exams = {task.name: sample_of(task.test, questions) for task in tasks}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every == 0:
+            scores = {name: accuracy(model, self.processor, exams) for name, exams in self.exams.items()}
+            model.train()
+            found = ", ".join(f"{name} {100 * score:.0f} %" for name, score in scores.items())
+            tqdm.write(f"step {state.global_step}: {found}")
+
+
+def sample_of(exams: Sequence[Exam], most: int) -> list[Exam]:
+    """At most `most` of the exams, the same ones each time."""
+    return Random(0).sample(list(exams), min(most, len(exams)))
+
+
+def train_stage(
+    model: VisualRWKVForConditionalGeneration,
+    processor: VisualRWKVProcessor,
+    stage: Stage,
+    data: Lessons,
+    seed: int,
+    output_dir: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+    **options: Any,
+) -> int:
+    """Trains what the stage trains, and returns the steps made. `options` of [`VisualRWKVTrainingArguments`]."""
+    train_only(model, stage.trained)
+    arguments = VisualRWKVTrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=stage.steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=stage.learning_rate,
+        learning_rate_final=stage.final_learning_rate,
+        warmup_steps=min(WARM_UP, stage.steps // 10),
+        seed=seed,
+        use_cpu=True,
+        save_strategy="no",
+        **{"logging_steps": 50, "report_to": "none", "weight_decay": WEIGHT_DECAY, **options},
+    )
+    trainer = VisualRWKVTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        data_collator=VisualRWKVDataCollator(processor, prompt_format(model.config.image_position)),
+        callbacks=list(callbacks),
+    )
+    trainer.train()
+    return trainer.state.global_step
+
+
+# Examination.
+
+
+@torch.no_grad()
+def answers(model, processor: VisualRWKVProcessor, exams: Sequence[Exam], batch: int = 64) -> list[str]:
+    """The model's greedy answers, each question asked by itself."""
+    model.eval()
+    texts = {exam.question.text: prompt(processor, exam.question.text) for exam in exams}
+    order = sorted(range(len(exams)), key=lambda i: len(texts[exams[i].question.text]))
+    found = [""] * len(exams)
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        inputs = processor(
+            text=[texts[exams[i].question.text] for i in chosen],
+            images=[[exams[i].picture] for i in chosen],
+            padding=True,
+            return_tensors="pt",
+        )
+        output = model.generate(
+            **inputs.to(model.device, dtype=model.dtype), max_new_tokens=12, do_sample=False
+        )
+        decoded = processor.post_process_image_text_to_text(
+            output, prompt_length=inputs["input_ids"].shape[1]
+        )
+        for i, text in zip(chosen, decoded):
+            found[i] = text
+    return found
+
+
+def prompt(processor: VisualRWKVProcessor, question: str) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def accuracy(model, processor: VisualRWKVProcessor, exams: Sequence[Exam]) -> float:
+    return right(answers(model, processor, exams), exams)
+
+
+def right(found: Sequence[str], exams: Sequence[Exam]) -> float:
+    """The share of exact answers."""
+    return statistics.fmean(text == exam.question.answer for text, exam in zip(found, exams))
+
+
+def shuffled(exams: Sequence[Exam], seed: int) -> list[Exam]:
+    """Each question with the picture of another, drawn at random."""
+    pictures = [exam.picture for exam in exams]
+    Random(seed).shuffle(pictures)
+    return [Exam(picture, exam.question) for picture, exam in zip(pictures, exams)]
+
+
+def most_frequent(task: Task) -> float:
+    """The accuracy of the one answer that is right most often in the test."""
+    counts = Counter(exam.question.answer for exam in task.test)
+    return max(counts.values()) / len(task.test)
+
+
+def questions_alone(task: Task) -> tuple[float, float]:
+    """What can be had without looking: the best guess for each question, and the answer of a random other picture."""
+    by_text = defaultdict(Counter)
+    for exam in task.test:
+        by_text[exam.question.text][exam.question.answer] += 1
+    best = sum(max(counts.values()) for counts in by_text.values())
+    drawn = sum(sum(n * n for n in counts.values()) / counts.total() for counts in by_text.values())
+    return best / len(task.test), drawn / len(task.test)
+
+
+def report(model, processor: VisualRWKVProcessor, tasks: Sequence[Task], seed: int) -> str:
+    """All held-out questions, with their pictures and with shuffled ones, as a Markdown table."""
+    rows = [
+        "| held out | questions | accuracy | pictures shuffled | another picture's answer | best guess per question "
+        "| most frequent answer | target |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task in tqdm(tasks, desc="examination", disable=None):
+        looking = accuracy(model, processor, task.test)
+        control = accuracy(model, processor, shuffled(task.test, seed))
+        guess, other = questions_alone(task)
+        shares = (looking, control, other, guess, most_frequent(task), TARGETS[task.name])
+        cells = " | ".join(f"{100 * share:.1f} %" for share in shares)
+        rows.append(f"| {task.name} | {len(task.test)} | {cells} |")
+    return "\n".join(rows)
+
+
+def model_card(
+    model, tasks: Sequence[Task], stages: Sequence[Stage], scores: str, command: str, seed: int
+) -> str:
+    """The card, from the template beside this file."""
+    parameters = sum(weight.numel() for weight in model.parameters())
+    data = "\n".join(
+        f"| {task.name} | {task.source} | {len(task.train)} | `{task.sha256}` |" for task in tasks
+    )
+    recipe = "\n".join(
+        f"| {number} | {stage.steps} | {BATCH} | {stage.learning_rate:g} to {stage.final_learning_rate:g} | "
+        f"{stage.turns} | {', '.join(stage.trained)} |"
+        for number, stage in enumerate(stages, 1)
+    )
+    return CARD.read_text(encoding="utf-8").format(
+        parameters=f"{parameters:,}",
+        megabytes=f"{2 * parameters / 1e6:.1f}",
+        scores=scores,
+        data=data,
+        recipe=recipe,
+        command=command,
+        weight_decay=WEIGHT_DECAY,
+        seed=seed,
+        torch=torch.__version__,
+    )
+
+
+# The ablation bench.
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "RWKV-7, sandwich, bidirectional": {},
+    "scan: unidirectional": {"scan": "unidirectional"},
+    "scan: multidirectional": {"scan": "multidirectional"},
+    "scan: snake": {"scan": "snake"},
+    "prompt: picture first": {"image_position": "first"},
+    "prompt: picture last": {"image_position": "last"},
+    "generation: RWKV-6": {"rwkv_version": 6},
+    "generation: RWKV-5": {"rwkv_version": 5},
+}
+"""What is changed of the first row, one thing at a time."""
+
+SMALL_TOWER = dict(TOWER, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
+"""So small that the language model has to bring the patches together."""
+
+SMALL_LANGUAGE_MODEL = dict(hidden_size=64, num_hidden_layers=4, head_dim=32, mix_low_rank_dim=16) | {
+    f"{name}_low_rank_dim": 16 for name in ("decay", "a", "v", "gate")
+}
+
+
+def ablation(tasks: Sequence[Task], seeds: Sequence[int], steps: int, questions: int, folder: Path) -> str:
+    """Accuracy of the variants of a small model on held-out questions, mean and spread over seeds, in Markdown."""
+    rows = [
+        "| model | " + " | ".join(task.name for task in tasks) + " |",
+        "|---|" + "---|" * len(tasks),
+    ]
+    exams = [sample_of(task.test, questions) for task in tasks]
+    vocabulary = cut_vocabulary(all_questions(tasks))
+    for name, changed in tqdm(VARIANTS.items(), desc="ablation", disable=None):
+        scores = [
+            small_run(tasks, exams, vocabulary, changed, seed, steps, folder) for seed in seeds
+        ]  # [seeds][tasks]
+        cells = [
+            f"{100 * statistics.fmean(s):.1f} ± {100 * (statistics.stdev(s) if len(s) > 1 else 0):.1f}"
+            for s in zip(*scores)
+        ]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    alone = " | ".join(f"{100 * questions_alone(task)[0]:.1f}" for task in tasks)
+    return "\n".join([*rows, f"| best guess per question | {alone} |"])
+
+
+def small_run(
+    tasks: Sequence[Task],
+    exams: Sequence[Sequence[Exam]],
+    vocabulary: dict[bytes, int],
+    changed: dict[str, Any],
+    seed: int,
+    steps: int,
+    folder: Path,
+) -> list[float]:
+    """One short training of one variant; its accuracy in each task."""
+    set_seed(seed)
+    fields: dict[str, Any] = {
+        "scan": "bidirectional",
+        "image_position": "middle",
+        "rwkv_version": 7,
+        **changed,
+    }
+    language_model = SMALL_LANGUAGE_MODEL | {"rwkv_version": fields.pop("rwkv_version")}
+    model, processor = fresh_model(vocabulary, SMALL_TOWER, language_model, **fields)
+    stage = Stage(steps, 1e-3, 5e-5, tuple(TRAINABLE_PARTS), 4, {task.name: 1.0 for task in tasks})
+    data = lessons(tasks, stage, range(steps * BATCH), seed)
+    train_stage(model, processor, stage, data, seed, folder, disable_tqdm=True, logging_steps=steps)
+    return [accuracy(model, processor, asked) for asked in exams]
+
+
+# The command.
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("tiny"), help="the model's folder")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("tiny-data"), help="where the emoji package lies"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=40, help="for all of it; on a slow machine fewer steps"
+    )
+    parser.add_argument("--steps", type=int, nargs=2, help="of both stages, in place of what fits the time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--without-code", action="store_true", help="save no copy of the package's code")
+    parser.add_argument(
+        "--ablation", action="store_true", help="train no model, compare variants of a small one"
+    )
+    parser.add_argument("--ablation-steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3, help="of the ablation")
+    parser.add_argument("--questions", type=int, default=1000, help="of the ablation's test, at most")
+    parser.add_argument("--markdown", type=Path, help="also write the ablation's table to this file")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse_arguments(arguments)
+    if options.ablation:
+        run_ablation(options)
+    else:
+        run_training(options, " ".join(["python examples/train_tiny.py", *arguments]))
+
+
+def run_ablation(options: argparse.Namespace) -> None:
+    table = ablation(
+        [easy_vqa_task()], range(options.seeds), options.ablation_steps, options.questions, options.output_dir
+    )
+    print(table)
+    if options.markdown:
+        text = ABLATION.read_text(encoding="utf-8").format(
+            table=table,
+            seeds=options.seeds,
+            steps=options.ablation_steps,
+            samples=options.ablation_steps * BATCH,
+            questions=options.questions,
+        )
+        options.markdown.write_text(text, encoding="utf-8")
+
+
+def run_training(options: argparse.Namespace, command: str) -> None:
+    end = time.monotonic() + 60 * options.minutes
+    tasks = [easy_vqa_task(), digits_task(), emoji_task(emoji_archive(options.data_dir))]
+    set_seed(options.seed)
+    model, processor = fresh_model(
+        cut_vocabulary(all_questions(tasks)),
+        TOWER,
+        LANGUAGE_MODEL,
+        scan="bidirectional",
+        image_position="middle",
+        pooling="adaptive",
+        pooled_grid_size=POOLED_GRID,
+    )
+    steps = options.steps or fitting_steps(model, processor, tasks, 60 * (options.minutes - MINUTES_KEPT))
+    stages = [stage._replace(steps=count) for stage, count in zip(STAGES, steps)]
+    train(model, processor, tasks, stages, options.seed, options.output_dir, end - 60 * MINUTES_KEPT)
+    model.to(torch.bfloat16).save_pretrained(options.output_dir)
+    processor.save_pretrained(options.output_dir)
+    if options.without_code:
+        remove_code(options.output_dir)
+    shipped = VisualRWKVForConditionalGeneration.from_pretrained(options.output_dir, dtype="auto")
+    scores = report(shipped, processor, tasks, options.seed)
+    print(scores)
+    card = model_card(shipped, tasks, stages, scores, command, options.seed)
+    (options.output_dir / "README.md").write_text(card, encoding="utf-8")
+
+
+def fitting_steps(model, processor: VisualRWKVProcessor, tasks: Sequence[Task], seconds: float) -> list[int]:
+    """The steps of both stages, or in proportion fewer, if this machine would not make them in `seconds`."""
+    wanted = sum(stage.steps * seconds_of_step(model, processor, tasks, stage) for stage in STAGES)
+    share = min(1.0, seconds / wanted)
+    return [int(share * stage.steps) for stage in STAGES]
+
+
+def seconds_of_step(model, processor: VisualRWKVProcessor, tasks: Sequence[Task], stage: Stage) -> float:
+    """How long a step of a stage takes here, measured without making one."""
+    train_only(model, stage.trained)
+    collator = VisualRWKVDataCollator(processor, prompt_format(model.config.image_position))
+    data = lessons(tasks, stage, range(6 * BATCH), seed=0)
+    times = []
+    for start in range(0, len(data), BATCH):
+        begin = time.monotonic()
+        model(**collator([data[start + i] for i in range(BATCH)])).loss.backward()
+        model.zero_grad()
+        times.append(time.monotonic() - begin)
+    return STEP_MARGIN * statistics.median(times)
+
+
+def lessons(tasks: Sequence[Task], stage: Stage, rows: range, seed: int) -> Lessons:
+    """The samples of a stage."""
+    return Lessons(tasks, [stage.shares[task.name] for task in tasks], rows, stage.turns, seed)
+
+
+def train(
+    model,
+    processor: VisualRWKVProcessor,
+    tasks: Sequence[Task],
+    stages: Sequence[Stage],
+    seed: int,
+    folder: Path,
+    end: float,
+) -> None:
+    """All stages, each on samples of its own."""
+    first = 0
+    for number, stage in enumerate(stages, 1):
+        rows = range(first, first + stage.steps * BATCH)
+        first = rows.stop
+        print(f"Stage {number}: {stage.steps} steps; trained: {', '.join(stage.trained)}.", flush=True)
+        callbacks = [Progress(processor, tasks, every=300), Deadline(end)]
+        data = lessons(tasks, stage, rows, seed)
+        made = train_stage(model, processor, stage, data, seed, folder, callbacks)
+        if made < stage.steps:
+            print(f"The time is up: {made} of {stage.steps} steps of stage {number} were made.", flush=True)
+
+
+def remove_code(folder: Path) -> None:
+    """Leaves out what a folder needs where the package is not installed."""
+    for file in folder.glob("*.py"):
+        file.unlink()
+    for file in folder.glob("*.json"):
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        if fields.pop("auto_map", None):
+            file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,224 @@
+"""examples/train_tiny.py: its data, its prompts, and a training of seconds on made pictures."""
+
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name: str):
+    """A module of examples/, under its own name: train_tiny imports tiny_data."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+tiny_data = load("tiny_data")
+train_tiny = load("train_tiny")
+
+TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2) | dict(
+    image_size=64, patch_size=16
+)
+LANGUAGE_MODEL = dict(rwkv_version=7, hidden_size=32, num_hidden_layers=2, head_dim=16)
+COLORS = ("red", "blue")
+
+
+def colored_square(color: str, side: int = 64) -> Image.Image:
+    picture = Image.new("RGB", (side, side), "white")
+    ImageDraw.Draw(picture).rectangle((8, 8, side - 8, side - 8), fill=color)
+    return picture
+
+
+@pytest.fixture(scope="module")
+def task():
+    """Two colours to tell apart."""
+    questions = {color: tiny_data.Question("what color is it?", color) for color in COLORS}
+    others = [tiny_data.Question("is there a shape?", "yes")]
+    subjects = [
+        tiny_data.Subject([colored_square(c)], [question], others) for c, question in questions.items()
+    ]
+    exams = [tiny_data.Exam(colored_square(c), question) for c, question in questions.items()]
+    return tiny_data.Task("easy-VQA", "made", "0", subjects, exams * 4, tiny_data.mirrored)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(task):
+    return train_tiny.cut_vocabulary(tiny_data.all_questions([task]))
+
+
+@pytest.fixture(scope="module")
+def trained(task, vocabulary, tmp_path_factory):
+    """A model that has learned the two colours, saved as the script saves it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    fields = dict(scan="bidirectional", image_position="middle")
+    model, processor = train_tiny.fresh_model(vocabulary, TOWER, LANGUAGE_MODEL, **fields)
+    shares = {task.name: 1.0}
+    stages = [train_tiny.Stage(30, 5e-3, 1e-3, tuple(train_tiny.TRAINABLE_PARTS), 1, shares)]
+    stages.append(train_tiny.Stage(3, 1e-3, 1e-4, ("projector", "language_model"), 2, shares))
+    train_tiny.train(model, processor, [task], stages, 0, folder, end=float("inf"))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model.float(), processor, folder
+
+
+def test_it_learns_and_shuffled_pictures_take_it_away(trained, task):
+    model, processor, _ = trained
+    assert train_tiny.accuracy(model, processor, task.test) == 1
+    swapped = [
+        tiny_data.Exam(colored_square("blue" if e.question.answer == "red" else "red"), e.question)
+        for e in task.test
+    ]
+    assert train_tiny.accuracy(model, processor, swapped) == 0
+
+
+def test_the_saved_folder_answers_on_the_command_line(trained, tmp_path):
+    _, _, folder = trained
+    colored_square("red", side=200).save(tmp_path / "square.png")
+    command = [sys.executable, "-m", "visualrwkv_hf.cli", "ask", "--model", str(folder)]
+    command += [str(tmp_path / "square.png"), "what color is it?"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "red"
+
+
+def test_without_code_the_folder_still_loads(trained, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model, processor, _ = trained
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    train_tiny.remove_code(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    assert "auto_map" not in "".join(file.read_text() for file in tmp_path.glob("*.json"))
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
+    assert AutoProcessor.from_pretrained(tmp_path).image_token_id == model.config.image_token_id
+
+
+def test_training_reads_what_the_chat_template_asks(trained, task):
+    _, processor, _ = trained
+    question = task.test[0].question
+    collator = train_tiny.VisualRWKVDataCollator(processor, train_tiny.prompt_format("middle"))
+    row = {"conversations": tiny_data.conversation([question]), "images": [task.test[0].picture]}
+    trained_on = collator([row])
+    text = train_tiny.prompt(processor, question.text)
+    asked = processor(text=text, images=task.test[0].picture, return_tensors="pt")
+    length = asked["input_ids"].shape[1]
+    assert trained_on["input_ids"][0, :length].tolist() == asked["input_ids"][0].tolist()
+    assert processor.decode(trained_on["input_ids"][0, length:]) == f" {question.answer}\n\n"
+    torch.testing.assert_close(trained_on["pixel_values"], asked["pixel_values"], atol=0, rtol=0)
+
+
+def test_a_cut_vocabulary_cuts_text_as_the_whole_one(vocabulary):
+    from visualrwkv_hf.conversion.world_tokenizer import build_world_tokenizer
+
+    cut, whole = build_world_tokenizer(vocabulary, len(vocabulary) + 2), build_world_tokenizer()
+    for text in ("what color is it?", "User: what color is it?\n", "Assistant: red\n\n"):
+        assert cut.convert_ids_to_tokens(cut.encode(text)) == whole.convert_ids_to_tokens(whole.encode(text))
+    assert cut.decode(cut.encode("Überraschung 猫")) == "Überraschung 猫"
+
+
+def test_the_report_sets_accuracy_beside_its_controls(trained, task):
+    model, processor, _ = trained
+    table = train_tiny.report(model, processor, [task], seed=0)
+    assert "| easy-VQA | 8 | 100.0 % |" in table
+    assert train_tiny.questions_alone(task) == (0.5, 0.5)
+    stages = [train_tiny.Stage(1, 1e-3, 1e-4, ("projector",), 1, {})]
+    card = train_tiny.model_card(model, [task], stages, table, "the command", seed=0)
+    assert table in card and "the command" in card and "{" not in card
+
+
+def test_lessons_depend_on_seed_and_row_alone(task):
+    whole = tiny_data.Lessons([task], [1.0], range(10), 2, seed=1)
+    part = tiny_data.Lessons([task], [1.0], range(5, 10), 2, seed=1)
+    other = tiny_data.Lessons([task], [1.0], range(10), 2, seed=2)
+    assert [part[i]["conversations"] for i in range(5)] == [whole[i]["conversations"] for i in range(5, 10)]
+    assert [whole[i]["conversations"] for i in range(10)] != [other[i]["conversations"] for i in range(10)]
+
+
+@pytest.fixture
+def archive(tmp_path) -> Path:
+    """A package as npm makes it, with drawings of our own."""
+    rows = [
+        {"unified": unified, "image": f"{number}.png", "category": category, "subcategory": "a-thing"}
+        for number, (unified, category) in enumerate(
+            [(f"1F{400 + i}", "Objects" if i % 2 else "Flags") for i in range(80)] + [("1F3FB", "Component")]
+        )
+    ]
+    rows[0]["skin_variations"] = {"1F3FB": {"image": "1.png"}}
+    files = {"package/emoji.json": json.dumps(rows).encode()}
+    for number, row in enumerate(rows):
+        drawing = Image.new("RGBA", (64, 64))
+        ImageDraw.Draw(drawing).ellipse((8, 8, 56, 56), fill=(number, 0, 0, 255))
+        content = io.BytesIO()
+        drawing.save(content, "PNG")
+        files[f"package/img/google/64/{row['image']}"] = content.getvalue()
+    path = tmp_path / "emoji.tgz"
+    with tarfile.open(path, "w:gz") as package:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            package.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_emoji_are_split_into_training_and_test(archive):
+    task = tiny_data.emoji_task(archive)
+    assert len(task.train) + len(task.test) == 80  # the skin tone is no emoji
+    assert 4 <= len(task.test) <= 24
+    assert {exam.question.answer for exam in task.test} <= {"Objects", "Flags"}
+    assert task.test[0].picture.getpixel((0, 0)) == (255, 255, 255)
+    assert task.vary(task.train[0].pictures[0], Random(0)).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "1F3C3-200D-2640-FE0F",
+        "1F3C3-200D-2642-FE0F-200D-27A1-FE0F",
+        "1F3C3-1F3FD",
+        "1F3C3-1F3FB-200D-2640-FE0F",
+    ],
+)
+def test_variants_of_an_emoji_are_never_parted(variant):
+    assert tiny_data.variant_group(variant) == tiny_data.variant_group("1F3C3")
+    assert tiny_data.variant_group("1F468-200D-1F469-200D-1F467") == tiny_data.variant_group("1F9D1")
+
+
+def test_another_emoji_package_is_refused(tmp_path):
+    (tmp_path / tiny_data.EMOJI_FILE).write_bytes(b"not it")
+    with pytest.raises(ValueError, match="has sha256"):
+        tiny_data.emoji_archive(tmp_path)
+
+
+def test_digits_are_held_out_by_a_fifth():
+    pytest.importorskip("sklearn")
+    task = tiny_data.digits_task()
+    assert (len(task.train), len(task.test)) == (1438, 359)
+    assert task.test[0].picture.size == (8, 8)
+
+
+def test_easy_vqa_keeps_its_official_split():
+    pytest.importorskip("easy_vqa")
+    task = tiny_data.easy_vqa_task()
+    assert (len(task.train), len(task.test)) == (4000, 9673)
+    captions = sum(question.text == tiny_data.WHAT for subject in task.train for question in subject.main)
+    assert sum(len(subject.main) + len(subject.others) for subject in task.train) - captions == 38575
+
+
+def test_an_ablation_run_trains_each_variant(task, vocabulary, tmp_path):
+    for changed in ({}, {"scan": "snake"}, {"image_position": "first"}, {"rwkv_version": 5}):
+        (score,) = train_tiny.small_run([task], [task.test], vocabulary, changed, 0, 1, tmp_path)
+        assert 0 <= score <= 1
