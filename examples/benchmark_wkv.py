@@ -3,8 +3,9 @@
     python examples/benchmark_wkv.py                                       # a GPU if there is one, else the CPU
     python examples/benchmark_wkv.py --op wkv7 --shapes 8x4096x64 --json wkv.json
 
-Peers are, on a GPU, flash-linear-attention where it is installed and this package's plain torch functions; on a CPU
-the loop over tokens, under autograd. Everything is compared to the plain functions in float64 first: outputs, states
+Peers are, on a GPU, flash-linear-attention where it is installed; on a CPU, where this package computes with its native
+ops if there is a C compiler, the loop over tokens, under autograd. This package's plain torch functions are timed as
+well. Everything is compared to the plain functions in float64 first: outputs, states
 and gradients. If this package is wrong no time is printed and the exit status is 1.
 
 "roofline" is the time that the machine needs at least: every input read once and every result written once at the
@@ -34,7 +35,7 @@ from benchmarking import (
 )
 from torch import Tensor
 
-from visualrwkv_hf import wkv6, wkv7, wkv_backend
+from visualrwkv_hf import build_native_ops, wkv6, wkv7, wkv_backend
 
 HEAD_SIZE = 64
 MIN_LOG_DECAY = -0.6065306597126334
@@ -50,7 +51,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 PEER_SLACK = 10
 """A peer whose error is larger than so many tolerances is no peer."""
 
-OURS = "visualrwkv-hf"
+OURS, PLAIN = "visualrwkv-hf", "plain torch"
 FORWARD, GRAPH, BACKWARD, BOTH = "forward", "forward, CUDA graph", "backward", "forward + backward"
 
 Inputs = dict[str, Tensor]
@@ -164,10 +165,10 @@ def loop(op: str) -> Op:
 
 
 def peers(op: str, device: str) -> dict[str, Op]:
-    """Name -> another way to compute the same."""
+    """Name -> another way to compute the same: of this package, or a peer."""
     if device == "cpu":
-        return {"loop over tokens": loop(op)}
-    return {"plain torch": plain(op)} | flash_linear_attention(op)
+        return {PLAIN: plain(op), "loop over tokens": loop(op)}
+    return {PLAIN: plain(op)} | flash_linear_attention(op)
 
 
 def flash_linear_attention(op: str) -> dict[str, Op]:
@@ -352,7 +353,9 @@ def measure(
                 rows.append(row(case, mode, name, note=first_line(failure)))
         timings = interleaved(functions, device, seconds)
         mine = timings[OURS].median
-        fastest = min((t.median for name, t in timings.items() if name != OURS), default=math.inf)
+        fastest = min(
+            (t.median for name, t in timings.items() if name not in (OURS, PLAIN)), default=math.inf
+        )
         least = least_seconds(case, mode, inputs, *rates)
         for name, timing in timings.items():
             note = verdict(case, mode, device, mine, fastest) if name == OURS else ""
@@ -420,6 +423,11 @@ def main(
     chosen: torch.dtype = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
     if threads:
         torch.set_num_threads(threads)
+    if device == "cpu":
+        try:
+            build_native_ops()
+        except RuntimeError as error:
+            typer.secho(f"Without native ops: {error}", err=True, fg="yellow")
     cases = [
         Case(name, *shape)
         for name in (("wkv6", "wkv7") if op == "both" else (op,))

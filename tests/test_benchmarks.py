@@ -12,8 +12,17 @@ import torch
 import typer
 
 from visualrwkv_hf import VisualRWKVCache, wkv7
+from visualrwkv_hf.kernels import CPU_KERNELS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def native_ops(monkeypatch, tmp_path):
+    """What is compiled and put into the process goes with the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield
+    CPU_KERNELS.clear()
 
 
 @pytest.fixture

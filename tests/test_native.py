@@ -1,11 +1,13 @@
 """Native CPU ops against the plain torch functions. They compute in float32; sums differ in their order only."""
 
+import math
 import shutil
 
 import pytest
 import torch
 from tiny import awake, text_config, tiny_vlm
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from visualrwkv_hf import VisualRWKVForCausalLM, native
 from visualrwkv_hf.kernels import CPU_KERNELS, wkv_backend
@@ -29,7 +31,7 @@ def built(cache, monkeypatch):
     """The library in a folder of its own, and no native op left behind in the process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(native, "_library", None)
-    native.build()
+    native.build_native_ops()
     yield
     CPU_KERNELS.clear()
 
@@ -92,6 +94,106 @@ def test_recurrence_of_packed_sequences(version):
     assert error(out, plain_out) < TOLERANCE and error(state, plain_state) < TOLERANCE
 
 
+def gradients(op, inputs: dict, **options) -> dict[str, torch.Tensor]:
+    """Of every floating-point input, from random gradients of the output and of the last state."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    outs = op(**leaves, **options)
+    torch.manual_seed(1)
+    weights = [torch.randn(x.shape).to(outs[0].dtype) for x in outs]
+    total = sum((x.double() * weight.double()).sum() for x, weight in zip(outs, weights))
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()))))
+
+
+def assert_gradients(version: int, inputs: dict, tolerance: float = TOLERANCE, **options) -> None:
+    """Those of the native op are those of the plain one in float64, each in its input's dtype."""
+    op = {6: wkv6, 7: wkv7}[version]
+    found = gradients(op, inputs, **options)
+    exact = gradients(op, {name: x.double() for name, x in inputs.items()}, **options)
+    for name, dx in found.items():
+        assert dx.dtype == inputs[name].dtype and dx.isfinite().all(), name
+        if exact[name].any():
+            assert error(dx, exact[name]) < tolerance, name
+        else:
+            assert not dx.any(), name
+
+
+@pytest.fixture
+def called(monkeypatch) -> set[str]:
+    """Functions of the library that are called: without it plain might be compared with plain."""
+    names, call = set(), native._call
+    monkeypatch.setattr(native, "_call", lambda name, *x: (names.add(name), call(name, *x))[1])
+    return names
+
+
+@pytest.mark.parametrize("K, V", [(16, 16), (64, 64), (64, 96), (20, 7), (5, 70), (128, 128)])
+@pytest.mark.parametrize("T", [1, 7, 16, 65, 200])
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradients_equal_plain(version, T, K, V, called):
+    inputs = recurrence_inputs(version, 2, T, 3, K, V, torch.float32)
+    assert_gradients(version, inputs | dict(initial_state=torch.randn(2, 3, K, V)))
+    assert called == {"wkv", "wkv_backward"}
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradients_of_bfloat16(version):
+    """Outputs and gradients are rounded to 8 bits, nothing else."""
+    assert_gradients(version, recurrence_inputs(version, 2, 33, 2, 16, 16, torch.bfloat16), tolerance=4e-3)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradients_in_order_and_none_at_pads(version):
+    inputs = recurrence_inputs(version, 2, 40, 2, 16, 24, torch.float32)
+    order = torch.stack([torch.randperm(40), torch.arange(40)])
+    order[1, :5], order[1, 16] = ~order[1, :5], ~order[1, 16]
+    assert_gradients(version, inputs | dict(initial_state=torch.randn(2, 2, 16, 24)), order=order)
+    found = gradients({6: wkv6, 7: wkv7}[version], inputs, order=order)
+    assert not any(dx[1, [0, 1, 2, 3, 4, 16]].any() for name, dx in found.items() if name != "u")
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradients_of_packed_sequences(version):
+    inputs = recurrence_inputs(version, 1, 60, 2, 16, 16, torch.float32)
+    begin = torch.tensor([0, 6, 6, 60], dtype=torch.int32)
+    order = torch.cat([torch.arange(6).flip(0), torch.arange(6, 60)])[None]
+    inputs |= dict(initial_state=torch.randn(3, 2, 16, 16))
+    assert_gradients(version, inputs, order=order, cu_seqlens=begin)
+
+
+@pytest.mark.parametrize("decay", [0.0, -1e-3, -20.0, -math.inf])
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradients_of_extreme_decays(version, decay):
+    """Of a log decay; each alone and among others."""
+    inputs = recurrence_inputs(version, 1, 50, 2, 16, 16, torch.float32)
+    inputs["w"][:, ::3] = decay
+    assert_gradients(version, inputs)
+    if version == 6 or decay:  # without decay RWKV-7's state may grow
+        assert_gradients(version, inputs | dict(w=torch.full_like(inputs["w"], decay)))
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradient_of_what_is_broadcast_or_laid_out_otherwise(version):
+    inputs = recurrence_inputs(version, 2, 20, 3, 16, 16, torch.float32)
+    inputs["w"] = inputs["w"][0, 0]  # [H, K]
+    inputs["k"] = inputs["k"].transpose(1, 2).contiguous().transpose(1, 2)
+    assert_gradients(version, inputs)
+
+
+def test_gradients_are_asked_for_once_only():
+    inputs = recurrence_inputs(7, 1, 5, 1, 16, 16, torch.float32)
+    r = inputs["r"].requires_grad_()
+    (dr,) = torch.autograd.grad(wkv7(**inputs)[0].square().sum(), r, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dr.sum().backward()
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradients_under_a_checkpoint(version):
+    op, inputs = {6: wkv6, 7: wkv7}[version], recurrence_inputs(version, 2, 20, 2, 16, 16, torch.float32)
+    expected = gradients(op, inputs)
+    found = gradients(lambda **x: checkpoint(op, use_reentrant=False, **x), inputs)
+    assert all(torch.equal(found[name], dx) for name, dx in expected.items())
+
+
 def causal_lm(version: int, **fields) -> VisualRWKVForCausalLM:
     torch.manual_seed(0)
     return awake(VisualRWKVForCausalLM(text_config(version, **fields)))
@@ -125,16 +227,10 @@ def test_accelerated_model_equals_plain(version, head_dim):
     assert list(model.state_dict()) == names
 
 
-def test_native_ops_are_called(monkeypatch):
-    """Or the comparisons above would compare plain with plain."""
-    called = set()
-    for name, op in CPU_KERNELS.items():
-        monkeypatch.setitem(
-            CPU_KERNELS, name, lambda *a, _n=name, _op=op, **k: (called.add(_n), _op(*a, **k))[1]
-        )
-    for version in (6, 7):
-        step_by_step(causal_lm(version), torch.randint(1, 320, (1, 7)), torch.ones(1, 7, dtype=torch.long))
-    assert called == {"wkv6", "wkv7", "rwkv7_decode"}
+@pytest.mark.parametrize("version, ops", [(6, {"wkv"}), (7, {"wkv", "rwkv7_decode"})])
+def test_native_ops_are_called(version, ops, called):
+    step_by_step(causal_lm(version), torch.randint(1, 320, (1, 7)), torch.ones(1, 7, dtype=torch.long))
+    assert called == ops
 
 
 @pytest.mark.parametrize("version", [6, 7])
@@ -170,14 +266,16 @@ def test_linear_multiplies(rows, dtype):
 
 
 @pytest.mark.parametrize("for_this_cpu", [(), ("-mavx2", "-mfma")])
-def test_linear_multiplies_on_other_cpus(for_this_cpu, monkeypatch, tmp_path):
-    """Each width of a register has loads of its own in native.c. There is no OpenMP in these, either."""
+def test_each_width_of_a_register(for_this_cpu, monkeypatch, tmp_path):
+    """They have loads of their own in native.c. There is no OpenMP in these, either."""
     if for_this_cpu and not torch.cpu._is_avx2_supported():
         pytest.skip("the CPU has no AVX2")
     monkeypatch.setattr(native, "FOR_THIS_CPU", (for_this_cpu,))
-    native.build(tmp_path)
+    native.build_native_ops(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
         test_linear_multiplies(2, dtype)
+    for version in (6, 7):
+        assert_gradients(version, recurrence_inputs(version, 2, 20, 2, 20, 70, torch.float32))
     test_int8_linear_rounds_the_weight_only()
 
 
@@ -187,11 +285,19 @@ def test_sizes_that_do_not_suit_stay_plain():
     assert type(native._accelerated(nn.Linear(64, 8), int8=True)) is nn.Linear  # a bias
 
 
-def test_gradients_come_from_the_plain_functions():
-    plain, model = causal_lm(7), native.accelerate_on_cpu(causal_lm(7))
-    ids = torch.randint(1, 320, (1, 6))
-    for each in (plain, model):
-        each(ids, labels=ids).loss.backward()
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_training_step_equals_plain(version, checkpointing, called):
+    plain, model = causal_lm(version).train(), native.accelerate_on_cpu(causal_lm(version)).train()
+    ids = torch.randint(1, 320, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with wkv_backend("torch"):
+        plain(ids, attention_mask=mask, labels=ids).loss.backward()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model(ids, attention_mask=mask, labels=ids).loss.backward()
+    assert called == {"wkv", "wkv_backward"}
     for (name, weight), expected in zip(model.named_parameters(), plain.parameters()):
         assert error(weight.grad, expected.grad) < TOLERANCE, name
 
@@ -205,16 +311,18 @@ def test_vision_tower_stays_as_it_is():
 def test_built_once(cache):
     (library,) = (cache / "visualrwkv_hf").glob("*.so")
     made = library.stat().st_mtime_ns
-    assert native.build() == library and library.stat().st_mtime_ns == made
+    assert native.build_native_ops() == library and library.stat().st_mtime_ns == made
 
 
 def test_refusals(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="keys of size 256 at most, got 300"):
+        wkv6(**recurrence_inputs(6, 1, 2, 1, 300, 4, torch.float32))
     with pytest.raises(ValueError, match="Linear has no RWKV block"):
         native.accelerate_on_cpu(nn.Linear(2, 2))
     monkeypatch.setattr(native, "FLAGS", ("-no-such-flag",))
     with pytest.raises(RuntimeError, match="no-such-flag"):
-        native.build(tmp_path)
+        native.build_native_ops(tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"a C compiler \(cc, gcc, clang\)"):
-        native.build(tmp_path)
+        native.build_native_ops(tmp_path)
     assert not any(tmp_path.iterdir())

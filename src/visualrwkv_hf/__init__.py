@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .modeling_rwkv import VisualRWKVForCausalLM, VisualRWKVTextModel
     from .modeling_vision import VisualRWKVVisionModel
     from .modeling_visualrwkv import VisualRWKVForConditionalGeneration, VisualRWKVModel
-    from .native import accelerate_on_cpu
+    from .native import accelerate_on_cpu, build_native_ops
     from .processing_visualrwkv import VisualRWKVProcessor
     from .scan_orders import SCANS
     from .training_visualrwkv import (
@@ -57,6 +57,7 @@ MODULE_OF = {
     "VisualRWKVVisionConfig": "configuration_visualrwkv",
     "VisualRWKVVisionModel": "modeling_vision",
     "accelerate_on_cpu": "native",
+    "build_native_ops": "native",
     "encode_turns": "data_visualrwkv",
     "image_processor_for": "image_processing_visualrwkv",
     "learning_rate_at": "training_visualrwkv",
@@ -92,6 +93,7 @@ __all__ = [
     "VisualRWKVVisionConfig",
     "VisualRWKVVisionModel",
     "accelerate_on_cpu",
+    "build_native_ops",
     "bundled_model",
     "encode_turns",
     "image_processor_for",

@@ -14,7 +14,10 @@ from torch import Tensor
 BACKENDS = ("auto", "torch", "triton")
 
 CPU_KERNELS: dict[str, Callable[..., Any]] = {}
-"""Ops compiled for this CPU, without gradients: empty until `native.build()` fills it."""
+"""Ops compiled for this CPU: empty until `native.build_native_ops()` fills it."""
+
+CPU_GRADIENTS = ("wkv6", "wkv7")
+"""Those of them that have gradients."""
 
 
 class _Chosen(threading.local):  # not a ContextVar: torch.compile cannot trace those
@@ -57,7 +60,7 @@ def kernel(op: str, *tensors: Tensor, gradient: bool = False) -> Callable[..., A
     Raises:
         RuntimeError: `wkv_backend("triton")` is in force and there is no such kernel, or not for these tensors.
     """
-    if CPU_KERNELS and native_serves(*tensors):
+    if CPU_KERNELS and native_serves(*tensors, has_gradient=op in CPU_GRADIENTS):
         return CPU_KERNELS.get(op)
     backend = _chosen.backend
     if backend == "torch" or (backend == "auto" and tensors[0].device.type != "cuda"):
@@ -77,11 +80,11 @@ def kernel(op: str, *tensors: Tensor, gradient: bool = False) -> Callable[..., A
     return None
 
 
-def native_serves(*tensors: Tensor) -> bool:
-    """Whether a native op may compute with these tensors: on the CPU, in float32, with neither gradient nor trace."""
+def native_serves(*tensors: Tensor, has_gradient: bool = False) -> bool:
+    """Whether a native op may compute with these tensors: on the CPU, in float32, no trace, no gradient it lacks."""
     return (
         _chosen.backend == "auto"
-        and not torch.is_grad_enabled()
+        and (has_gradient or not torch.is_grad_enabled())
         and not torch.compiler.is_compiling()
         and all(x.device.type == "cpu" and x.dtype != torch.float64 for x in tensors)
     )

@@ -5,7 +5,8 @@
     model = accelerate_on_cpu(model)             # or accelerate_on_cpu(model, int8=True)
 
 needs a C compiler, once: the library is kept in the user's cache folder. Nothing here is needed: without it, and
-wherever a gradient is asked for or torch.compile traces, the plain torch functions compute the same.
+wherever torch.compile traces, the plain torch functions compute the same. Of the ops only the recurrences have
+gradients.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from .kernels import CPU_KERNELS, native_serves
@@ -36,8 +39,11 @@ FOR_THIS_CPU = (
 )
 """What is tried in turn."""
 
-MAX_KEYS = 256
-"""MAX_KEYS of native.c."""
+COLUMNS, MAX_KEYS = 64, 256
+"""Those of native.c."""
+
+SEGMENT = 16
+"""Tokens whose states a thread holds in the backward: 256 KB for a head of 64."""
 
 MAX_ROWS = 8
 """Up to here a product takes as long as its weights take from memory."""
@@ -45,6 +51,7 @@ MAX_ROWS = 8
 _ADDRESS, _NUMBER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 ARGUMENTS = {
     "wkv": [ctypes.c_int, *[_NUMBER] * 4, *[_ADDRESS] * 11],
+    "wkv_backward": [ctypes.c_int, *[_NUMBER] * 6, *[_ADDRESS] * 20],
     "rwkv7_decode": [ctypes.c_int, *[_NUMBER] * 3, *[_FLOAT] * 2, *[_ADDRESS] * 19],
     "linear": [ctypes.c_int, *[_NUMBER] * 4, *[_ADDRESS] * 4],
 }
@@ -53,8 +60,8 @@ ARGUMENTS = {
 _library: ctypes.CDLL | None = None
 
 
-def build(folder: str | Path | None = None) -> Path:
-    """Compiles native.c, unless that is done, and computes with it from now on where no gradient is asked for.
+def build_native_ops(folder: str | Path | None = None) -> Path:
+    """Compiles native.c, unless that is done, and computes with it from now on.
 
     Args:
         folder: where the library is kept; None is the user's cache folder.
@@ -119,7 +126,7 @@ def wkv6(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of RWKV-6 and 5, token by token; see `wkv.wkv6`."""
-    return _wkv(r, w, k, v, None, None, u, initial_state, order, cu_seqlens)
+    return WkvFunction.apply(r, w, k, v, None, None, u, initial_state, order, cu_seqlens)
 
 
 def wkv7(
@@ -135,40 +142,74 @@ def wkv7(
     min_log_decay: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of RWKV-7, token by token; see `wkv.wkv7`."""
-    return _wkv(r, w, k, v, a, b, None, initial_state, order, cu_seqlens)
+    return WkvFunction.apply(r, w, k, v, a, b, None, initial_state, order, cu_seqlens)
 
 
-def _wkv(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    u: Tensor | None,
-    initial_state: Tensor | None,
-    order: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    B, T, H, K = r.shape
-    V = v.shape[-1]
-    begin = (
-        torch.arange(0, (B + 1) * T, T) if cu_seqlens is None else cu_seqlens.long().contiguous()
-    )  # [N + 1]
-    tokens = torch.arange(B * T)
-    if order is not None:  # in [B, T] a number counts within its row, in native.c from the first row
-        start = T * torch.arange(B)[:, None]
-        tokens = torch.where(order < 0, order - start, order + start).contiguous()
-    N = len(begin) - 1
-    state = (
-        torch.zeros(N, H, K, V)
-        if initial_state is None
-        else initial_state.clone(memory_format=torch.contiguous_format)
-    )
-    out = torch.empty(B, T, H, V)
-    inputs = [_floats(x) for x in (r, w.exp(), k, v, a, b, u)]
-    _call("wkv", N, H, K, V, begin, tokens, *inputs, state, out)
-    return out.to(r.dtype), state
+class WkvFunction(Function):
+    """Both recurrences: a and b are None in RWKV-6, u in RWKV-7."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        r: Tensor,
+        w: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        u: Tensor | None,
+        initial_state: Tensor | None,
+        order: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if r.shape[-1] > MAX_KEYS:
+            raise ValueError(f"Native ops serve keys of size {MAX_KEYS} at most, got {r.shape[-1]}.")
+        ctx.save_for_backward(r, w, k, v, a, b, u, initial_state, order, cu_seqlens)
+        begin, tokens = _tokens(r, order, cu_seqlens)
+        state = _state(r, v, begin, initial_state)
+        out = torch.empty(v.shape)
+        inputs = [_floats(x) for x in (r, w.exp(), k, v, a, b, u)]
+        _call("wkv", len(begin) - 1, *r.shape[2:], v.shape[-1], begin, tokens, *inputs, state, out)
+        return out.to(r.dtype), state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor, dfinal_state: Tensor) -> tuple[Tensor | None, ...]:
+        r, w, k, v, a, b, u, initial_state, order, cu_seqlens = ctx.saved_tensors
+        begin, tokens = _tokens(r, order, cu_seqlens)
+        N, (H, K), V = len(begin) - 1, r.shape[2:], v.shape[-1]
+        state = _state(r, v, begin, initial_state)
+        inputs = [_floats(x) for x in (r, w.exp(), k, v, a, b, u)]
+        segments = -(-int(begin.diff().max()) // SEGMENT)
+        scratch = torch.empty(torch.get_num_threads(), segments + SEGMENT + 1, K, COLUMNS)
+        gradients = [None if x is None else torch.empty(x.shape) for x in (r, w, k, v, a, b)]
+        du = None if u is None else torch.zeros(N, H, K)
+        dstate = dfinal_state.clone(memory_format=torch.contiguous_format)
+        sizes = (N, H, K, V, SEGMENT, segments)
+        given = (begin, tokens, *inputs, state, _floats(dy), scratch)
+        _call("wkv_backward", *sizes, *given, *gradients, du, dstate)
+        gradients.append(None if u is None else du.sum(0))
+        gradients = [None if x is None else dx.to(x.dtype) for x, dx in zip((r, w, k, v, a, b, u), gradients)]
+        return *gradients, None if initial_state is None else dstate, None, None
+
+
+def _tokens(r: Tensor, order: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where each sequence begins, [N + 1], and which token is read at each position, [B T] or [B, T]."""
+    B, T = r.shape[:2]
+    begin = torch.arange(0, (B + 1) * T, T) if cu_seqlens is None else cu_seqlens.long().contiguous()
+    if order is None:
+        return begin, torch.arange(B * T)
+    start = (
+        T * torch.arange(B)[:, None]
+    )  # in [B, T] a number counts within its row, in native.c from the first row
+    return begin, torch.where(order < 0, order - start, order + start).contiguous()
+
+
+def _state(r: Tensor, v: Tensor, begin: Tensor, initial_state: Tensor | None) -> Tensor:
+    """The first states, [N, H, K, V], to be written to."""
+    if initial_state is None:
+        return torch.zeros(len(begin) - 1, *r.shape[2:], v.shape[-1])
+    return initial_state.clone(memory_format=torch.contiguous_format)
 
 
 def rwkv7_decode(
@@ -288,10 +329,10 @@ def accelerate_on_cpu(model: nn.Module, int8: bool = False) -> nn.Module:
         The model.
 
     Raises:
-        RuntimeError: see [`build`].
+        RuntimeError: see [`build_native_ops`].
         ValueError: the model has no block of RWKV.
     """
-    build()
+    build_native_ops()
     blocks = [module for module in model.modules() if isinstance(module, RwkvBlock)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no RWKV block to accelerate.")
@@ -317,4 +358,4 @@ def _accelerated(linear: nn.Linear, int8: bool) -> nn.Module:
     return native.train(linear.training)
 
 
-__all__ = ["Int8Linear", "NativeLinear", "accelerate_on_cpu", "build"]
+__all__ = ["Int8Linear", "NativeLinear", "accelerate_on_cpu", "build_native_ops"]
