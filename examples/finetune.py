@@ -198,6 +198,7 @@ def main(command_line: list[str]) -> None:
     else:
         trainer.save_model()
         trainer.create_model_card()
+    trainer.accelerator.end_training()  # a process that exits while another still talks to it may abort
 
 
 if __name__ == "__main__":

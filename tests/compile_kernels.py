@@ -408,6 +408,32 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """One line per kernel, dtype and head size: the most that any of its launches needs of each target."""
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    most: dict[tuple, dict[str, list[int]]] = {}
+    for row in rows:
+        needs = [row[name] for name in ("registers", "spilled", "shared")]
+        cells = most.setdefault((row["kernel"], row["dtype"], row["head_size"]), {})
+        cells[row["target"]] = [max(pair) for pair in zip(needs, cells.get(row["target"], needs))]
+    lines = [
+        "# Kernels, compiled",
+        "",
+        f"`python tests/compile_kernels.py --summary FILE`, Triton {triton.__version__}, no GPU. Of all distinct",
+        "launches of the ops, the most registers of a thread / bytes that spill / bytes of shared memory of a block.",
+        "RWKV's own case is bf16 with heads of 64. For AMD nothing is tuned.",
+        "",
+        table_row(["kernel", "dtype", "head", *targets]),
+        "|" + "---|" * (3 + len(targets)),
+    ]
+    for (kernel, dtype, head_size), cells in most.items():
+        needs = (
+            " / ".join(f"{n:,}" for n in cells[target]) if target in cells else "-" for target in targets
+        )
+        lines.append(table_row([kernel.removesuffix("_kernel"), dtype, head_size, *needs]))
+    return "\n".join([*lines, ""])
+
+
 def table_row(cells: Iterable[int | str]) -> str:
     return "| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells) + " |"
 
@@ -436,6 +462,7 @@ def main() -> int:
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="write the table there, not to the terminal"
     )
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="write a shorter table there as well")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -449,6 +476,8 @@ def main() -> int:
     rows = compile_all(launches, arguments.jobs)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.summary:
+        arguments.summary.write_text(summary(rows))
     if arguments.markdown:
         arguments.markdown.write_text(markdown(rows))
     else:

@@ -71,6 +71,9 @@ def with_token(token: str | None, function: Callable, args: tuple, kwargs: dict)
 
 def convert(*arguments: str | Path) -> Answer:
     """`visualrwkv convert`."""
+    # Before the runner puts a stream of its own in the place of stderr: they keep the one that they find.
+    import huggingface_hub.utils  # noqa: F401
+    import transformers.utils  # noqa: F401
     from typer.testing import CliRunner
 
     from visualrwkv_hf.cli import app

@@ -477,7 +477,9 @@ def config_of(r: Tensor, min_log_decay: float) -> tuple[Config, bool]:
 
 
 def _scan_launch(launch: Launch, programs: int) -> Launch:
-    return NARROW if programs <= FEW and launch == WIDE else launch
+    launch = NARROW if programs <= FEW and launch == WIDE else launch
+    # AMD's blocks have 64 KiB of shared memory: too little for a large head's chunks ahead of time.
+    return launch if torch.version.hip is None else launch._replace(num_stages=1)
 
 
 def _empty(r: Tensor, v: Tensor, cu_seqlens: Tensor | None, BT: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
