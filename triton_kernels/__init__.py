@@ -1,6 +1,8 @@
 """Triton kernels for what a recurrent layer does between its matrix products. A leaf: it imports torch and triton."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -13,7 +15,7 @@ from .token_shift import token_shift
 from .wkv6 import wkv6
 from .wkv7 import wkv7
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "wkv6": wkv6,
     "wkv7": wkv7,
     "token_shift": token_shift,
@@ -31,7 +33,8 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool = False) -> str:
         gradient: whether one will be asked for.
     """
     if op in ("wkv6", "wkv7"):
-        reason = unsupported_recurrence(*tensors, gradient)
+        r, v = tensors
+        reason = unsupported_recurrence(r, v, gradient)
     elif tensors[0].dtype not in DTYPES:
         reason = f"{tensors[0].dtype} is not served"
     elif op != "token_shift" and tensors[1].shape[-1] not in HEAD_SIZES:

@@ -525,7 +525,7 @@ def wkv7_forward(
                 r, w, k, v, a, b, initial_state, order, cu_seqlens, y, final_state, T,
                 H=H, K=K, V=V, BV=BV, num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
-        return y, final_state, *(r.new_empty(0) for _ in range(4))
+        return y, final_state, *(r.new_empty(0) for _ in range(4))  # type: ignore[return-value]
 
     config, bounded = config_of(r, min_log_decay)
     BT, (dtype, PRECISION) = config.BT, precision_of(r)
@@ -547,7 +547,7 @@ def wkv7_forward(
         )  # fmt: skip
     if save:
         return y, final_state, q, P, G, states
-    return y, final_state, *(r.new_empty(0) for _ in range(4))
+    return y, final_state, *(r.new_empty(0) for _ in range(4))  # type: ignore[return-value]
 
 
 @wkv7_forward.register_fake

@@ -1,7 +1,7 @@
 """The original's loss: cross entropy averaged per sample, then over the batch, and L2Wrap on the logits."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -152,7 +152,7 @@ class LateLogits:
     def logits(self, value: None) -> None:
         """The field's default."""
 
-    def computing(self, logits: Callable[[], torch.Tensor]) -> "LateLogits":
+    def computing(self, logits: Callable[[], torch.Tensor]) -> Any:
         """The output, whose logits `logits()` gives."""
         self._logits = logits
         return self

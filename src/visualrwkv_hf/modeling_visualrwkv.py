@@ -49,7 +49,7 @@ class VisualRWKVCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
 
 
-class LateVisualRWKVCausalLMOutputWithPast(LateLogits, VisualRWKVCausalLMOutputWithPast):
+class LateVisualRWKVCausalLMOutputWithPast(LateLogits, VisualRWKVCausalLMOutputWithPast):  # type: ignore[misc]
     """Of a sliced training step."""
 
 

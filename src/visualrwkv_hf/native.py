@@ -19,12 +19,14 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from transformers.modeling_utils import PreTrainedModel
 
 from .kernels import CPU_KERNELS, native_serves
 from .modeling_rwkv import DECAY_SCALE, RwkvBlock
@@ -150,7 +152,7 @@ class WkvFunction(Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         r: Tensor,
         w: Tensor,
         k: Tensor,
@@ -174,7 +176,7 @@ class WkvFunction(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor, dfinal_state: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, dfinal_state: Tensor) -> tuple[Tensor | None, ...]:
         r, w, k, v, a, b, u, initial_state, order, cu_seqlens = ctx.saved_tensors
         begin, tokens = _tokens(r, order, cu_seqlens)
         N, (H, K), V = len(begin) - 1, r.shape[2:], v.shape[-1]
@@ -298,6 +300,9 @@ class Int8Linear(nn.Module):
         linear: the layer whose weight [out, in] is rounded; it must have no bias.
     """
 
+    weight: Tensor
+    scale: Tensor
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
@@ -317,7 +322,7 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def accelerate_on_cpu(model: nn.Module, int8: bool = False) -> nn.Module:
+def accelerate_on_cpu(model: PreTrainedModel, int8: bool = False) -> PreTrainedModel:
     """Lets a model compute with native ops on a CPU: the language model's blocks and the head.
 
     Args:

@@ -134,10 +134,12 @@ def wkv7(
     if triton_wkv7 := kernel("wkv7", r, v, gradient=gradient):
         return triton_wkv7(r, w, k, v, a, b, initial_state, order, cu_seqlens, min_log_decay)
 
-    def compute(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        if inputs[0].shape[1] <= MAX_STEPS:
-            return _wkv7_steps(*inputs)
-        return _wkv7_chunks(*inputs, chunk_size)
+    def compute(
+        r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if r.shape[1] <= MAX_STEPS:
+            return _wkv7_steps(r, w, k, v, a, b, S)
+        return _wkv7_chunks(r, w, k, v, a, b, S, chunk_size)
 
     return _computed(compute, (r, w, k, v, a, b), initial_state, order, cu_seqlens)
 
