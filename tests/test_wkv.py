@@ -17,7 +17,7 @@ from oracles import wkv as oracle
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
-from visualrwkv_hf import kernels, wkv
+from visualrwkv_hf import kernels, scan_orders, wkv
 from visualrwkv_hf.kernels import wkv_backend
 from visualrwkv_hf.wkv import wkv6, wkv7
 
@@ -600,7 +600,7 @@ def test_files_run_alone_without_triton(tmp_path):
     """As remote code they do: torch is all they import."""
     folder = tmp_path / "alone"
     folder.mkdir()
-    for file in (wkv.__file__, kernels.__file__):
+    for file in (wkv.__file__, kernels.__file__, scan_orders.__file__):
         shutil.copy(file, folder)
     program = (
         "import sys, torch; sys.modules['triton'] = None; sys.modules['visualrwkv_hf'] = None;"

@@ -84,6 +84,10 @@ def has_matrix_units(r: Tensor) -> bool:
     return torch.cuda.get_device_capability(r.device) >= (8, 0)
 
 
+def needs_gradient(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
 def on_device_of(r: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, whatever its arguments are on."""
     return torch.cuda.device(r.device) if r.device.type == "cuda" else nullcontext()

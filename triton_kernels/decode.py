@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunks import HEAD_SIZES, on_device_of
+from .chunks import HEAD_SIZES, needs_gradient, on_device_of
 
 DECAY_SCALE = tl.constexpr(0.6065306597126334)
 """e^(-1/2): the log decay of RWKV-7 lies between minus this and 0."""
@@ -158,7 +158,7 @@ def _check(
     inputs = [x for x in (*tokens.values(), *weights.values(), state) if x is not None]
     if any(x.dtype == torch.float64 for x in inputs):
         raise ValueError(f"{op} computes in float32, got float64.")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    if needs_gradient(*inputs):
         raise RuntimeError(f"{op} has no gradient: call it under torch.no_grad().")
 
 

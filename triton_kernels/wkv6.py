@@ -26,7 +26,9 @@ from .chunks import (
     has_matrix_units,
     load_rows,
     most_chunks,
+    needs_gradient,
     on_device_of,
+    operand,
     precision_of,
     sequence_of_chunk,
     span_of_sequence,
@@ -84,16 +86,6 @@ def load_log_decays(w, rows, m_read, i_b, i_h, T, stride_b, stride_t, K: tl.cons
 
 
 # Tokens are columns in what follows, [K, BT]: so the warps share the K rows of every product and of w.
-
-
-@triton.jit
-def operand(b_x, DOT: tl.constexpr, DOTS: tl.constexpr):
-    """b_x float32 as an operand of tl.dot; tf32 rounded here, for tensor cores cut off what they do not read."""
-    if DOTS == "tf32" and DOT.primitive_bitwidth == 32:
-        bits = b_x.to(tl.int32, bitcast=True) + 0x1000  # half of the last bit that is read
-        return (bits & -0x2000).to(tl.float32, bitcast=True)
-    else:
-        return b_x.to(DOT)
 
 
 @triton.jit
@@ -702,9 +694,7 @@ def wkv6(
         ValueError: shapes, dtypes or a device that are not served.
         RuntimeError: from a gradient, on a GPU of compute capability below 8.0.
     """
-    save = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (r, w, k, v, u, initial_state)
-    )
+    save = needs_gradient(r, w, k, v, u, initial_state)
     if reason := unsupported(r, v, save):
         raise ValueError(f"wkv6: {reason}.")
     y, state, *_ = wkv6_forward(r, w, k, v, u, initial_state, order, cu_seqlens, save)

@@ -32,6 +32,7 @@ from .chunks import (
     load_log_decay,
     load_rows,
     most_chunks,
+    needs_gradient,
     on_device_of,
     operand,
     precision_of,
@@ -668,8 +669,6 @@ def wkv7(
     """
     tensors = [x.contiguous() for x in (r, w, k, v, a, b)]
     options = [None if x is None else x.contiguous() for x in (initial_state, order, cu_seqlens)]
-    save = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (*tensors, initial_state)
-    )
+    save = needs_gradient(*tensors, initial_state)
     y, final_state, *_ = wkv7_forward(*tensors, *options, min_log_decay, save)
     return y, final_state

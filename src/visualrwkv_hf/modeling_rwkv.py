@@ -37,7 +37,7 @@ from .hub import ship_remote_code
 from .kernels import kernel
 from .loss_visualrwkv import LateLogits, is_worth_slicing, sliced_loss, visualrwkv_loss
 from .reading import AS_IT_COMES, Reading, last_token, readings_of, token_shift
-from .wkv import rows_of, wkv6, wkv7
+from .wkv import take, tokens_of, wkv6, wkv7
 
 DECAY_SCALE = 0.6065306597126334
 """e^(-1/2): the log decay of RWKV-7 lies between minus this and 0."""
@@ -190,11 +190,7 @@ class TimeMix(nn.Module):
         if reading.order is None:
             return self.wkv({name: x[:, :length] for name, x in inputs.items()}, before, reading)[1]
         order = reading.order[:, :length]
-        rows = rows_of(torch.where(order < 0, ~order, order), reading.order.shape[1])
-        inputs = {
-            name: x.flatten(0, 1).index_select(0, rows).unflatten(0, order.shape)
-            for name, x in inputs.items()
-        }
+        inputs = dict(zip(inputs, take(tokens_of(order), *inputs.values())))
         position = torch.arange(length, device=order.device)
         return self.wkv(inputs, before, Reading(torch.where(order < 0, ~position, position)))[1]
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from .kernels import kernel
-from .wkv import rows_of
+from .wkv import take
 
 
 class Reading(NamedTuple):
@@ -94,8 +94,7 @@ def token_shift(
         return triton_token_shift(hidden_states, carried, mix, reading.previous, reading.following, dynamic)
     if reading.previous is not None:
         entries = torch.cat([carried[:, None], hidden_states], 1)  # [B, 1 + T, C]
-        rows = rows_of(reading.previous, entries.shape[1])
-        previous = entries.flatten(0, 1).index_select(0, rows).view(hidden_states.shape)
+        (previous,) = take(reading.previous, entries)
     elif hidden_states.shape[1] == 1:
         previous = carried[:, None]
     else:

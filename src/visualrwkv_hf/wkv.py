@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .kernels import kernel
+from .scan_orders import inverse_order
 
 CHUNK_SIZE = 32
 # Up to here stepping token by token is faster than filling a chunk.
@@ -239,8 +240,7 @@ def _each_sequence(
 def _in_order(inputs: tuple[Tensor, ...], order: Tensor) -> tuple[Tensor, ...]:
     """Inputs as the recurrence meets them; at a pad nothing is written and nothing decays: all but r and v is 0."""
     pad = (order < 0)[..., None, None]
-    rows = rows_of(torch.where(order < 0, ~order, order), order.shape[1])
-    r, w, k, v, *ab = (x.flatten(0, 1).index_select(0, rows).view(x.shape) for x in inputs)
+    r, w, k, v, *ab = take(tokens_of(order), *inputs)
     w, k, *ab = (x.masked_fill(pad, 0) for x in (w, k, *ab))
     return r, w, k, v, *ab
 
@@ -248,15 +248,19 @@ def _in_order(inputs: tuple[Tensor, ...], order: Tensor) -> tuple[Tensor, ...]:
 def _back_in_place(out: Tensor, order: Tensor) -> Tensor:
     """`out` [B, T, H, V] of the order's positions -> of the tokens, 0 at pads."""
     out = out.masked_fill((order < 0)[..., None, None], 0)
-    position = torch.arange(order.shape[1], device=order.device).expand(order.shape)
-    inverse = torch.empty_like(order).scatter_(1, torch.where(order < 0, ~order, order), position)
-    return out.flatten(0, 1).index_select(0, rows_of(inverse, order.shape[1])).view(out.shape)
+    return take(inverse_order(tokens_of(order)), out)[0]
 
 
-def rows_of(index: Tensor, length: int) -> Tensor:
-    """`index` [B, N] into rows of `length` entries -> [B N] into all of them, one row after another."""
-    start = length * torch.arange(index.shape[0], device=index.device)
-    return (index + start[:, None]).flatten()
+def tokens_of(order: Tensor) -> Tensor:
+    """The tokens of an order's positions, those of pads too."""
+    return torch.where(order < 0, ~order, order)
+
+
+def take(index: Tensor, *sequences: Tensor) -> tuple[Tensor, ...]:
+    """Each of `sequences` [B, L, ...] read at `index` [B, N] -> [B, N, ...]."""
+    B, L = sequences[0].shape[:2]
+    rows = (index + L * torch.arange(B, device=index.device)[:, None]).flatten()
+    return tuple(x.flatten(0, 1).index_select(0, rows).unflatten(0, index.shape) for x in sequences)
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager:
