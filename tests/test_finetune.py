@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from visualrwkv_hf import (
     load_conversations,
     train_only,
 )
+from visualrwkv_hf.data_visualrwkv import sample_order
 
 STEPS = 6
 
@@ -215,6 +217,31 @@ def test_tensorboard_is_written_if_installed(command, monkeypatch):
     module = finetune_module()
     monkeypatch.setattr(module, "is_tensorboard_available", lambda: False)
     assert module.parse(without)[1].report_to == []
+
+
+@pytest.mark.parametrize(("strategy", "repeat"), [("original", "reversed"), ("original_v7.01", "permuted")])
+def test_samples_come_in_the_originals_order_over_all_epochs(
+    strategy, repeat, command, tmp_path, monkeypatch
+):
+    """9 samples, 4 in a step, 2 steps an epoch, 6 steps: the list is read five times. Resumed in the middle too."""
+    names, read = [*COLOURS, "text"], []
+    encode = VisualRWKVDataCollator.encode
+
+    def noted(self, row):
+        read.append(names.index(row["id"]))
+        return encode(self, row)
+
+    monkeypatch.setattr(VisualRWKVDataCollator, "encode", noted)
+    order = ["--train-sampling-strategy", strategy, "--output-dir", tmp_path]
+    sizes = ["--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 2]
+    finetune(*command, *order, *sizes)
+    expected = sample_order(9, epoch=0, epoch_steps=STEPS, micro_batch_size=4, repeat=repeat)
+    assert read == expected
+
+    read.clear()
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    finetune(*command, *order, *sizes, "--resume-from-checkpoint", tmp_path / "checkpoint-4")
+    assert read == expected[4 * 4 :]
 
 
 # Overfitting.

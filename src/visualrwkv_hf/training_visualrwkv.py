@@ -3,16 +3,19 @@
 import math
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from .data_visualrwkv import sample_order
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -111,6 +114,42 @@ def learning_rate_at(
     return rate
 
 
+class OriginalOrder(Sampler):
+    """The original's order of the samples: cubes modulo a prime, counted on from epoch to epoch.
+
+    An optimizer step reads the samples of the original's step, whatever share of them each process takes.
+
+    Args:
+        num_samples: in the data, at least 3.
+        batch_size: samples of an optimizer step over all processes. An epoch is whole steps: the rest of the data
+            has its turn in the next one.
+        repeat: how the data is read again, see [`sample_order`].
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, repeat: Literal["reversed", "permuted"]):
+        self.num_samples, self.repeat, self.epoch = num_samples, repeat, 0
+        self.length = max(1, num_samples // batch_size) * batch_size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sample_order(self.num_samples, self.epoch, self.length, 1, repeat=self.repeat))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Trainer says which epoch begins."""
+        self.epoch = epoch
+
+
+ORIGINAL_ORDERS: dict[str, Literal["reversed", "permuted"]] = {
+    "original": "reversed",
+    "original_v7.01": "permuted",
+}
+"""Sampling strategy -> how the data is read again."""
+
+SAMPLING_STRATEGIES = ["random", "sequential", "group_by_length", "batch_rebalance", *ORIGINAL_ORDERS]
+
+
 @dataclass
 class VisualRWKVTrainingArguments(TrainingArguments):
     """Trainer's arguments with the original's betas, and its schedule where `learning_rate_final` is given.
@@ -124,6 +163,14 @@ class VisualRWKVTrainingArguments(TrainingArguments):
         metadata={
             "help": "Where the original's cosine ends; the same as learning_rate: constant. None: the schedule "
             "is lr_scheduler_type's."
+        },
+    )
+    train_sampling_strategy: str = field(
+        default="random",
+        metadata={
+            "help": "Order of the samples: Trainer's random, sequential, group_by_length or batch_rebalance; original "
+            "(v6.0, v7.00) or original_v7.01 (v7.01 to v7.04): cubes modulo a prime.",
+            "choices": SAMPLING_STRATEGIES,
         },
     )
     adam_beta2: float = field(default=0.99, metadata={"help": "The beta2 of AdamW."})
@@ -152,6 +199,15 @@ class VisualRWKVTrainer(Trainer):
     card: str | None = None
     lr_scheduler: Any
     _writing_checkpoint = False
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+        """Trainer's, or the original's order."""
+        repeat = ORIGINAL_ORDERS.get(self.args.train_sampling_strategy)
+        if repeat is None:
+            return super()._get_train_sampler(train_dataset)
+        arguments, data = self.args, self.train_dataset if train_dataset is None else train_dataset
+        batch_size = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        return OriginalOrder(len(data), batch_size, repeat)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The matrices: parameters of two or more dimensions, those of size 1 not counted."""
