@@ -198,7 +198,18 @@ def main(command_line: list[str]) -> None:
     else:
         trainer.save_model()
         trainer.create_model_card()
-    trainer.accelerator.end_training()  # a process that exits while another still talks to it may abort
+    end(trainer)
+
+
+def end(trainer: VisualRWKVTrainer) -> None:
+    """Lets the processes of a distributed training end together.
+
+    One that exits while another still talks to it may abort. One that has nothing to save would be here while a
+    thread of gloo still frees the last collective's tensors, for which that needs the interpreter's lock; exiting
+    holds the lock and waits for the thread. Waiting for the others releases it.
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -201,9 +201,8 @@ def _tokens(r: Tensor, order: Tensor | None, cu_seqlens: Tensor | None) -> tuple
     begin = torch.arange(0, (B + 1) * T, T) if cu_seqlens is None else cu_seqlens.long().contiguous()
     if order is None:
         return begin, torch.arange(B * T)
-    start = (
-        T * torch.arange(B)[:, None]
-    )  # in [B, T] a number counts within its row, in native.c from the first row
+    # In `order` a number counts within its row, in native.c from the first row.
+    start = T * torch.arange(B)[:, None]
     return begin, torch.where(order < 0, order - start, order + start).contiguous()
 
 
