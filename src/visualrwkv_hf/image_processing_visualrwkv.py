@@ -75,6 +75,8 @@ def _array_to_rgb(array: np.ndarray, input_data_format: str | ChannelDimension |
         raise ValueError(f"An array must be [H, W] or have 1, 3 or 4 channels, got shape {array.shape}.")
     if 0 in array.shape:
         raise ValueError(f"An array without pixels: shape {array.shape}.")
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"An array must hold bool, integers or floats, got {array.dtype}.")
     if array.dtype != np.uint8:
         white = 1 if np.issubdtype(array.dtype, np.floating) else WHITE.get(array.dtype.name, 255)
         array = _to_bytes(array, white, f"An array of dtype {array.dtype}")

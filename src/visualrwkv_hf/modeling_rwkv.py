@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -25,14 +24,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_visualrwkv import (
-    CHANNEL_MIX_SHIFT,
-    TIME_MIX_SHIFT,
-    VisualRWKVCache,
-    VisualRWKVCacheLayer,
-    VisualRWKVStaticCache,
-)
+from .cache_visualrwkv import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, VisualRWKVCache, VisualRWKVCacheLayer
 from .configuration_visualrwkv import VisualRWKVTextConfig
+from .generation_visualrwkv import VisualRWKVGenerationMixin
 from .hub import ship_remote_code
 from .kernels import kernel
 from .loss_visualrwkv import LateLogits, is_worth_slicing, sliced_loss, visualrwkv_loss
@@ -801,75 +795,6 @@ def directions_of_layers(
     if scan_orders is None:
         return [None]
     return scan_orders.unbind(1) if isinstance(scan_orders, torch.Tensor) else scan_orders
-
-
-class VisualRWKVGenerationMixin(GenerationMixin):
-    """`generate()` with the recurrent state as its cache."""
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        # transformers says no to every class with "rwkv" in its name; its own RWKV-4 has no cache.
-        return True
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
-    ) -> None:
-        given = model_kwargs.get("past_key_values")
-        if given is not None:
-            if not hasattr(given, "advance"):
-                raise ValueError(
-                    f"past_key_values must be a VisualRWKVCache, got {type(given).__name__}: a recurrent state is no "
-                    "key-value cache. Leave it out, or make one with VisualRWKVCache(model.config)."
-                )
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-            return
-        if generation_config.use_cache is False:
-            return
-        implementation = generation_config.cache_implementation
-        if implementation not in CACHES:
-            raise ValueError(
-                f"cache_implementation={implementation!r} has no meaning for a recurrent state of constant size; "
-                f"use one of {', '.join(map(repr, CACHES))}."
-            )
-        cache = CACHES[implementation](self.config)
-        if getattr(generation_config, "is_assistant", False):
-            cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        inputs_embeds: torch.FloatTensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs,
-    ) -> dict:
-        """As the stock method; what belongs to the prompt is not handed on to later steps."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if not is_first_iteration and inputs.get("use_cache", True):
-            for name in PROMPT_INPUTS:
-                inputs.pop(name, None)
-            if inputs["input_ids"].shape[1] == 1:
-                inputs.pop("attention_mask", None)  # a new token is no pad
-        return inputs
-
-
-CACHES: dict[str | None, Callable] = {
-    None: VisualRWKVCache,
-    "dynamic": VisualRWKVCache,
-    "offloaded": VisualRWKVCache,  # a state of a few megabytes is not worth moving
-    "static": VisualRWKVStaticCache,
-}
-
-PROMPT_INPUTS = (
-    "pixel_values",
-    "pixel_values_siglip",
-    "pixel_values_sam",
-    "num_tiles",
-    "scan_orders",
-    "mm_encoder_outputs",
-)
 
 
 class LateCausalLMOutputWithPast(LateLogits, CausalLMOutputWithPast):

@@ -15,10 +15,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .configuration_visualrwkv import VisualRWKVConfig
+from .generation_visualrwkv import VisualRWKVGenerationMixin
 from .loss_visualrwkv import LateLogits, is_worth_slicing, sliced_loss, visualrwkv_loss
 from .modeling_rwkv import (
     RwkvBlock,
-    VisualRWKVGenerationMixin,
     VisualRWKVPreTrainedModel,
     VisualRWKVTextModel,
     kept_positions,

@@ -1,7 +1,7 @@
 """Processor of VisualRWKV: chat messages or text with `<image>`, and pictures -> what the model reads."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from pathlib import Path
 
@@ -132,9 +132,11 @@ class VisualRWKVProcessor(ProcessorMixin):
         `image_position` (defaults to the processor's) and `sandwich_history`, see the template.
 
         Raises:
-            ValueError: `continue_final_message` for a message that is not the assistant's.
+            ValueError: what is no list of messages; `continue_final_message` for a message that is not the
+                assistant's.
             jinja2.TemplateError: messages that the template refuses.
         """
+        _check_chats(conversation)
         template = chat_template or self.chat_template
         if isinstance(template, str) and "image_position" in template:
             kwargs.setdefault("image_position", self.image_position)
@@ -218,9 +220,9 @@ class VisualRWKVProcessor(ProcessorMixin):
     def validate_inputs(self, images=None, text=None, **kwargs):
         """Refuses another number of pictures than of placeholders, text by text if pictures are nested."""
         if text is not None:
-            wanted = [
-                sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)
-            ]
+            samples = [text] if isinstance(text, str) else text
+            _refuse_half_characters(samples)
+            wanted = [sample.count(self.image_token) for sample in samples]
             nested = isinstance(images, list) and all(isinstance(sample, list) for sample in images)
             given = [len(sample) for sample in images] if nested else _number_of(images)
             if given != (wanted if nested else sum(wanted)):
@@ -269,6 +271,43 @@ class VisualRWKVProcessor(ProcessorMixin):
         if prompt_length is None:
             return [text.rstrip() for text in texts]
         return [text.split(TURN_END)[0].strip() for text in texts]
+
+
+def _check_chats(conversation) -> None:
+    """Refuses what transformers would stumble over on its way to the template, which sees to the rest."""
+    if not isinstance(conversation, list | tuple):
+        raise ValueError(f"A chat is a list of messages, got {type(conversation).__name__}.")
+    is_batch = bool(conversation) and isinstance(conversation[0], list | tuple)
+    for chat in conversation if is_batch else [conversation]:
+        if not chat:
+            raise ValueError("A chat needs at least one message, got none.")
+        for message in chat:
+            _check_message(message)
+
+
+def _check_message(message) -> None:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"A message is a dictionary with role and content, got {type(message).__name__}.")
+    content = message.get("content")
+    if content is not None and not isinstance(content, str | list | tuple):
+        raise ValueError(f"A message's content must be a text or a list, got {type(content).__name__}.")
+    for part in content if isinstance(content, list | tuple) else ():
+        if not isinstance(part, Mapping) or "type" not in part:
+            raise ValueError(
+                "What a message's content lists are dictionaries with a type, such as {'type': 'text', 'text': ...}, "
+                f"got {str(part)[:80]}."
+            )
+
+
+def _refuse_half_characters(texts: Iterable[str]) -> None:
+    """Raises `ValueError` for a text with lone surrogates, such as the JSON text "\\ud83d" gives."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"A text holds half of a character, {text[error.start]!a} at place {error.start}."
+            ) from error
 
 
 def _check_continued(conversation) -> None:

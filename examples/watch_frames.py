@@ -1,0 +1,178 @@
+"""Watches a stream of pictures in constant memory, and answers a question about it every now and then.
+
+    python examples/watch_frames.py holiday.gif --question "What is happening?" --every 50
+    python examples/watch_frames.py frames/ --model visualrwkv-6-1b6
+    python examples/watch_frames.py film.mp4                      # needs `pip install imageio[ffmpeg]`
+
+All frames stand in one message, as a chat with many pictures has them, and each is read into the same state once: time
+and memory per frame are what they were for the first one. A question is asked of a copy of the state, so that it does
+not disturb the stream.
+"""
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+from PIL import Image, ImageSequence, UnidentifiedImageError
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from visualrwkv_hf import VisualRWKVCache, bundled_model
+
+
+def frames_of(source: Path) -> Iterator[Image.Image]:
+    """The pictures of a folder by name, the frames of an animation or those of a video, one at a time.
+
+    Raises:
+        ValueError: nothing there can be read.
+    """
+    if source.is_dir():
+        for path in sorted(source.iterdir()):
+            try:
+                yield Image.open(path).convert("RGB")
+            except (UnidentifiedImageError, IsADirectoryError):
+                typer.secho(f"Left out, for it is no picture: {path}", err=True, fg="yellow")
+        return
+    try:
+        with Image.open(source) as animation:
+            for frame in ImageSequence.Iterator(animation):
+                yield frame.convert("RGB")
+    except UnidentifiedImageError:
+        yield from video_frames(source)
+
+
+def video_frames(source: Path) -> Iterator[Image.Image]:
+    try:
+        import imageio.v3 as imageio
+    except ImportError as error:
+        raise ValueError(
+            f"{source} is no picture that Pillow reads. If it is a video: pip install 'imageio[ffmpeg]'."
+        ) from error
+    try:
+        for frame in imageio.imiter(source):
+            yield Image.fromarray(frame)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{source} cannot be read as a video: {error}") from error
+
+
+class Watcher:
+    """A model that has seen some frames.
+
+    Attributes:
+        state: what it keeps of them.
+        num_frames: how many there were.
+    """
+
+    def __init__(self, model, processor):
+        self.model, self.processor = model, processor
+        self.state = VisualRWKVCache(model.config)
+        self.num_frames = 0
+
+    @torch.no_grad()
+    def see(self, frame: Image.Image) -> None:
+        """Reads one more frame."""
+        before = "\n" if self.num_frames else self.prompt_around("")[0]
+        inputs = self.processor(images=frame, text=before + self.processor.image_token, return_tensors="pt")
+        inputs = inputs.to(self.model.device, dtype=self.model.dtype)
+        self.model.model(**inputs, past_key_values=self.state)
+        self.num_frames += 1
+
+    def ask(self, question: str, max_new_tokens: int = 32) -> str:
+        """The answer to a question about the frames so far."""
+        ids = self.processor.tokenizer(self.prompt_around(question)[1], return_tensors="pt")["input_ids"]
+        # A mask that is longer than the ids says that these are new words alone.
+        mask = torch.ones(1, self.state.get_seq_length() + ids.shape[1], dtype=torch.long)
+        output = self.model.generate(
+            ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            past_key_values=self.state.copy(),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+        return self.processor.post_process_image_text_to_text(output, prompt_length=ids.shape[1])[0]
+
+    def prompt_around(self, question: str) -> list[str]:
+        """What stands before the first picture of a message, and what behind its last one."""
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, image_position="first", tokenize=False
+        )
+        return text.split(self.processor.image_token)
+
+
+class Seen(NamedTuple):
+    """After a frame: its number, seconds that it took, bytes of the state and of the process at its highest."""
+
+    number: int
+    seconds: float
+    state_bytes: int
+    process_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"frame {self.number:,}: {1e3 * self.seconds:.1f} ms, state {self.state_bytes / 1e6:.3f} MB, "
+            f"process {self.process_bytes / 1e6:,.0f} MB"
+        )
+
+
+def watch(watcher: Watcher, frames: Iterator[Image.Image]) -> Iterator[Seen]:
+    """Reads the frames one by one."""
+    for frame in frames:
+        start = time.perf_counter()
+        watcher.see(frame)
+        elapsed = time.perf_counter() - start
+        yield Seen(watcher.num_frames, elapsed, watcher.state.nbytes, highest_memory())
+
+
+def highest_memory() -> int:
+    """The most bytes that this process has held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main(
+    source: Annotated[
+        Path, typer.Argument(exists=True, help="A folder of pictures, an animation or a video.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="A folder or a Hub id. Without it the model inside the package watches."),
+    ] = None,
+    question: Annotated[str, typer.Option(help="What is asked.")] = "What can be seen?",
+    every: Annotated[int, typer.Option(min=1, help="After how many frames.")] = 100,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 32,
+) -> None:
+    folder = model or str(bundled_model())
+    processor = AutoProcessor.from_pretrained(folder)
+    vlm = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
+    watcher, times = Watcher(vlm, processor), []
+    try:
+        for seen in watch(watcher, islice(frames_of(source), max_frames)):
+            times.append(seen.seconds)
+            if seen.number % every == 0:
+                print(seen._replace(seconds=statistics.median(times[-every:])))
+                print(f"  {question} {watcher.ask(question, max_new_tokens)}")
+    except ValueError as error:
+        typer.secho(f"Error: {error}", err=True, fg="red")
+        raise typer.Exit(1) from error
+    if not times:
+        typer.secho(f"Error: {source} has no frames.", err=True, fg="red")
+        raise typer.Exit(1)
+    part = max(1, len(times) // 10)
+    print(
+        f"{len(times):,} frames; the first tenth took {1e3 * statistics.median(times[:part]):.1f} ms each, the last "
+        f"{1e3 * statistics.median(times[-part:]):.1f} ms."
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
