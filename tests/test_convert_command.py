@@ -14,7 +14,7 @@ from released_shapes import RELEASES as RELEASED_SHAPES
 from safetensors.torch import load_file
 from tiny_checkpoint import write_checkpoint
 
-from visualrwkv_hf import cli
+from visualrwkv_hf import cli_convert
 from visualrwkv_hf.conversion.convert import EXTRAS_FILE
 from visualrwkv_hf.conversion.hub_files import HubFile, parse_address
 from visualrwkv_hf.conversion.infer_config import FAMILIES, infer_config
@@ -118,7 +118,7 @@ def test_progress_names_the_file_and_counts_to_the_total(checkpoint, monkeypatch
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    with cli.progress_bar(total=2_000_000) as progress:
+    with cli_convert.progress_bar(total=2_000_000) as progress:
         progress("model-00001-of-00002.safetensors", 1_500_000)
         progress("model-00002-of-00002.safetensors", 500_000)
     last = terminal.getvalue().strip().split("\r")[-1]
@@ -131,7 +131,7 @@ def test_bytes_to_write_is_what_is_written(checkpoint, tmp_path, dtype, width):
 
     written = []
     to_hf(checkpoint, tmp_path / "model", dtype=dtype, progress=lambda file, n: written.append(n))
-    assert sum(written) == cli.bytes_to_write([checkpoint], dtype)
+    assert sum(written) == cli_convert.bytes_to_write([checkpoint], dtype)
     assert sum(written) == width * sum(tensor.numel() for tensor in torch.load(checkpoint).values())
 
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextIterato
 from typer.testing import CliRunner
 
 from visualrwkv_hf import VisualRWKVProcessor, bundled_model
-from visualrwkv_hf.cli import answer_streamer, app
+from visualrwkv_hf.chat_visualrwkv import AnswerStreamer
+from visualrwkv_hf.cli import app
 from visualrwkv_hf.conversion.world_tokenizer import build_world_tokenizer
 from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
 
@@ -204,13 +205,13 @@ def test_ask_prints_the_originals_text(converted):
     assert result.stdout == GOLDEN["final_text"] + "\n"
 
 
-def test_ask_prints_no_white_space_around_an_answer(capsys):
+def test_an_answer_is_streamed_without_white_space_around_it():
     """Not the space in front of the first word, nor the blank line that ends the turn."""
-    streamer = answer_streamer(None)
+    streamer = AnswerStreamer(None)
     for piece in ("", " ", "\n A", " small\n", " cat.", "\n", "\n"):
         streamer.on_finalized_text(piece)
     streamer.on_finalized_text("\n", stream_end=True)
-    assert capsys.readouterr().out == "A small\n cat.\n"
+    assert "".join(streamer) == "A small\n cat."
 
 
 def test_ask_places_the_picture_as_asked(converted):

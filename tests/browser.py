@@ -1,0 +1,126 @@
+"""The web demo in a process of its own, and a headless Chromium that uses it."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DEMO = Path(__file__).parents[1] / "examples" / "web_demo.py"
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+OPTIONS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--window-size=1360,860",
+    # As on a machine without a network: only this machine has an address.
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+)
+SUBMIT = "[data-testid=submit-button]"
+SECONDS = 300
+"""The longest wait for anything."""
+
+
+@contextmanager
+def running_demo(log: Path, *arguments: str) -> Iterator[str]:
+    """The address of `examples/web_demo.py`. What it prints goes to `log`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, str(DEMO), "--port", str(port), *arguments]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        wait_for(lambda: "Running on local URL" in log.read_text() or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def wait_for(condition, seconds: float = SECONDS):
+    """What `condition()` gives as soon as it is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+class Page:
+    """The demo's page as a person sees it."""
+
+    def __init__(self, url: str):
+        from selenium.webdriver import Chrome, ChromeOptions
+        from selenium.webdriver.chrome.service import Service
+
+        options = ChromeOptions()
+        options.binary_location = CHROMIUM
+        for option in OPTIONS:
+            options.add_argument(option)
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+        self.url = url
+        self.browser = Chrome(options=options, service=Service(DRIVER))
+        self.open()
+
+    def open(self) -> None:
+        """The page without messages."""
+        self.browser.get(self.url)
+        wait_for(lambda: self.find("textarea") and self.is_idle())
+
+    def find(self, selector: str) -> list:
+        return self.browser.find_elements("css selector", selector)
+
+    def texts(self, selector: str) -> list[str]:
+        """As they are now: the page may change while it is looked at."""
+        script = "return [...document.querySelectorAll(arguments[0])].map(element => element.innerText)"
+        return self.browser.execute_script(script, selector)
+
+    def attach(self, *pictures: Path) -> None:
+        wait_for(self.is_idle)
+        before = len(self.find(".thumbnail-item"))
+        (files,) = self.find("input[type=file]")
+        self.browser.execute_script("arguments[0].value = ''", files)  # else the last ones are sent again
+        files.send_keys("\n".join(map(str, pictures)))
+        wait_for(lambda: len(self.find(".thumbnail-item")) == before + len(pictures))
+
+    def ask(self, question: str) -> list[str]:
+        """Sends a question. Returns what could be read of its answer, time after time."""
+        wait_for(self.is_idle)
+        before = len(self.answers())
+        self.find("textarea")[0].send_keys(question)
+        self.find(SUBMIT)[0].click()
+        return self.watch(before)
+
+    def watch(self, before: int) -> list[str]:
+        """What can be read of the answer behind `before` others, time after time until it is whole."""
+        seen = [""]
+        wait_for(lambda: self.answers()[before:])
+        while not self.is_idle():
+            now = "".join(self.answers()[before:])  # for a moment the page may show none
+            if now and now != seen[-1]:
+                seen.append(now)
+        return [*seen, self.answers()[before]]
+
+    def is_idle(self) -> bool:
+        """Whether a question can be sent."""
+        return bool(self.find(SUBMIT) and self.find("[data-testid=upload-button]:not([disabled])"))
+
+    def answers(self) -> list[str]:
+        return self.texts("[data-testid=bot]")
+
+    def requests(self) -> set[str]:
+        """Addresses that the browser asked since it was last looked."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
+        return {
+            message["params"]["request"]["url"]
+            for message in messages
+            if message["method"] == "Network.requestWillBeSent"
+        }
