@@ -12,17 +12,24 @@ from .auto_classes import register
 
 if TYPE_CHECKING:
     from .cache_visualrwkv import VisualRWKVCache, VisualRWKVStaticCache
+    from .caption_visualrwkv import Captioning, pictures_in
+    from .chat_visualrwkv import Chat, chat_inputs, stream_answer
     from .collator_visualrwkv import VisualRWKVDataCollator, load_conversations, messages_to_conversation
     from .configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig, VisualRWKVVisionConfig
     from .data_visualrwkv import PROMPT_FORMATS, TURN_END, encode_turns
+    from .export_visualrwkv import export_onnx
     from .image_processing_visualrwkv import VisualRWKVImageProcessor, image_processor_for
     from .kernels import wkv_backend
+    from .loss_visualrwkv import sliced_loss, visualrwkv_loss
     from .modeling_rwkv import VisualRWKVForCausalLM, VisualRWKVTextModel
     from .modeling_vision import VisualRWKVVisionModel
     from .modeling_visualrwkv import VisualRWKVForConditionalGeneration, VisualRWKVModel
     from .native import accelerate_on_cpu, build_native_ops
     from .processing_visualrwkv import VisualRWKVProcessor
     from .scan_orders import SCANS
+    from .serve_visualrwkv import serve
+    from .show_visualrwkv import reading_figure, save_figure
+    from .state_store import StateStore
     from .training_visualrwkv import (
         TRAINABLE_PARTS,
         VisualRWKVTrainer,
@@ -37,8 +44,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 MODULE_OF = {
+    "Captioning": "caption_visualrwkv",
+    "Chat": "chat_visualrwkv",
     "PROMPT_FORMATS": "data_visualrwkv",
     "SCANS": "scan_orders",
+    "StateStore": "state_store",
     "TRAINABLE_PARTS": "training_visualrwkv",
     "TURN_END": "data_visualrwkv",
     "VisualRWKVCache": "cache_visualrwkv",
@@ -58,14 +68,23 @@ MODULE_OF = {
     "VisualRWKVVisionModel": "modeling_vision",
     "accelerate_on_cpu": "native",
     "build_native_ops": "native",
+    "chat_inputs": "chat_visualrwkv",
     "encode_turns": "data_visualrwkv",
+    "export_onnx": "export_visualrwkv",
     "image_processor_for": "image_processing_visualrwkv",
     "learning_rate_at": "training_visualrwkv",
     "load_conversations": "collator_visualrwkv",
     "lora_config": "training_visualrwkv",
     "messages_to_conversation": "collator_visualrwkv",
+    "pictures_in": "caption_visualrwkv",
+    "reading_figure": "show_visualrwkv",
+    "save_figure": "show_visualrwkv",
+    "serve": "serve_visualrwkv",
+    "sliced_loss": "loss_visualrwkv",
+    "stream_answer": "chat_visualrwkv",
     "train_only": "training_visualrwkv",
     "training_card": "training_visualrwkv",
+    "visualrwkv_loss": "loss_visualrwkv",
     "wkv6": "wkv",
     "wkv7": "wkv",
     "wkv_backend": "kernels",
@@ -77,6 +96,9 @@ __all__ = [
     "SCANS",
     "TRAINABLE_PARTS",
     "TURN_END",
+    "Captioning",
+    "Chat",
+    "StateStore",
     "VisualRWKVCache",
     "VisualRWKVConfig",
     "VisualRWKVDataCollator",
@@ -95,15 +117,24 @@ __all__ = [
     "accelerate_on_cpu",
     "build_native_ops",
     "bundled_model",
+    "chat_inputs",
     "encode_turns",
+    "export_onnx",
     "image_processor_for",
     "learning_rate_at",
     "load_conversations",
     "lora_config",
     "messages_to_conversation",
+    "pictures_in",
+    "reading_figure",
     "register",
+    "save_figure",
+    "serve",
+    "sliced_loss",
+    "stream_answer",
     "train_only",
     "training_card",
+    "visualrwkv_loss",
     "wkv6",
     "wkv7",
     "wkv_backend",

@@ -173,14 +173,14 @@ def fuse_features(features: Mapping[str, torch.Tensor], tile_grid: int = 1) -> t
         ValueError: if encoders disagree in pictures or patches, or the views are not V for each picture.
     """
     shapes = {name: tuple(features[name].shape[:2]) for name in ENCODER_NAMES if name in features}
-    if len(set(shapes.values())) != 1:
+    first, *others = shapes.values()
+    if any(shape != first for shape in others):
         raise ValueError(
             f"All encoders must give the same pictures and patches, got (views, patches) {shapes}."
         )
     views = 1 if tile_grid == 1 else 1 + tile_grid**2
-    (count, _) = next(iter(shapes.values()))
-    if count % views:
-        raise ValueError(f"{count} views are not a multiple of the {views} that a picture has.")
+    if first[0] % views:
+        raise ValueError(f"{first[0]} views are not a multiple of the {views} that a picture has.")
     split = [features[name].unflatten(0, (-1, views)) for name in shapes]  # [N, V, L, D_encoder] each
     parts = [feature[:, 0] for feature in split]
     if tile_grid > 1:
@@ -286,8 +286,9 @@ class VisualRWKVVisionModel(PreTrainedModel):
                 f"pixel_values_{superfluous[0]} has no use: the tower has {', '.join(pixels)}, "
                 f"and {first} reads pixel_values."
             )
-        counts = {arguments[name]: len(pictures) for name, pictures in pixels.items()}
-        if len(set(counts.values())) > 1:
+        # shape[0] and no set: torch.export leaves the number open, which len() and a hash would fix.
+        counts = {arguments[name]: pictures.shape[0] for name, pictures in pixels.items()}
+        if any(count != counts["pixel_values"] for count in counts.values()):
             raise ValueError(f"All encoders must see the same views, got {counts}.")
         if counts["pixel_values"] % self.config.num_views:
             raise ValueError(
