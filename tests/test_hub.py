@@ -41,6 +41,10 @@ PROCESSOR_ONLY_CODE = {"image_processing_visualrwkv.py", "processing_visualrwkv.
 PROCESSOR_CODE = IMAGE_CODE | PROCESSOR_ONLY_CODE
 MODEL_CODE = {
     "cache_visualrwkv.py",
+    "contents.py",
+    "generation_visualrwkv.py",
+    "state_file.py",
+    "state_store.py",
     "configuration_visualrwkv.py",
     "hub.py",
     "kernels.py",
