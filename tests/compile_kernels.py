@@ -161,8 +161,11 @@ BOUNDED = dict(min_log_decay=-0.6065306597126334)  # -e^(-1/2), what RWKV-7 pass
 
 
 class Op(NamedTuple):
+    """How it is called with (dtype, head size) and each set of options, and with which head sizes it differs."""
+
     call: Callable[..., None]
     options: dict[str, dict[str, Any]]
+    head_sizes: tuple[int, ...] = HEAD_SIZES
 
 
 OPS = {
@@ -183,13 +186,13 @@ OPS = {
             "token": dict(T=1),
             "token, dynamic": dict(T=1, M=5, dynamic=True),
         },
+        head_sizes=(64,),  # it knows of channels only
     ),
     "rwkv7_decode": Op(
         call_rwkv7_decode, {"": {}, "first layer": dict(first_layer=True), "mask": dict(mask=True)}
     ),
     "rwkv6_decode": Op(call_rwkv6_decode, {"": {}, "RWKV-5": dict(constant=True), "mask": dict(mask=True)}),
 }
-"""Op -> how it is called with (dtype, head size) and each set of options."""
 
 
 # --- what that launches -------------------------------------------------------------------------------
@@ -253,6 +256,8 @@ def launches_of(ops, dtypes, head_sizes, targets, quick: bool) -> list[Launch]:
     """Every distinct launch of these ops, or those of the `QUICK` options."""
     launches: dict[str, Launch] = {}
     for name, dtype, head_size, target in itertools.product(ops, dtypes, head_sizes, targets):
+        if head_size not in OPS[name].head_sizes:
+            continue
         for options, arguments in OPS[name].options.items():
             if quick and options not in QUICK:
                 continue

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from torch.utils.checkpoint import checkpoint
 from triton_interpreter import INTERPRETED, tf32_dots
 
+from visualrwkv_hf.triton_kernels import unsupported
 from visualrwkv_hf.triton_kernels.wkv6 import wkv6
 from visualrwkv_hf.wkv import wkv6 as plain
 
@@ -379,11 +380,15 @@ def test_autocast_changes_nothing(T):
         assert_equal(run(wkv6, inputs), expected)
 
 
-def test_refuses_what_it_does_not_serve():
-    r, w, k, v, u, _ = make_inputs(5)
-    with pytest.raises(
-        ValueError, match=r"wkv6: head sizes K = V in \(32, 64, 128\) .* not K = 16 and V = 16"
-    ):
-        wkv6(*(x[..., :16] for x in (r, w, k, v, u)))
-    with pytest.raises(ValueError, match=r"wkv6: torch.float64 is not served"):
-        wkv6(*(x.double() for x in (r, w, k, v, u)))
+@pytest.mark.parametrize(
+    ("size", "dtype", "message"),
+    [
+        (16, torch.float32, "not K = 16 and V = 16"),
+        (64, torch.float64, "torch.float64"),
+        (64, torch.float16, ""),
+    ],
+)
+def test_says_what_is_not_served(size, dtype, message):
+    x = torch.zeros(1, 2, 1, size, dtype=dtype)
+    reason = unsupported("wkv6", x, x)
+    assert message in reason and bool(message) == bool(reason)

@@ -132,24 +132,44 @@ def operand(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def halves(w, BT: tl.constexpr, K: tl.constexpr, M: tl.constexpr):
-    """Decay factors of the level at which blocks of M tokens join to blocks of 2 M.
+def sums_of(b_w, m_summed, DOT: tl.constexpr, DOTS: tl.constexpr):
+    """For every token the sum of the log decays of some: b_w [K, BT], m_summed [BT, BT] -> [K, BT] float32.
 
-    A column s of a first half meets a row t of the second half at the boundary between them: the column has
-    decayed to it, the row from it. Both exponents are sums of log decays, so nothing overflows or cancels:
-        rows[t] cols[s] = D(s, t)   for s, t of one block of 2 M, s in its first and t in its second half.
-
-    w: log decay, finite, [BT, K] float32.
-    Returns rows [BT, K], 0 in first halves; cols [BT, K], 0 in second halves; same_block [BT, BT].
+    A product with zeros and ones, where a scan would shuffle. Two or three parts of w keep the bits of a sum
+    that its exp can show: errors are 2^-17 of the sum for bfloat16, 2^-22 for the others.
     """
-    o_t = tl.arange(0, BT)
-    second = ((o_t // M) % 2 == 1)[:, None]
-    segments = tl.reshape(w, [BT // M, M, K])
-    since = tl.reshape(tl.cumsum(segments, 1), [BT, K]) - w  # from the boundary until before t
-    until = tl.reshape(tl.cumsum(segments, 1, reverse=True), [BT, K]) - w  # behind s until the boundary
-    factor = tl.exp(tl.where(second, since, until))
-    same_block = (o_t // (2 * M))[:, None] == (o_t // (2 * M))[None, :]
-    return tl.where(second, factor, 0.0), tl.where(second, 0.0, factor), same_block
+    ones = tl.where(m_summed, 1.0, 0.0).to(DOT)
+    if DOT.primitive_bitwidth == 16:
+        upper = b_w.to(DOT)
+        return tl.dot(upper, ones) + tl.dot((b_w - upper.to(tl.float32)).to(DOT), ones)
+    else:
+        return tl.dot(b_w, ones, input_precision="tf32x3" if DOTS == "tf32" else DOTS)
+
+
+@triton.jit
+def level_decays(b_w, level, BT: tl.constexpr, DOT: tl.constexpr, DOTS: tl.constexpr):
+    """Decay to the boundary at which blocks of M = 2^level tokens meet to be blocks of 2 M.
+
+    There a token s of the first half meets a token t of the second: s has decayed to it, t from it. Both
+    exponents are sums of log decays, so nothing overflows or cancels:
+        decay[s] decay[t] = D(s, t)   for s, t of one block of 2 M, in its first and in its second half.
+
+    Returns:
+        decay [K, BT]; m_second [1, BT]: in a second half; m_between [BT, BT]: row is between column and boundary;
+        m_meet [BT, BT]: row and column are in the two halves of one block.
+    """
+    row, col = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    m_second = ((col >> level) & 1) == 1
+    m_between = (((row ^ col) >> level) == 0) & ((m_second & (row < col)) | (~m_second & (row > col)))
+    decay = tl.exp(sums_of(b_w, m_between, DOT, DOTS))
+    return decay, m_second, m_between, ((row ^ col) >> level) == 1
+
+
+@triton.jit
+def rows_of(x, first, N: tl.constexpr):
+    """N rows of x [K, D], which is in registers, from the first on: products summed over few need few of those."""
+    row = first + tl.arange(0, N)
+    return tl.gather(x, tl.broadcast_to(row[:, None], [N, x.shape[1]]), 0)
 
 
 @triton.jit

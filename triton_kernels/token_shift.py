@@ -28,9 +28,9 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
-FORWARD = Tiles(BT=16, BC=128, num_warps=4)
+FORWARD = Tiles(BT=8, BC=128, num_warps=4)
 FORWARD_OF_ONE_TOKEN = Tiles(BT=1, BC=128, num_warps=1)
-BACKWARD = {2: Tiles(BT=64, BC=64, num_warps=8), 4: Tiles(BT=32, BC=64, num_warps=8)}
+BACKWARD = {2: Tiles(BT=64, BC=64, num_warps=8), 4: Tiles(BT=32, BC=32, num_warps=8)}
 """By bytes of an element. A tile leaves M float32 rows of the gradient of mix: long tiles, so that these are few."""
 
 

@@ -24,16 +24,18 @@ from .chunks import (
     chunk_rows,
     chunk_table,
     has_matrix_units,
+    level_decays,
     load_rows,
     most_chunks,
     needs_gradient,
     on_device_of,
     operand,
     precision_of,
+    rows_of,
     sequence_of_chunk,
     span_of_sequence,
     store_rows,
-    unsupported,
+    sums_of,
 )
 
 # Up to here stepping token by token is faster than filling a chunk.
@@ -58,12 +60,14 @@ CHUNK_SIZES = {torch.bfloat16: 32, torch.float32: 16}
 CONFIGS = {
     (32, 2): Config(Launch(32, 4), Launch(32, 4), Launch(16, 4, 3), Launch(32, 4, 3)),
     (64, 2): Config(Launch(64, 4), Launch(16, 4), Launch(16, 4, 2), Launch(32, 4, 2)),
-    (128, 2): Config(Launch(64, 8), Launch(16, 8), Launch(16, 4, 2), Launch(32, 4, 2)),
+    (128, 2): Config(Launch(64, 8), Launch(16, 8), Launch(16, 8, 2), Launch(32, 4, 2)),
     (32, 4): Config(Launch(32, 4), Launch(32, 4), Launch(16, 4, 2), Launch(32, 4, 2)),
     (64, 4): Config(Launch(64, 4), Launch(16, 8), Launch(16, 4, 2), Launch(32, 4, 2)),
     (128, 4): Config(Launch(32, 8), Launch(16, 8), Launch(16, 4, 2), Launch(32, 8, 2)),
 }
-STEPS = {32: Launch(32, 1), 64: Launch(32, 2), 128: Launch(32, 4)}
+# Keys per turn of the backward's product over keys where all at once would spill registers.
+KEYS = {torch.float32: 32}
+STEPS = {32: Launch(32, 1), 64: Launch(32, 2), 128: Launch(16, 4)}
 
 
 def chunk_size_of(r: Tensor) -> int:
@@ -89,44 +93,10 @@ def load_log_decays(w, rows, m_read, i_b, i_h, T, stride_b, stride_t, K: tl.cons
 
 
 @triton.jit
-def sums_of(b_w, m_summed, DOT: tl.constexpr, DOTS: tl.constexpr):
-    """For every token the sum of the log decays of some: b_w [K, BT], m_summed [BT, BT] -> [K, BT] float32.
-
-    A product with zeros and ones, where a scan would shuffle. Two or three parts of w keep the bits of a sum
-    that its exp can show: errors are 2^-17 of the sum for bfloat16, 2^-22 for the others.
-    """
-    ones = tl.where(m_summed, 1.0, 0.0).to(DOT)
-    if DOT.primitive_bitwidth == 16:
-        upper = b_w.to(DOT)
-        return tl.dot(upper, ones) + tl.dot((b_w - upper.to(tl.float32)).to(DOT), ones)
-    else:
-        return tl.dot(b_w, ones, input_precision="tf32x3" if DOTS == "tf32" else DOTS)
-
-
-@triton.jit
 def chunk_decays(b_w, BT: tl.constexpr, DOT: tl.constexpr, DOTS: tl.constexpr):
     """Decay from the start of the chunk until before a token, and behind the token until the end; [K, BT] each."""
     row, col = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
     return tl.exp(sums_of(b_w, row < col, DOT, DOTS)), tl.exp(sums_of(b_w, row > col, DOT, DOTS))
-
-
-@triton.jit
-def level_decays(b_w, level, BT: tl.constexpr, DOT: tl.constexpr, DOTS: tl.constexpr):
-    """Decay to the boundary at which blocks of M = 2^level tokens meet to be blocks of 2 M.
-
-    There a token s of the first half meets a token t of the second: s has decayed to it, t from it. Both
-    exponents are sums of log decays, so nothing overflows or cancels:
-        decay[s] decay[t] = D(s, t)   for s, t of one block of 2 M, in its first and in its second half.
-
-    Returns:
-        decay [K, BT]; m_second [1, BT]: in a second half; m_between [BT, BT]: row is between column and boundary;
-        m_meet [BT, BT]: row and column are in the two halves of one block.
-    """
-    row, col = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    m_second = ((col >> level) & 1) == 1
-    m_between = (((row ^ col) >> level) == 0) & ((m_second & (row < col)) | (~m_second & (row > col)))
-    decay = tl.exp(sums_of(b_w, m_between, DOT, DOTS))
-    return decay, m_second, m_between, ((row ^ col) >> level) == 1
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -345,7 +315,7 @@ def wkv6_bwd_scan_kernel(
     tl.store(dinitial_state + p_S, b_dS)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "width"])
 def wkv6_bwd_inputs_kernel(
     r,
     w,
@@ -370,14 +340,18 @@ def wkv6_bwd_inputs_kernel(
     stride_w_t,
     T,
     S,
+    width,
     H: tl.constexpr,
     K: tl.constexpr,
     BT: tl.constexpr,
     LEVELS: tl.constexpr,
+    BK: tl.constexpr,
     BV: tl.constexpr,
     DOTS: tl.constexpr,
 ):
     """Gradients of r, w, k, v, and of u by the chunk alone. One program per chunk and head.
+
+    width is K, which the compiler must not know: of loops that it unrolls the turns share registers.
 
     With S and dS' the state at the chunk's start and the gradient of that at its end:
         dA = dy v^T,  dr_in = dy S^T,  dk_out = v dS'^T,  dv = A^T dy + k_out dS'
@@ -405,14 +379,17 @@ def wkv6_bwd_inputs_kernel(
     b_dr_in = tl.zeros([K, BT], tl.float32)
     b_dk_out = tl.zeros([K, BT], tl.float32)
     b_dtotal = tl.zeros([K], tl.float32)
-    for i_v in range(0, K, BV):
+    for i_v in range(0, width, BV):
         o_v = i_v + tl.arange(0, BV)
         b_v = tl.trans(load_rows(v, rows, m_read, i_h, H, K, o_v))  # [BV, BT]
         b_dy = tl.trans(load_rows(dy, rows, m_read, i_h, H, K, o_v))
         p_S = (i_p * K + o_k)[:, None] * K + o_v[None, :]
         b_S, b_dS = tl.load(states + p_S), tl.load(dstates + p_S)
         b_dv = tl.dot(operand(b_dy, DOT, DOTS), b_A, input_precision=DOTS)
-        b_dv = tl.dot(tl.trans(b_dS), b_k_out, b_dv, input_precision=DOTS)
+        for i_k in range(0, K if BK == K else width, BK):
+            dS_part = b_dS if BK == K else rows_of(b_dS, i_k, BK)
+            k_part = b_k_out if BK == K else rows_of(b_k_out, i_k, BK)
+            b_dv = tl.dot(tl.trans(dS_part), k_part, b_dv, input_precision=DOTS)
         store_rows(dv, tl.trans(b_dv), rows, m_read, m_row, i_h, H, K, o_v)
         b_dA = tl.dot(tl.trans(operand(b_v, DOT, DOTS)), operand(b_dy, DOT, DOTS), b_dA, input_precision=DOTS)
         b_dr_in = tl.dot(b_S, operand(b_dy, DOT, DOTS), b_dr_in, input_precision=DOTS)
@@ -623,10 +600,12 @@ def wkv6_backward(
             H=H, K=K, BT=BT, BV=BV, DOTS=dots, STAGES=stages, num_warps=warps,
         )  # fmt: skip
         BV, warps, stages = config.inputs
+        BK = KEYS.get(r.dtype, K)
         wkv6_bwd_inputs_kernel[(C * H,)](
             r, w, k, v, u, order, cu_seqlens, chunk_starts, sequence_of, A, states, total, dy, dstates,
-            dr, dw, dk, dv, du_of_chunks, w.stride(0), w.stride(1), T, S,
-            H=H, K=K, BT=BT, LEVELS=BT.bit_length() - 1, BV=BV, DOTS=dots, num_warps=warps, num_stages=stages,
+            dr, dw, dk, dv, du_of_chunks, w.stride(0), w.stride(1), T, S, K,
+            H=H, K=K, BT=BT, LEVELS=BT.bit_length() - 1, BK=BK, BV=BV, DOTS=dots, num_warps=warps,
+            num_stages=stages,
         )  # fmt: skip
     du.copy_(du_of_chunks.sum(0))
     return dr, dw, dk, dv, du, dinitial_state
@@ -689,13 +668,7 @@ def wkv6(
 
     Returns:
         y [B, T, H, V] in the dtype of r, and S_T [B, H, K, V] in float32.
-
-    Raises:
-        ValueError: shapes, dtypes or a device that are not served.
-        RuntimeError: from a gradient, on a GPU of compute capability below 8.0.
     """
     save = needs_gradient(r, w, k, v, u, initial_state)
-    if reason := unsupported(r, v, save):
-        raise ValueError(f"wkv6: {reason}.")
     y, state, *_ = wkv6_forward(r, w, k, v, u, initial_state, order, cu_seqlens, save)
     return y, state

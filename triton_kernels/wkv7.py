@@ -14,7 +14,7 @@ q, o0, P, N, G do not depend on S: all chunks at once prepare them, and only the
 chunk. exp(G) stays apart from P, which is rounded: near 1 it would lose what the state must keep.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,9 +26,9 @@ from .chunks import (
     centred,
     chunk_rows,
     chunk_table,
-    halves,
     has_matrix_units,
     inverse_of_one_minus,
+    level_decays,
     load_log_decay,
     load_rows,
     most_chunks,
@@ -36,36 +36,40 @@ from .chunks import (
     on_device_of,
     operand,
     precision_of,
+    rows_of,
     sequence_of_chunk,
     span_of_sequence,
     store_rows,
 )
 
-# Of `halves` in the largest chunk, 64 tokens.
-LEVELS = tl.constexpr(6)
-
 
 @triton.jit
 def _products(
-    r, w, k, a, b, rows, m_read, i_h, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr,
-    SAFE: tl.constexpr, PRECISION: tl.constexpr,
+    r, w, k, a, b, rows, m_read, i_h, width, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, DOT: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A_rk, A_rb, A_ak [BT, BT] as operands, A_ab [BT, BT] float32."""
-    o_t, o_k = tl.arange(0, BT), tl.arange(0, K)
-    b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
-    b_r = load_rows(r, rows, m_read, i_h, H, K, o_k)
-    b_k = load_rows(k, rows, m_read, i_h, H, K, o_k)
-    b_a = load_rows(a, rows, m_read, i_h, H, K, o_k)
-    b_b = load_rows(b, rows, m_read, i_h, H, K, o_k)
+    """A_rk, A_rb, A_ak [BT, BT] as operands, A_ab [BT, BT] float32, summed over BK keys at a time.
+
+    LEVELS are those of `level_decays`; 0 where log decays are bounded, so that factors may be `centred`.
+    """
+    o_t = tl.arange(0, BT)
     diagonal = o_t[:, None] == o_t[None, :]
-    A_rk = tl.where(diagonal, tl.sum(b_r * b_k, 1)[:, None], 0.0)
-    A_rb = tl.where(diagonal, tl.sum(b_r * b_b, 1)[:, None], 0.0)
+    A_rk = tl.zeros([BT, BT], tl.float32)
+    A_rb = tl.zeros([BT, BT], tl.float32)
     A_ak = tl.zeros([BT, BT], tl.float32)
     A_ab = tl.zeros([BT, BT], tl.float32)
-    b_r *= tl.exp(b_w)
-    for level in tl.static_range(0, LEVELS if SAFE else 1):
-        if 2**level < BT:
-            f_row, f_col, m_pair = _factors(b_w, BT, K, 2**level, SAFE)
+    for i_k in range(0, K if BK == K else width, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
+        b_r = load_rows(r, rows, m_read, i_h, H, K, o_k)
+        b_k = load_rows(k, rows, m_read, i_h, H, K, o_k)
+        b_a = load_rows(a, rows, m_read, i_h, H, K, o_k)
+        b_b = load_rows(b, rows, m_read, i_h, H, K, o_k)
+        A_rk += tl.where(diagonal, tl.sum(b_r * b_k, 1)[:, None], 0.0)
+        A_rb += tl.where(diagonal, tl.sum(b_r * b_b, 1)[:, None], 0.0)
+        b_r *= tl.exp(b_w)
+        if LEVELS == 0:
+            f_row, f_col, m_pair = centred(b_w, BT, BK)
             x_r, x_a = operand(b_r * f_row, DOT, PRECISION), operand(b_a * f_row, DOT, PRECISION)
             y_k, y_b = (
                 tl.trans(operand(b_k * f_col, DOT, PRECISION)),
@@ -75,16 +79,35 @@ def _products(
             A_rb += tl.where(m_pair, tl.dot(x_r, y_b, input_precision=PRECISION), 0.0)
             A_ak += tl.where(m_pair, tl.dot(x_a, y_k, input_precision=PRECISION), 0.0)
             A_ab += tl.where(m_pair, tl.dot(x_a, y_b, input_precision=PRECISION), 0.0)
+        for level in range(0, LEVELS):
+            factor, m_second, _m_between, m_meet = _level(b_w, level, BT, DOT, PRECISION)
+            m_pair = m_meet & (o_t[:, None] > o_t[None, :])
+            x_rk = operand(tl.where(m_second, b_r, b_k) * factor, DOT, PRECISION)
+            x_ab = operand(tl.where(m_second, b_a, b_b) * factor, DOT, PRECISION)
+            A_rk += tl.where(m_pair, tl.dot(x_rk, tl.trans(x_rk), input_precision=PRECISION), 0.0)
+            b_A = tl.dot(x_rk, tl.trans(x_ab), input_precision=PRECISION)  # r b, and k a at [s, t]
+            A_rb += tl.where(m_pair, b_A, 0.0)
+            A_ak += tl.where(m_pair, tl.trans(b_A), 0.0)
+            A_ab += tl.where(m_pair, tl.dot(x_ab, tl.trans(x_ab), input_precision=PRECISION), 0.0)
     return operand(A_rk, DOT, PRECISION), operand(A_rb, DOT, PRECISION), operand(A_ak, DOT, PRECISION), A_ab
 
 
 @triton.jit
-def _factors(b_w, BT: tl.constexpr, K: tl.constexpr, M: tl.constexpr, SAFE: tl.constexpr):
-    """Those of one level, or of the whole chunk where that is safe."""
-    if SAFE:
-        return halves(b_w, BT, K, M)
-    else:
-        return centred(b_w, BT, K)
+def _level(b_w, level, BT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """`level_decays` with tokens as rows: the decays [BT, BK], and m_second [BT, 1]."""
+    decay, m_second, m_between, m_meet = level_decays(tl.trans(b_w), level, BT, DOT, PRECISION)
+    return tl.trans(decay), tl.trans(m_second), m_between, m_meet
+
+
+@triton.jit
+def _decayed_until_end(
+    x, w, rows, m_read, i_h, H: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """kout or bout of x = k or b [BT, K], an operand. (Computed where it is read: to keep it would take registers.)"""
+    o_k = tl.arange(0, K)
+    b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
+    decay = tl.exp(tl.cumsum(b_w, 0, reverse=True) - b_w)
+    return operand(load_rows(x, rows, m_read, i_h, H, K, o_k) * decay, DOT, PRECISION)
 
 
 @triton.jit
@@ -93,37 +116,16 @@ def _wide_dot(x, y, acc, PRECISION: tl.constexpr):
     return tl.trans(tl.dot(tl.trans(y), tl.trans(x), tl.trans(acc), input_precision=PRECISION))
 
 
-@triton.jit
-def _after(by_row, BT: tl.constexpr, K: tl.constexpr, M: tl.constexpr, SAFE: tl.constexpr):
-    """Sum over the rows behind each token, which are those of its half of a block where factors are by `halves`."""
-    if SAFE:
-        by_row = tl.reshape(by_row, [BT // M, M, K])
-        return tl.reshape(tl.cumsum(by_row, 1, reverse=True) - by_row, [BT, K])
-    else:
-        return tl.cumsum(by_row, 0, reverse=True) - by_row
-
-
-@triton.jit
-def _before(by_col, BT: tl.constexpr, K: tl.constexpr, M: tl.constexpr, SAFE: tl.constexpr):
-    """Sum over the columns before each token, likewise.
-
-    Where they are `centred` minus the sum over the rest: the columns are scaled up, not down, by the decays before
-    them, and the rows behind, of which not all are read across this token, carry the difference.
-    """
-    if SAFE:
-        by_col = tl.reshape(by_col, [BT // M, M, K])
-        return tl.reshape(tl.cumsum(by_col, 1) - by_col, [BT, K])
-    else:
-        return -tl.cumsum(by_col, 0, reverse=True)
-
-
-@triton.jit(do_not_specialize=["T", "S_"])
+@triton.jit(do_not_specialize=["T", "S_", "width"])
 def wkv7_fwd_prepare_kernel(
-    r, w, k, v, a, b, order, cu_seqlens, chunk_starts, sequence_of, q, o0, P, N, G, T, S_,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, SAFE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    r, w, k, v, a, b, order, cu_seqlens, chunk_starts, sequence_of, q, o0, P, N, G, T, S_, width,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    LEVELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, o0, P, N, G of one chunk and head."""
+    """q, o0, P, N, G of one chunk and head, BK keys or values at a time.
+
+    width is K = V, which the compiler must not know: of loops that it unrolls the turns share registers.
+    """
     i_h = tl.program_id(0) % H
     i_c = tl.program_id(0) // H
     i_s = sequence_of_chunk(i_c, T, sequence_of, BT)
@@ -135,49 +137,49 @@ def wkv7_fwd_prepare_kernel(
     i_ch = tl.program_id(0).to(tl.int64)
 
     DOT: tl.constexpr = q.dtype.element_ty
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), tl.arange(0, V)
+    o_t, o_all = tl.arange(0, BT), tl.arange(0, K)
     A_rk, A_rb, A_ak, A_ab = _products(
-        r, w, k, a, b, rows, m_read, i_h, H, K, BT, DOT, SAFE, PRECISION
+        r, w, k, a, b, rows, m_read, i_h, width, H, K, BT, BK, DOT, LEVELS, PRECISION
     )  # fmt: skip
     b_T = operand(inverse_of_one_minus(A_ab, BT, PRECISION), DOT, PRECISION)
 
-    b_v = load_rows(v, rows, m_read, i_h, H, V, o_v).to(DOT)
-    zeros = tl.zeros([BT, V], tl.float32)
-    b_u = operand(_wide_dot(A_ak, b_v, zeros, PRECISION), DOT, PRECISION)
-    b_u = operand(_wide_dot(b_T, b_u, zeros, PRECISION), DOT, PRECISION)
-    b_o = _wide_dot(A_rk, b_v, zeros, PRECISION)
-    b_o = _wide_dot(A_rb, b_u, b_o, PRECISION)
-    tl.store(o0 + i_ch * BT * V + o_t[:, None] * V + o_v[None, :], operand(b_o, DOT, PRECISION))
+    zeros = tl.zeros([BT, BK], tl.float32)
+    for i_v in range(0, V if BK == V else width, BK):
+        o_v = i_v + tl.arange(0, BK)
+        b_v = load_rows(v, rows, m_read, i_h, H, V, o_v).to(DOT)
+        b_u = operand(_wide_dot(A_ak, b_v, zeros, PRECISION), DOT, PRECISION)
+        b_u = operand(_wide_dot(b_T, b_u, zeros, PRECISION), DOT, PRECISION)
+        b_o = _wide_dot(A_rk, b_v, zeros, PRECISION)
+        b_o = _wide_dot(A_rb, b_u, b_o, PRECISION)
+        tl.store(o0 + i_ch * BT * V + o_t[:, None] * V + o_v[None, :], operand(b_o, DOT, PRECISION))
+        b_kout = tl.trans(_decayed_until_end(k, w, rows, m_read, i_h, H, K, DOT, PRECISION))
+        b_bout = tl.trans(_decayed_until_end(b, w, rows, m_read, i_h, H, K, DOT, PRECISION))
+        b_N = tl.dot(b_kout, b_v, input_precision=PRECISION)
+        b_N = tl.dot(b_bout, b_u, b_N, input_precision=PRECISION)
+        tl.store(N + i_ch * K * V + o_all[:, None] * V + o_v[None, :], operand(b_N, DOT, PRECISION))
 
-    b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
-    until = tl.cumsum(b_w, 0)  # with t itself
-    b_a = load_rows(a, rows, m_read, i_h, H, K, o_k) * tl.exp(until - b_w)
-    W = operand(
-        _wide_dot(b_T, operand(b_a, DOT, PRECISION), tl.zeros([BT, K], tl.float32), PRECISION), DOT, PRECISION
-    )
-    b_r = load_rows(r, rows, m_read, i_h, H, K, o_k) * tl.exp(until)
-    b_q = _wide_dot(A_rb, W, b_r, PRECISION)
-    tl.store(q + i_ch * BT * K + o_t[:, None] * K + o_k[None, :], operand(b_q, DOT, PRECISION))
-    tl.store(G + i_ch * K + o_k, tl.sum(b_w, 0))
-
-    b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)  # again: to keep it would take registers
-    decay = tl.exp(tl.cumsum(b_w, 0, reverse=True) - b_w)
-    b_kout = tl.trans(operand(load_rows(k, rows, m_read, i_h, H, K, o_k) * decay, DOT, PRECISION))
-    b_bout = tl.trans(operand(load_rows(b, rows, m_read, i_h, H, K, o_k) * decay, DOT, PRECISION))
-    b_P = tl.dot(b_bout, W, input_precision=PRECISION)
-    tl.store(P + i_ch * K * K + o_k[:, None] * K + o_k[None, :], operand(b_P, DOT, PRECISION))
-    b_N = tl.dot(b_kout, b_v, input_precision=PRECISION)
-    b_N = tl.dot(b_bout, b_u, b_N, input_precision=PRECISION)
-    tl.store(N + i_ch * K * V + o_k[:, None] * V + o_v[None, :], operand(b_N, DOT, PRECISION))
+    for i_k in range(0, K if BK == K else width, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
+        until = tl.cumsum(b_w, 0)  # with t itself
+        b_a = load_rows(a, rows, m_read, i_h, H, K, o_k) * tl.exp(until - b_w)
+        W = operand(_wide_dot(b_T, operand(b_a, DOT, PRECISION), zeros, PRECISION), DOT, PRECISION)
+        b_r = load_rows(r, rows, m_read, i_h, H, K, o_k) * tl.exp(until)
+        b_q = _wide_dot(A_rb, W, b_r, PRECISION)
+        tl.store(q + i_ch * BT * K + o_t[:, None] * K + o_k[None, :], operand(b_q, DOT, PRECISION))
+        tl.store(G + i_ch * K + o_k, tl.sum(b_w, 0))
+        b_bout = tl.trans(_decayed_until_end(b, w, rows, m_read, i_h, H, K, DOT, PRECISION))
+        b_P = tl.dot(b_bout, W, input_precision=PRECISION)
+        tl.store(P + i_ch * K * K + o_all[:, None] * K + o_k[None, :], operand(b_P, DOT, PRECISION))
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "width"])
 def wkv7_fwd_scan_kernel(
-    q, o0, P, N, G, initial_state, order, cu_seqlens, chunk_starts, y, states, final_state, T,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+    q, o0, P, N, G, initial_state, order, cu_seqlens, chunk_starts, y, states, final_state, T, width,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y and the state of one sequence and head in BV columns, chunk after chunk."""
+    """y and the state of one sequence and head in BV columns, chunk after chunk, products over BK keys at a time."""
     i_v = tl.program_id(0) % (V // BV)
     i_h = tl.program_id(0) // (V // BV) % H
     i_s = tl.program_id(0) // (V // BV) // H
@@ -189,8 +191,7 @@ def wkv7_fwd_scan_kernel(
     b_S = tl.zeros([K, BV], tl.float32) if initial_state is None else tl.load(initial_state + p_state)
     for i_c in range(0, tl.cdiv(length, BT)):
         i_ch = (first + i_c) * H + i_h
-        b_q = tl.load(q + i_ch * BT * K + o_t[:, None] * K + o_k[None, :])
-        b_P = tl.load(P + i_ch * K * K + o_k[:, None] * K + o_k[None, :])
+        p_q, p_P = q + i_ch * BT * K + o_t[:, None] * K, P + i_ch * K * K + o_k[:, None] * K
         b_o = tl.load(o0 + i_ch * BT * V + o_t[:, None] * V + o_v[None, :]).to(tl.float32)
         p_S = i_ch * K * V + o_k[:, None] * V + o_v[None, :]
         b_N = tl.load(N + p_S).to(tl.float32)
@@ -198,8 +199,12 @@ def wkv7_fwd_scan_kernel(
         b_start = operand(b_S, DOT, PRECISION)
         if states is not None:
             tl.store(states + p_S, b_start)
-        b_o = tl.dot(b_q, b_start, b_o, input_precision=PRECISION)
-        b_S = tl.dot(b_P, b_start, tl.exp(b_G)[:, None] * b_S + b_N, input_precision=PRECISION)
+        b_S = tl.exp(b_G)[:, None] * b_S + b_N
+        for i_k in range(0, K if BK == K else width, BK):
+            o_part = i_k + tl.arange(0, BK)
+            b_part = b_start if BK == K else rows_of(b_start, i_k, BK)
+            b_o = tl.dot(tl.load(p_q + o_part[None, :]), b_part, b_o, input_precision=PRECISION)
+            b_S = tl.dot(tl.load(p_P + o_part[None, :]), b_part, b_S, input_precision=PRECISION)
         rows, m_read, m_row = chunk_rows(order, tokens, start, i_c * BT, length, BT)
         store_rows(y, b_o, rows, m_read, m_row, i_h, H, V, o_v)
     tl.store(final_state + p_state, b_S)
@@ -235,83 +240,28 @@ def wkv7_bwd_scan_kernel(
         b_end = operand(b_dS, DOT, PRECISION)
         tl.store(dstates + i_ch * K * V + o_k[:, None] * V + o_v[None, :], b_end)
         b_dS = tl.dot(tl.trans(b_P), b_end, tl.exp(b_G)[:, None] * b_dS, input_precision=PRECISION)
-        if dy is not None:
-            b_dy = load_rows(dy, rows, m_read, i_h, H, V, o_v).to(DOT)
-            b_dS = tl.dot(tl.trans(b_q), b_dy, b_dS, input_precision=PRECISION)
+        b_dy = load_rows(dy, rows, m_read, i_h, H, V, o_v).to(DOT)
+        b_dS = tl.dot(tl.trans(b_q), b_dy, b_dS, input_precision=PRECISION)
     if dinitial_state is not None:
         tl.store(dinitial_state + p_state, b_dS)
 
 
-@triton.jit(do_not_specialize=["T", "S_", "values"])
-def wkv7_bwd_gradients_kernel(
-    r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, states, dstates, dr, dw, dk, dv, da, db,
-    T, S_, values, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
-    SAFE: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def _add_products(dA_k, dA_b, b_dx, b_dy, b_v, b_u, b_S, PRECISION: tl.constexpr):
+    """What BV values add to the gradients of A_xk, A_xb [BT, BT] and xin [BT, BK]: dy of x = r, dz of x = a."""
+    dA_k = tl.dot(b_dy, tl.trans(b_v), dA_k, input_precision=PRECISION)
+    dA_b = tl.dot(b_dy, tl.trans(b_u), dA_b, input_precision=PRECISION)
+    return dA_k, dA_b, tl.dot(b_dy, tl.trans(b_S), b_dx, input_precision=PRECISION)
+
+
+@triton.jit
+def _store_gradients_of_keys(
+    r, w, k, a, b, dr, dw, dk, da, db, dA_rk, dA_rb, dA_ak, dA_ab, b_dr, b_da, b_dk, b_db, b_dG,
+    rows, m_read, m_row, i_h, o_k, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    DOT: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The inputs' gradients of one chunk and head, given the states at its start and their gradients at its end."""
-    i_h = tl.program_id(0) % H
-    i_c = tl.program_id(0) // H
-    i_s = sequence_of_chunk(i_c, T, sequence_of, BT)
-    if i_s >= S_:
-        return
-    first, start, tokens, length = span_of_sequence(i_s, T, cu_seqlens, chunk_starts, BT)
-    i_t = (i_c - first).to(tl.int32) * BT
-    rows, m_read, m_row = chunk_rows(order, tokens, start, i_t, length, BT)
-    i_ch = tl.program_id(0).to(tl.int64)
-
-    DOT: tl.constexpr = states.dtype.element_ty
+    """Gradients of r, w, k, a, b at BK keys o_k from those of the A's, rin, ain, kout, bout and exp(G)."""
     o_t = tl.arange(0, BT)
-    A_rk, A_rb, A_ak, A_ab = _products(
-        r, w, k, a, b, rows, m_read, i_h, H, K, BT, DOT, SAFE, PRECISION
-    )  # fmt: skip
-    b_T = operand(inverse_of_one_minus(A_ab, BT, PRECISION), DOT, PRECISION)
-
-    o_k = tl.arange(0, K)
-    b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
-    decay_in = tl.exp(tl.cumsum(b_w, 0) - b_w)
-    decay_out = tl.exp(tl.cumsum(b_w, 0, reverse=True) - b_w)
-    b_ain = operand(load_rows(a, rows, m_read, i_h, H, K, o_k) * decay_in, DOT, PRECISION)
-    b_kout = operand(load_rows(k, rows, m_read, i_h, H, K, o_k) * decay_out, DOT, PRECISION)
-    b_bout = operand(load_rows(b, rows, m_read, i_h, H, K, o_k) * decay_out, DOT, PRECISION)
-    dA_rk = tl.zeros([BT, BT], tl.float32)
-    dA_rb = tl.zeros([BT, BT], tl.float32)
-    dA_ak = tl.zeros([BT, BT], tl.float32)
-    dA_ab = tl.zeros([BT, BT], tl.float32)
-    b_dr = tl.zeros([BT, K], tl.float32)
-    b_dk = tl.zeros([BT, K], tl.float32)
-    b_da = tl.zeros([BT, K], tl.float32)
-    b_db = tl.zeros([BT, K], tl.float32)
-    b_dG = tl.zeros([K], tl.float32)
-    for i_v in range(0, values, BV):  # V, which the compiler must not know: unrolled, it spills registers
-        o_v = i_v + tl.arange(0, BV)
-        p_S = i_ch * K * V + o_k[:, None] * V + o_v[None, :]
-        b_S = tl.load(states + p_S)
-        b_dS = tl.load(dstates + p_S)
-        b_v = load_rows(v, rows, m_read, i_h, H, V, o_v).to(DOT)
-        b_z = tl.dot(A_ak, b_v, input_precision=PRECISION)
-        b_z = operand(tl.dot(b_ain, b_S, b_z, input_precision=PRECISION), DOT, PRECISION)
-        b_u = operand(tl.dot(b_T, b_z, input_precision=PRECISION), DOT, PRECISION)
-        b_du = tl.dot(b_bout, b_dS, input_precision=PRECISION)
-        b_dv = tl.dot(b_kout, b_dS, input_precision=PRECISION)
-        if dy is not None:
-            b_dy = load_rows(dy, rows, m_read, i_h, H, V, o_v).to(DOT)
-            b_du = tl.dot(tl.trans(A_rb), b_dy, b_du, input_precision=PRECISION)
-            b_dv = tl.dot(tl.trans(A_rk), b_dy, b_dv, input_precision=PRECISION)
-            dA_rk = tl.dot(b_dy, tl.trans(b_v), dA_rk, input_precision=PRECISION)
-            dA_rb = tl.dot(b_dy, tl.trans(b_u), dA_rb, input_precision=PRECISION)
-            b_dr = tl.dot(b_dy, tl.trans(b_S), b_dr, input_precision=PRECISION)
-        b_dz = operand(
-            tl.dot(tl.trans(b_T), operand(b_du, DOT, PRECISION), input_precision=PRECISION), DOT, PRECISION
-        )
-        b_dv = tl.dot(tl.trans(A_ak), b_dz, b_dv, input_precision=PRECISION)
-        store_rows(dv, b_dv, rows, m_read, m_row, i_h, H, V, o_v)
-        dA_ak = tl.dot(b_dz, tl.trans(b_v), dA_ak, input_precision=PRECISION)
-        dA_ab = tl.dot(b_dz, tl.trans(b_u), dA_ab, input_precision=PRECISION)
-        b_da = tl.dot(b_dz, tl.trans(b_S), b_da, input_precision=PRECISION)
-        b_dk = tl.dot(b_v, tl.trans(b_dS), b_dk, input_precision=PRECISION)
-        b_db = tl.dot(b_u, tl.trans(b_dS), b_db, input_precision=PRECISION)
-        b_dG += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
-
     diagonal = o_t[:, None] == o_t[None, :]
     d_rk = tl.sum(tl.where(diagonal, dA_rk, 0.0), 1)[:, None]
     d_rb = tl.sum(tl.where(diagonal, dA_rb, 0.0), 1)[:, None]
@@ -335,51 +285,247 @@ def wkv7_bwd_gradients_kernel(
     by_row = b_r * decay * b_dr + b_a * b_da
     b_dw = tl.cumsum(by_row, 0, reverse=True) - by_row
     b_dw += (tl.exp(tl.sum(b_w, 0)) * b_dG)[None, :]
-    for level in tl.static_range(0, LEVELS if SAFE else 1):
-        if 2**level < BT:
-            f_row, f_col, m_pair = _factors(b_w, BT, K, 2**level, SAFE)
-            y_k, y_b = operand(b_k * f_col, DOT, PRECISION), operand(b_b * f_col, DOT, PRECISION)
-            dx = tl.dot(tl.where(m_pair, dA_rk, 0.0), y_k, input_precision=PRECISION)
-            dx = tl.dot(tl.where(m_pair, dA_rb, 0.0), y_b, dx, input_precision=PRECISION)
-            b_dr += dx * f_row
-            # Of the rounded operands: what does not cross a decay of a centred chunk then cancels exactly.
-            by_row = operand(b_r * decay * f_row, DOT, PRECISION).to(tl.float32) * dx
-            dx = tl.dot(tl.where(m_pair, dA_ak, 0.0), y_k, input_precision=PRECISION)
-            dx = tl.dot(tl.where(m_pair, dA_ab, 0.0), y_b, dx, input_precision=PRECISION)
-            b_da += dx * f_row
-            by_row += operand(b_a * f_row, DOT, PRECISION).to(tl.float32) * dx
-            b_dw += _after(by_row, BT, K, 2**level, SAFE)
-    b_dw += b_r * decay * b_dr
-    store_rows(dr, b_dr * decay + d_rk * b_k + d_rb * b_b, rows, m_read, m_row, i_h, H, K, o_k)
-    store_rows(da, b_da, rows, m_read, m_row, i_h, H, K, o_k)
+    if LEVELS == 0:
+        f_row, f_col, m_pair = centred(b_w, BT, BK)
+        y_k, y_b = operand(b_k * f_col, DOT, PRECISION), operand(b_b * f_col, DOT, PRECISION)
+        dx = tl.dot(tl.where(m_pair, dA_rk, 0.0), y_k, input_precision=PRECISION)
+        dx = tl.dot(tl.where(m_pair, dA_rb, 0.0), y_b, dx, input_precision=PRECISION)
+        b_dr += dx * f_row
+        # Of the rounded operands: what does not cross a decay of the chunk then cancels exactly.
+        by_row = operand(b_r * decay * f_row, DOT, PRECISION).to(tl.float32) * dx
+        dx = tl.dot(tl.where(m_pair, dA_ak, 0.0), y_k, input_precision=PRECISION)
+        dx = tl.dot(tl.where(m_pair, dA_ab, 0.0), y_b, dx, input_precision=PRECISION)
+        b_da += dx * f_row
+        by_row += operand(b_a * f_row, DOT, PRECISION).to(tl.float32) * dx
+        b_dw += tl.cumsum(by_row, 0, reverse=True) - by_row
+        b_dw += b_r * decay * b_dr
+        store_rows(dr, b_dr * decay + d_rk * b_k + d_rb * b_b, rows, m_read, m_row, i_h, H, K, o_k)
+        store_rows(da, b_da, rows, m_read, m_row, i_h, H, K, o_k)
+        # Loaded anew to save registers.
+        b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
+        b_r = load_rows(r, rows, m_read, i_h, H, K, o_k)
+        b_k = load_rows(k, rows, m_read, i_h, H, K, o_k)
+        b_a = load_rows(a, rows, m_read, i_h, H, K, o_k)
+        b_b = load_rows(b, rows, m_read, i_h, H, K, o_k)
+        decay = tl.exp(b_w)
 
-    # Columns: what is written at s, until the chunk's end and until rows after s. (Loaded anew to save registers.)
-    b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
-    b_r = load_rows(r, rows, m_read, i_h, H, K, o_k)
-    b_k = load_rows(k, rows, m_read, i_h, H, K, o_k)
-    b_a = load_rows(a, rows, m_read, i_h, H, K, o_k)
-    b_b = load_rows(b, rows, m_read, i_h, H, K, o_k)
-    decay = tl.exp(b_w)
+    # Columns: what is written at s, until the chunk's end and until rows after s.
     decay_out = tl.exp(tl.cumsum(b_w, 0, reverse=True) - b_w)
     b_dk, b_db = b_dk * decay_out, b_db * decay_out
     by_col = b_k * b_dk + b_b * b_db
     b_dw += tl.cumsum(by_col, 0) - by_col
-    for level in tl.static_range(0, LEVELS if SAFE else 1):
-        if 2**level < BT:
-            f_row, f_col, m_pair = _factors(b_w, BT, K, 2**level, SAFE)
-            x_r, x_a = operand(b_r * decay * f_row, DOT, PRECISION), operand(b_a * f_row, DOT, PRECISION)
-            dx = tl.dot(tl.trans(tl.where(m_pair, dA_rk, 0.0)), x_r, input_precision=PRECISION)
-            dx = tl.dot(tl.trans(tl.where(m_pair, dA_ak, 0.0)), x_a, dx, input_precision=PRECISION)
-            b_dk += dx * f_col
-            by_col = operand(b_k * f_col, DOT, PRECISION).to(tl.float32) * dx
-            dx = tl.dot(tl.trans(tl.where(m_pair, dA_rb, 0.0)), x_r, input_precision=PRECISION)
-            dx = tl.dot(tl.trans(tl.where(m_pair, dA_ab, 0.0)), x_a, dx, input_precision=PRECISION)
-            b_db += dx * f_col
-            by_col += operand(b_b * f_col, DOT, PRECISION).to(tl.float32) * dx
-            b_dw += _before(by_col, BT, K, 2**level, SAFE)
+    if LEVELS == 0:
+        f_row, f_col, m_pair = centred(b_w, BT, BK)
+        x_r, x_a = operand(b_r * decay * f_row, DOT, PRECISION), operand(b_a * f_row, DOT, PRECISION)
+        dx = tl.dot(tl.trans(tl.where(m_pair, dA_rk, 0.0)), x_r, input_precision=PRECISION)
+        dx = tl.dot(tl.trans(tl.where(m_pair, dA_ak, 0.0)), x_a, dx, input_precision=PRECISION)
+        b_dk += dx * f_col
+        by_col = operand(b_k * f_col, DOT, PRECISION).to(tl.float32) * dx
+        dx = tl.dot(tl.trans(tl.where(m_pair, dA_rb, 0.0)), x_r, input_precision=PRECISION)
+        dx = tl.dot(tl.trans(tl.where(m_pair, dA_ab, 0.0)), x_a, dx, input_precision=PRECISION)
+        b_db += dx * f_col
+        by_col += operand(b_b * f_col, DOT, PRECISION).to(tl.float32) * dx
+        # Minus the sum over the rest, not the sum over the columns before: these are scaled up, not down, by the
+        # decays before them, and the rows behind, of which not all are read across this token, carry the difference.
+        b_dw -= tl.cumsum(by_col, 0, reverse=True)
+    else:
+        # Rows and columns at once: each token is one or the other, in the second or the first half of a block, and
+        # only those on the two sides of a decay give to its gradient, as small as they have become across it.
+        b_r *= decay
+        m_row_col = o_t[:, None] > o_t[None, :]
+        d_rkrk = tl.where(m_row_col, dA_rk, tl.trans(dA_rk))
+        d_rkab = tl.where(m_row_col, dA_rb, tl.trans(dA_ak))
+        d_abab = tl.where(m_row_col, dA_ab, tl.trans(dA_ab))
+        for level in range(0, LEVELS):
+            factor, m_second, m_between, m_meet = _level(b_w, level, BT, DOT, PRECISION)
+            x_rk = operand(tl.where(m_second, b_r, b_k) * factor, DOT, PRECISION)
+            x_ab = operand(tl.where(m_second, b_a, b_b) * factor, DOT, PRECISION)
+            dx = tl.dot(tl.where(m_meet, d_rkrk, 0.0), x_rk, input_precision=PRECISION)
+            dx = tl.dot(tl.where(m_meet, d_rkab, 0.0), x_ab, dx, input_precision=PRECISION)
+            by_token = x_rk.to(tl.float32) * dx
+            b_dr += tl.where(m_second, dx * factor, 0.0)
+            b_dk += tl.where(m_second, 0.0, dx * factor)
+            dx = tl.dot(tl.where(m_meet, tl.trans(d_rkab), 0.0), x_rk, input_precision=PRECISION)
+            dx = tl.dot(tl.where(m_meet, d_abab, 0.0), x_ab, dx, input_precision=PRECISION)
+            by_token += x_ab.to(tl.float32) * dx
+            b_da += tl.where(m_second, dx * factor, 0.0)
+            b_db += tl.where(m_second, 0.0, dx * factor)
+            crossed = tl.where(m_between, 1.0, 0.0).to(DOT)
+            b_dw = tl.dot(crossed, operand(by_token, DOT, PRECISION), b_dw, input_precision=PRECISION)
+        b_dw += b_r * b_dr
+        store_rows(dr, b_dr * decay + d_rk * b_k + d_rb * b_b, rows, m_read, m_row, i_h, H, K, o_k)
+        store_rows(da, b_da, rows, m_read, m_row, i_h, H, K, o_k)
+        b_r = load_rows(r, rows, m_read, i_h, H, K, o_k)
     store_rows(dk, b_dk + d_rk * b_r, rows, m_read, m_row, i_h, H, K, o_k)
     store_rows(db, b_db + d_rb * b_r, rows, m_read, m_row, i_h, H, K, o_k)
     store_rows(dw, b_dw, rows, m_read, m_row, i_h, H, K, o_k)
+
+
+@triton.jit(do_not_specialize=["T", "S_", "width"])
+def wkv7_bwd_gradients_kernel(
+    r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, states, dstates, dr, dw, dk, dv, da, db,
+    T, S_, width, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+    LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The inputs' gradients of one chunk and head, given the states at its start and their gradients at its end."""
+    i_h = tl.program_id(0) % H
+    i_c = tl.program_id(0) // H
+    i_s = sequence_of_chunk(i_c, T, sequence_of, BT)
+    if i_s >= S_:
+        return
+    first, start, tokens, length = span_of_sequence(i_s, T, cu_seqlens, chunk_starts, BT)
+    i_t = (i_c - first).to(tl.int32) * BT
+    rows, m_read, m_row = chunk_rows(order, tokens, start, i_t, length, BT)
+    i_ch = tl.program_id(0).to(tl.int64)
+
+    DOT: tl.constexpr = states.dtype.element_ty
+    A_rk, A_rb, A_ak, A_ab = _products(
+        r, w, k, a, b, rows, m_read, i_h, width, H, K, BT, K, DOT, LEVELS, PRECISION
+    )  # fmt: skip
+    b_T = operand(inverse_of_one_minus(A_ab, BT, PRECISION), DOT, PRECISION)
+
+    o_k = tl.arange(0, K)
+    b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
+    decay_in = tl.exp(tl.cumsum(b_w, 0) - b_w)
+    decay_out = tl.exp(tl.cumsum(b_w, 0, reverse=True) - b_w)
+    b_ain = operand(load_rows(a, rows, m_read, i_h, H, K, o_k) * decay_in, DOT, PRECISION)
+    b_kout = operand(load_rows(k, rows, m_read, i_h, H, K, o_k) * decay_out, DOT, PRECISION)
+    b_bout = operand(load_rows(b, rows, m_read, i_h, H, K, o_k) * decay_out, DOT, PRECISION)
+    dA_rk = tl.zeros([BT, BT], tl.float32)
+    dA_rb = tl.zeros([BT, BT], tl.float32)
+    dA_ak = tl.zeros([BT, BT], tl.float32)
+    dA_ab = tl.zeros([BT, BT], tl.float32)
+    b_dr = tl.zeros([BT, K], tl.float32)
+    b_da = tl.zeros([BT, K], tl.float32)
+    b_dk = tl.zeros([BT, K], tl.float32)
+    b_db = tl.zeros([BT, K], tl.float32)
+    b_dG = tl.zeros([K], tl.float32)
+    for i_v in range(0, width, BV):
+        o_v = i_v + tl.arange(0, BV)
+        p_S = i_ch * K * V + o_k[:, None] * V + o_v[None, :]
+        b_S = tl.load(states + p_S)
+        b_dS = tl.load(dstates + p_S)
+        b_v = load_rows(v, rows, m_read, i_h, H, V, o_v).to(DOT)
+        b_z = tl.dot(A_ak, b_v, input_precision=PRECISION)
+        b_z = operand(tl.dot(b_ain, b_S, b_z, input_precision=PRECISION), DOT, PRECISION)
+        b_u = operand(tl.dot(b_T, b_z, input_precision=PRECISION), DOT, PRECISION)
+        b_du = tl.dot(b_bout, b_dS, input_precision=PRECISION)
+        b_dv = tl.dot(b_kout, b_dS, input_precision=PRECISION)
+        b_dy = load_rows(dy, rows, m_read, i_h, H, V, o_v).to(DOT)
+        b_du = operand(tl.dot(tl.trans(A_rb), b_dy, b_du, input_precision=PRECISION), DOT, PRECISION)
+        b_dv = tl.dot(tl.trans(A_rk), b_dy, b_dv, input_precision=PRECISION)
+        dA_rk, dA_rb, b_dr = _add_products(dA_rk, dA_rb, b_dr, b_dy, b_v, b_u, b_S, PRECISION)
+        b_dz = operand(tl.dot(tl.trans(b_T), b_du, input_precision=PRECISION), DOT, PRECISION)
+        b_dv = tl.dot(tl.trans(A_ak), b_dz, b_dv, input_precision=PRECISION)
+        store_rows(dv, b_dv, rows, m_read, m_row, i_h, H, V, o_v)
+        dA_ak, dA_ab, b_da = _add_products(dA_ak, dA_ab, b_da, b_dz, b_v, b_u, b_S, PRECISION)
+        b_dk = tl.dot(b_v, tl.trans(b_dS), b_dk, input_precision=PRECISION)
+        b_db = tl.dot(b_u, tl.trans(b_dS), b_db, input_precision=PRECISION)
+        b_dG += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
+    _store_gradients_of_keys(
+        r, w, k, a, b, dr, dw, dk, da, db, dA_rk, dA_rb, dA_ak, dA_ab, b_dr, b_da, b_dk, b_db, b_dG,
+        rows, m_read, m_row, i_h, o_k, H, K, BT, K, DOT, LEVELS, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "S_", "width"])
+def wkv7_bwd_values_kernel(
+    r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, states, dstates, dv, u, dz,
+    T, S_, width, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The first half of `wkv7_bwd_gradients_kernel`, BK keys and values at a time: dv, and u and dz for the other."""
+    i_h = tl.program_id(0) % H
+    i_c = tl.program_id(0) // H
+    i_s = sequence_of_chunk(i_c, T, sequence_of, BT)
+    if i_s >= S_:
+        return
+    first, start, tokens, length = span_of_sequence(i_s, T, cu_seqlens, chunk_starts, BT)
+    i_t = (i_c - first).to(tl.int32) * BT
+    rows, m_read, m_row = chunk_rows(order, tokens, start, i_t, length, BT)
+    i_ch = tl.program_id(0).to(tl.int64)
+
+    DOT: tl.constexpr = states.dtype.element_ty
+    A_rk, A_rb, A_ak, A_ab = _products(
+        r, w, k, a, b, rows, m_read, i_h, width, H, K, BT, BK, DOT, LEVELS, PRECISION
+    )  # fmt: skip
+    b_T = operand(inverse_of_one_minus(A_ab, BT, PRECISION), DOT, PRECISION)
+    for i_v in range(0, width, BK):
+        o_v = i_v + tl.arange(0, BK)
+        b_v = load_rows(v, rows, m_read, i_h, H, V, o_v).to(DOT)
+        b_z = tl.dot(A_ak, b_v, input_precision=PRECISION)
+        b_du = tl.zeros([BT, BK], tl.float32)
+        b_dv = tl.zeros([BT, BK], tl.float32)
+        for i_k in range(0, width, BK):
+            o_k = i_k + tl.arange(0, BK)
+            b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
+            decay_in = tl.exp(tl.cumsum(b_w, 0) - b_w)
+            decay_out = tl.exp(tl.cumsum(b_w, 0, reverse=True) - b_w)
+            b_ain = operand(load_rows(a, rows, m_read, i_h, H, K, o_k) * decay_in, DOT, PRECISION)
+            b_kout = operand(load_rows(k, rows, m_read, i_h, H, K, o_k) * decay_out, DOT, PRECISION)
+            b_bout = operand(load_rows(b, rows, m_read, i_h, H, K, o_k) * decay_out, DOT, PRECISION)
+            p_S = i_ch * K * V + o_k[:, None] * V + o_v[None, :]
+            b_dS = tl.load(dstates + p_S)
+            b_z = tl.dot(b_ain, tl.load(states + p_S), b_z, input_precision=PRECISION)
+            b_du = tl.dot(b_bout, b_dS, b_du, input_precision=PRECISION)
+            b_dv = tl.dot(b_kout, b_dS, b_dv, input_precision=PRECISION)
+        b_dy = load_rows(dy, rows, m_read, i_h, H, V, o_v).to(DOT)
+        b_u = operand(tl.dot(b_T, operand(b_z, DOT, PRECISION), input_precision=PRECISION), DOT, PRECISION)
+        b_du = operand(tl.dot(tl.trans(A_rb), b_dy, b_du, input_precision=PRECISION), DOT, PRECISION)
+        b_dz = operand(tl.dot(tl.trans(b_T), b_du, input_precision=PRECISION), DOT, PRECISION)
+        b_dv = tl.dot(tl.trans(A_rk), b_dy, b_dv, input_precision=PRECISION)
+        b_dv = tl.dot(tl.trans(A_ak), b_dz, b_dv, input_precision=PRECISION)
+        store_rows(dv, b_dv, rows, m_read, m_row, i_h, H, V, o_v)
+        p_u = i_ch * BT * V + tl.arange(0, BT)[:, None] * V + o_v[None, :]
+        tl.store(u + p_u, b_u)
+        tl.store(dz + p_u, b_dz)
+
+
+@triton.jit(do_not_specialize=["T", "S_", "width"])
+def wkv7_bwd_keys_kernel(
+    r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, states, dstates, u, dz, dr, dw, dk, da, db,
+    T, S_, width, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The second half: dr, dw, dk, da, db of one chunk and head at BK keys, BV values at a time."""
+    i_ch = tl.program_id(0).to(tl.int64) // (K // BK)
+    i_h = (i_ch % H).to(tl.int32)
+    i_c = (i_ch // H).to(tl.int32)
+    i_s = sequence_of_chunk(i_c, T, sequence_of, BT)
+    if i_s >= S_:
+        return
+    first, start, tokens, length = span_of_sequence(i_s, T, cu_seqlens, chunk_starts, BT)
+    i_t = (i_c - first).to(tl.int32) * BT
+    rows, m_read, m_row = chunk_rows(order, tokens, start, i_t, length, BT)
+
+    DOT: tl.constexpr = states.dtype.element_ty
+    o_k = tl.program_id(0) % (K // BK) * BK + tl.arange(0, BK)
+    dA_rk = tl.zeros([BT, BT], tl.float32)
+    dA_rb = tl.zeros([BT, BT], tl.float32)
+    dA_ak = tl.zeros([BT, BT], tl.float32)
+    dA_ab = tl.zeros([BT, BT], tl.float32)
+    b_dr = tl.zeros([BT, BK], tl.float32)
+    b_da = tl.zeros([BT, BK], tl.float32)
+    b_dk = tl.zeros([BT, BK], tl.float32)
+    b_db = tl.zeros([BT, BK], tl.float32)
+    b_dG = tl.zeros([BK], tl.float32)
+    for i_v in range(0, width, BV):
+        o_v = i_v + tl.arange(0, BV)
+        p_S = i_ch * K * V + o_k[:, None] * V + o_v[None, :]
+        p_u = i_ch * BT * V + tl.arange(0, BT)[:, None] * V + o_v[None, :]
+        b_S, b_dS = tl.load(states + p_S), tl.load(dstates + p_S)
+        b_u, b_dz = tl.load(u + p_u), tl.load(dz + p_u)
+        b_v = load_rows(v, rows, m_read, i_h, H, V, o_v).to(DOT)
+        b_dy = load_rows(dy, rows, m_read, i_h, H, V, o_v).to(DOT)
+        dA_rk, dA_rb, b_dr = _add_products(dA_rk, dA_rb, b_dr, b_dy, b_v, b_u, b_S, PRECISION)
+        dA_ak, dA_ab, b_da = _add_products(dA_ak, dA_ab, b_da, b_dz, b_v, b_u, b_S, PRECISION)
+        b_dk = tl.dot(b_v, tl.trans(b_dS), b_dk, input_precision=PRECISION)
+        b_db = tl.dot(b_u, tl.trans(b_dS), b_db, input_precision=PRECISION)
+        b_dG += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
+    _store_gradients_of_keys(
+        r, w, k, a, b, dr, dw, dk, da, db, dA_rk, dA_rb, dA_ak, dA_ab, b_dr, b_da, b_dk, b_db, b_dG,
+        rows, m_read, m_row, i_h, o_k, H, K, BT, BK, DOT, LEVELS, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -426,16 +572,21 @@ class Config(NamedTuple):
 
     Attributes:
         BT: tokens of a chunk.
-        prepare: its block is not used.
+        prepare: keys, and then values, per turn of its loops.
         scan: columns per program; fewer where there are few sequences and heads (`FEW`).
-        gradients: columns per turn of its loop.
+        gradients: columns per turn of its loop; None where that would spill registers, and two kernels read the
+            states twice instead:
+        values: keys and values per turn.
+        keys: keys per program.
     """
 
     BT: int
     prepare: Launch
     scan: Launch
     bwd_scan: Launch
-    gradients: Launch
+    gradients: Launch | None
+    values: Launch = Launch(32, 4)
+    keys: Launch = Launch(32, 4)
 
 
 NARROW, WIDE = Launch(16, 4, 3), Launch(32, 4, 2)
@@ -443,8 +594,9 @@ NARROW, WIDE = Launch(16, 4, 3), Launch(32, 4, 2)
 
 def _configs(K: int) -> dict[tuple[int, torch.dtype, bool], Config]:
     narrow = Launch(16, 8) if K == 128 else NARROW
-    half = Config(16, Launch(K, 4 if K < 128 else 8), WIDE, WIDE, Launch(16, 8))
-    single = Config(16, Launch(K, 8), narrow, narrow, Launch(16, 8))
+    num_warps = 8 if K == 128 else 4
+    half = Config(16, Launch(min(K, 64), num_warps), WIDE, WIDE, Launch(16, 8) if K < 128 else None)
+    single = Config(16, Launch(32, num_warps), narrow, narrow, None)
     table = {
         (torch.bfloat16, True): half,
         (torch.bfloat16, False): half,
@@ -460,6 +612,9 @@ CONFIGS = _configs(32) | _configs(64) | _configs(128)
 # The model's own case. All others have more in registers.
 CONFIGS[64, torch.bfloat16, True] = Config(32, Launch(64, 4), WIDE, WIDE, Launch(32, 8))
 
+# Keys per turn of the forward scan where a product over all would spill registers.
+SCAN_KEYS = {(128, torch.float32): 32}
+
 # Up to how many sequences times heads the scans' programs take 16 columns each, so that there are enough of them.
 FEW = 128
 
@@ -471,10 +626,10 @@ RECURRENT = {32: Launch(16, 1), 64: Launch(16, 1), 128: Launch(16, 2)}  # by K
 def config_of(r: Tensor, min_log_decay: float) -> tuple[Config, bool]:
     """The launches, and whether factors about the middle of a chunk are safe: they reach exp(40) at most."""
     K = int(r.shape[3])  # under torch.compile it may be a symbol
-    config = CONFIGS[K, r.dtype, True]
-    if -min_log_decay * config.BT / 2 <= 40:
-        return config, True
-    return CONFIGS[K, r.dtype, False], False
+    bounded = -min_log_decay * CONFIGS[K, r.dtype, True].BT / 2 <= 40
+    config = CONFIGS[K, r.dtype, bounded]
+    # AMD's registers do not hold all gradients at once.
+    return config if torch.version.hip is None else config._replace(gradients=None), bounded
 
 
 def _scan_launch(launch: Launch, programs: int) -> Launch:
@@ -534,16 +689,16 @@ def wkv7_forward(
     q, P, G, states = _empty(r, v, cu_seqlens, BT)
     o0, N = r.new_empty((*q.shape[:3], V), dtype=dtype), torch.empty_like(states)
     with on_device_of(r):
-        _, num_warps, num_stages = config.prepare
+        BK, num_warps, num_stages = config.prepare
         wkv7_fwd_prepare_kernel[(G.shape[0] * H,)](
-            r, w, k, v, a, b, order, cu_seqlens, chunk_starts, sequence_of, q, o0, P, N, G, T, sequences,
-            H=H, K=K, V=V, BT=BT, SAFE=not bounded, PRECISION=PRECISION,
+            r, w, k, v, a, b, order, cu_seqlens, chunk_starts, sequence_of, q, o0, P, N, G, T, sequences, K,
+            H=H, K=K, V=V, BT=BT, BK=BK, LEVELS=0 if bounded else BT.bit_length() - 1, PRECISION=PRECISION,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         BV, num_warps, num_stages = _scan_launch(config.scan, sequences * H)
         wkv7_fwd_scan_kernel[(sequences * H * (V // BV),)](
             q, o0, P, N, G, initial_state, order, cu_seqlens, chunk_starts, y, states if save else None,
-            final_state, T, H=H, K=K, V=V, BT=BT, BV=BV, PRECISION=PRECISION,
+            final_state, T, K, H=H, K=K, V=V, BT=BT, BK=SCAN_KEYS.get((K, r.dtype), K), BV=BV, PRECISION=PRECISION,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     if save:
@@ -586,6 +741,7 @@ def wkv7_backward(
     BT, PRECISION = config.BT, precision_of(r).dots
     chunk_starts, sequence_of = chunk_table(cu_seqlens, T, BT)
     dstates = torch.empty_like(states)
+    dy = torch.zeros_like(v) if dy is None else dy
     with on_device_of(r):
         BV, num_warps, num_stages = _scan_launch(config.bwd_scan, sequences * H)
         wkv7_bwd_scan_kernel[(sequences * H * (V // BV),)](
@@ -593,12 +749,38 @@ def wkv7_backward(
             None if initial_state is None else dinitial_state, T,
             H=H, K=K, V=V, BT=BT, BV=BV, PRECISION=PRECISION, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
-        BV, num_warps, num_stages = config.gradients
-        wkv7_bwd_gradients_kernel[(G.shape[0] * H,)](
-            r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, states, dstates, *gradients,
-            T, sequences, V, H=H, K=K, V=V, BT=BT, BV=BV, SAFE=not bounded, PRECISION=PRECISION,
-            num_warps=num_warps, num_stages=num_stages,
-        )  # fmt: skip
+        inputs = (r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, states, dstates)
+        dr, dw, dk, dv, da, db = gradients
+        sizes: dict[str, Any] = dict(
+            H=H, K=K, V=V, BT=BT, LEVELS=0 if bounded else BT.bit_length() - 1, PRECISION=PRECISION
+        )
+        if config.gradients:
+            BV, num_warps, num_stages = config.gradients
+            wkv7_bwd_gradients_kernel[(G.shape[0] * H,)](
+                *inputs, dr, dw, dk, dv, da, db, T, sequences, K, BV=BV, **sizes,
+                num_warps=num_warps, num_stages=num_stages,
+            )  # fmt: skip
+        else:
+            u, dz = (q.new_empty((*q.shape[:3], V)) for _ in range(2))
+            BK, num_warps, num_stages = config.values
+            wkv7_bwd_values_kernel[(G.shape[0] * H,)](
+                *inputs,
+                dv,
+                u,
+                dz,
+                T,
+                sequences,
+                K,
+                BK=BK,
+                **sizes,
+                num_warps=num_warps,
+                num_stages=num_stages,
+            )
+            BK, num_warps, num_stages = config.keys
+            wkv7_bwd_keys_kernel[(G.shape[0] * H * (K // BK),)](
+                *inputs, u, dz, dr, dw, dk, da, db, T, sequences, K, BK=BK, BV=16, **sizes,
+                num_warps=num_warps, num_stages=num_stages,
+            )  # fmt: skip
     return *gradients, dinitial_state
 
 
