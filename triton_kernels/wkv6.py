@@ -58,15 +58,15 @@ CHUNK_SIZES = {torch.bfloat16: 32, torch.float32: 16}
 
 # (head size, bytes of an operand): the fewest warps that do not spill registers where that can be had.
 CONFIGS = {
-    (32, 2): Config(Launch(32, 4), Launch(32, 4), Launch(16, 4, 3), Launch(32, 4, 3)),
+    (32, 2): Config(Launch(32, 4), Launch(16, 4), Launch(16, 4, 3), Launch(32, 4, 3)),
     (64, 2): Config(Launch(64, 4), Launch(16, 4), Launch(16, 4, 2), Launch(32, 4, 2)),
     (128, 2): Config(Launch(64, 8), Launch(16, 8), Launch(16, 8, 2), Launch(32, 4, 2)),
-    (32, 4): Config(Launch(32, 4), Launch(32, 4), Launch(16, 4, 2), Launch(32, 4, 2)),
+    (32, 4): Config(Launch(32, 4), Launch(16, 8), Launch(16, 4, 2), Launch(32, 4, 2)),
     (64, 4): Config(Launch(64, 4), Launch(16, 8), Launch(16, 4, 2), Launch(32, 4, 2)),
     (128, 4): Config(Launch(32, 8), Launch(16, 8), Launch(16, 4, 2), Launch(32, 8, 2)),
 }
 # Keys per turn of the backward's product over keys where all at once would spill registers.
-KEYS = {torch.float32: 32}
+KEYS = {torch.float32: 16}
 STEPS = {32: Launch(32, 1), 64: Launch(32, 2), 128: Launch(16, 4)}
 
 
