@@ -25,14 +25,15 @@ SIDE = 64
 
 SPLIT_SEED = 0
 HELD_OUT_DIGITS, HELD_OUT_EMOJI = 0.2, 0.15
+VALIDATION = 0.1
+"""Of all pictures: what a task asks about with `validation=True`, taken from those that are trained on otherwise."""
 
 WHAT = "what is in the picture?"
 DIGIT_QUESTIONS = ("what digit is this?", "which number is in the image?", "what number is shown?")
 KIND_QUESTIONS = ("what kind of emoji is this?", "which category is this?", "what kind of thing is this?")
 DETAIL_QUESTION = "which kind exactly?"
-CAPTION_WEIGHT, YES_WEIGHT = 2, 4
-"""How often the question for all of it stands among the open ones; how often one whose
-answer is yes stands among those of a picture that differ in one word."""
+YES_WEIGHT = 4
+"""How often a question whose answer is yes stands among those of a picture that differ in one word."""
 
 EMOJI_PACKAGE, EMOJI_FILE = "emoji-datasource-google@16.0.0", "emoji-datasource-google-16.0.0.tgz"
 EMOJI_SHA256 = "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
@@ -82,24 +83,28 @@ class Task:
 # easy-VQA.
 
 
-def easy_vqa_task() -> Task:
+def easy_vqa_task(validation: bool = False) -> Task:
     """easy-VQA in its official split; pictures are mirrored while training, which no answer depends on."""
     import easy_vqa
 
-    train = _by_picture(easy_vqa.get_train_questions())
+    train, test = (_by_picture(q) for q in (easy_vqa.get_train_questions(), easy_vqa.get_test_questions()))
     train_files, test_files = easy_vqa.get_train_image_paths(), easy_vqa.get_test_image_paths()
+    asked, asked_files, kept = test, test_files, set(train)
+    if validation:
+        kept -= set(Random(SPLIT_SEED).sample(sorted(train), round(VALIDATION * len(train))))
+        asked, asked_files = {i: train[i] for i in sorted(train.keys() - kept)}, train_files
     subjects = [
-        Subject([_opened(train_files[number])], *_shape_questions(questions))
-        for number, questions in train.items()
+        Subject([_opened(train_files[i])], *_shape_questions(questions))
+        for i, questions in train.items()
+        if i in kept
     ]
-    test = _by_picture(easy_vqa.get_test_questions())
     exams = [
-        Exam(_opened(test_files[i]), question) for i, questions in test.items() for question in questions
+        Exam(_opened(asked_files[i]), question) for i, questions in asked.items() for question in questions
     ]
     files = [*(train_files[i] for i in sorted(train)), *(test_files[i] for i in sorted(test))]
     questions_text = json.dumps([train, test])
     digest = _sha256([*(Path(file).read_bytes() for file in files), questions_text.encode()])
-    return Task("easy-VQA", "PyPI easy-vqa 1.0, official split", digest, subjects, exams, mirrored)
+    return Task("easy-VQA", "PyPI easy-vqa 1.0 (MIT), official split", digest, subjects, exams, mirrored)
 
 
 def _by_picture(columns: tuple[list[str], list[str], list[int]]) -> dict[int, list[Question]]:
@@ -115,7 +120,7 @@ def _shape_questions(questions: Sequence[Question]) -> tuple[list[Question], lis
     colors = [question.answer for question in main if "color" in question.text]
     shapes = [question.answer for question in main if "color" not in question.text]
     if colors and shapes:
-        main = [*main, *[Question(WHAT, f"a {colors[0]} {shapes[0]}")] * CAPTION_WEIGHT]
+        main = [*main, Question(WHAT, f"a {colors[0]} {shapes[0]}")]
     return main, [question for question in questions if question.answer in ("yes", "no")]
 
 
@@ -128,26 +133,27 @@ def mirrored(picture: Image.Image, random: Random) -> Image.Image:
 # Digits.
 
 
-def digits_task() -> Task:
+def digits_task(validation: bool = False) -> Task:
     """scikit-learn's digits, white on black; a random fifth is held out."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     order = list(range(len(digits.target)))
     Random(SPLIT_SEED).shuffle(order)
-    held_out = order[: round(HELD_OUT_DIGITS * len(order))]
+    test, rest = np.split(order, [round(HELD_OUT_DIGITS * len(order))])
+    asked, trained = np.split(rest, [round(VALIDATION * len(order))]) if validation else (test, rest)
     scans = [Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8)) for scan in digits.images]
     subjects = [
         Subject(
             [scans[i].resize((SIDE, SIDE), Image.Resampling.BICUBIC)], *_digit_questions(digits.target[i])
         )
-        for i in order[len(held_out) :]
+        for i in trained
     ]
     exams = [
-        Exam(scans[i].convert("RGB"), Question(DIGIT_QUESTIONS[0], str(digits.target[i]))) for i in held_out
+        Exam(scans[i].convert("RGB"), Question(DIGIT_QUESTIONS[0], str(digits.target[i]))) for i in asked
     ]
     digest = _sha256([digits.images.tobytes(), digits.target.tobytes()])
-    return Task("digits", "scikit-learn load_digits()", digest, subjects, exams, scribbled)
+    return Task("digits", "scikit-learn load_digits() (UCI, CC BY 4.0)", digest, subjects, exams, scribbled)
 
 
 def _digit_questions(digit: int) -> tuple[list[Question], list[Question]]:
@@ -195,7 +201,7 @@ def emoji_archive(folder: Path) -> Path:
     return path
 
 
-def emoji_task(archive: Path) -> Task:
+def emoji_task(archive: Path, validation: bool = False) -> Task:
     """Emoji of nine categories. Variants of one emoji (skin, gender) are held out together, or none of them."""
     with tarfile.open(archive) as package:
         files = {member.name: package.extractfile(member).read() for member in package if _is_wanted(member)}
@@ -207,16 +213,15 @@ def emoji_task(archive: Path) -> Task:
         return [_opened_rgba(files[path]) for path in paths if path in files]
 
     categories = sorted({row["category"] for row in rows})
+    asked = (HELD_OUT_EMOJI, HELD_OUT_EMOJI + VALIDATION) if validation else (0.0, HELD_OUT_EMOJI)
     subjects, exams = [], []
     for row in sorted(rows, key=lambda row: row["unified"]):
-        drawings = pictures(row)
-        if not drawings:
-            continue
-        if is_held_out(row["unified"]):
+        drawings, drawn = pictures(row), lot(row["unified"])
+        if drawings and asked[0] <= drawn < asked[1]:
             exams.append(Exam(on_paper(drawings[0]), Question(KIND_QUESTIONS[0], row["category"])))
-        else:
+        elif drawings and drawn >= asked[1]:
             subjects.append(Subject(drawings, *_emoji_questions(row, categories)))
-    source = f"npm {EMOJI_PACKAGE}, drawings of Noto Emoji"
+    source = f"npm {EMOJI_PACKAGE} (MIT), drawings of Noto Emoji (Apache-2.0)"
     return Task("emoji", source, _sha256([archive.read_bytes()]), subjects, exams, pasted)
 
 
@@ -230,17 +235,17 @@ def variant_group(unified: str) -> str:
     return "-".join(sorted(kept)) or "people"
 
 
-def is_held_out(unified: str) -> bool:
-    """Whether an emoji is for the test: decided by its group alone, so that other emoji change nothing."""
+def lot(unified: str) -> float:
+    """A number from 0 to 1 that parts test and training: drawn by an emoji's group alone, whatever others there are."""
     digest = hashlib.sha256(f"{SPLIT_SEED} {variant_group(unified)}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") < HELD_OUT_EMOJI * 2**32
+    return int.from_bytes(digest[:4], "big") / 2**32
 
 
 def _emoji_questions(row: dict, categories: Sequence[str]) -> tuple[list[Question], list[Question]]:
     category = row["category"]
     detail = row["subcategory"].replace("-", " ")
     main = [Question(text, category) for text in KIND_QUESTIONS]
-    main += [Question(DETAIL_QUESTION, detail), *[Question(WHAT, f"{category}: {detail}")] * CAPTION_WEIGHT]
+    main += [Question(DETAIL_QUESTION, detail), Question(WHAT, f"{category}: {detail}")]
     others = []
     for other in categories:
         yes = other == category

@@ -68,7 +68,7 @@ def trained(task, vocabulary, tmp_path_factory):
     shares = {task.name: 1.0}
     stages = [train_tiny.Stage(30, 5e-3, 1e-3, tuple(train_tiny.TRAINABLE_PARTS), 1, shares)]
     stages.append(train_tiny.Stage(3, 1e-3, 1e-4, ("projector", "language_model"), 2, shares))
-    train_tiny.train(model, processor, [task], stages, 0, folder, end=float("inf"))
+    train_tiny.train(model, processor, [task], stages, 0, folder)
     model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
     return model.float(), processor, folder
@@ -136,7 +136,7 @@ def test_the_report_sets_accuracy_beside_its_controls(trained, task):
     assert "| easy-VQA | 8 | 100.0 % |" in table
     assert train_tiny.questions_alone(task) == (0.5, 0.5)
     stages = [train_tiny.Stage(1, 1e-3, 1e-4, ("projector",), 1, {})]
-    card = train_tiny.model_card(model, [task], stages, table, "the command", seed=0)
+    card = train_tiny.model_card(model, [task], stages, table, "the command", seed=0, minutes=3)
     assert table in card and "the command" in card and "{" not in card
 
 
@@ -203,19 +203,93 @@ def test_another_emoji_package_is_refused(tmp_path):
         tiny_data.emoji_archive(tmp_path)
 
 
+def test_an_emoji_of_the_test_is_never_trained_on(archive):
+    final, choice = (tiny_data.emoji_task(archive, validation) for validation in (False, True))
+    tested = {exam.picture.tobytes() for exam in final.test}
+    assert not tested & drawings(choice) and not tested & {exam.picture.tobytes() for exam in choice.test}
+    assert {exam.picture.tobytes() for exam in choice.test} <= drawings(final)
+
+
+def drawings(task) -> set[bytes]:
+    pictures = (tiny_data.on_paper(picture) for subject in task.train for picture in subject.pictures)
+    return {picture.tobytes() for picture in pictures}
+
+
 def test_digits_are_held_out_by_a_fifth():
-    pytest.importorskip("sklearn")
-    task = tiny_data.digits_task()
+    task, choice = tiny_data.digits_task(), tiny_data.digits_task(validation=True)
     assert (len(task.train), len(task.test)) == (1438, 359)
+    assert (len(choice.train), len(choice.test)) == (1258, 180)
     assert task.test[0].picture.size == (8, 8)
 
 
-def test_easy_vqa_keeps_its_official_split():
-    pytest.importorskip("easy_vqa")
-    task = tiny_data.easy_vqa_task()
-    assert (len(task.train), len(task.test)) == (4000, 9673)
-    captions = sum(question.text == tiny_data.WHAT for subject in task.train for question in subject.main)
-    assert sum(len(subject.main) + len(subject.others) for subject in task.train) - captions == 38575
+@pytest.fixture(scope="module")
+def easy_vqa():
+    return tiny_data.easy_vqa_task()
+
+
+def test_easy_vqa_keeps_its_official_split(easy_vqa):
+    assert (len(easy_vqa.train), len(easy_vqa.test)) == (4000, 9673)
+    captions = sum(question.text == tiny_data.WHAT for subject in easy_vqa.train for question in subject.main)
+    assert sum(len(subject.main) + len(subject.others) for subject in easy_vqa.train) - captions == 38575
+    assert len(tiny_data.easy_vqa_task(validation=True).train) == 3600
+
+
+def test_open_questions_have_names_for_answers(easy_vqa):
+    task = train_tiny.open_questions(easy_vqa)
+    asked = [question for subject in task.train for question in subject.main]
+    asked += [exam.question for exam in task.test]
+    assert not {question.answer for question in asked} & {"yes", "no"}
+    assert tiny_data.WHAT not in {question.text for question in asked}
+    assert all(subject.main and not subject.others for subject in task.train)
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    """The model inside the package and its processor."""
+    from visualrwkv_hf import VisualRWKVForConditionalGeneration, VisualRWKVProcessor, bundled_model
+
+    model = VisualRWKVForConditionalGeneration.from_pretrained(bundled_model(), dtype="auto")
+    return model, VisualRWKVProcessor.from_pretrained(bundled_model())
+
+
+def test_the_bundled_model_is_small(bundled):
+    from visualrwkv_hf import bundled_model
+
+    assert sum(file.stat().st_size for file in bundled_model().iterdir()) <= 12e6
+    assert bundled[0].dtype == torch.bfloat16
+    assert (bundled[0].config.text_config.rwkv_version, bundled[0].config.scan) == (7, "bidirectional")
+
+
+def held_out_emoji() -> list:
+    """Every fifth of the test's, sorted by category, in one picture (Noto Emoji, Apache-2.0)."""
+    tests = Path(__file__).parent
+    categories = json.loads((tests / "held_out_emoji.json").read_text(encoding="utf-8"))["categories"]
+    exams = []
+    with Image.open(tests / "held_out_emoji.png") as sheet:
+        for i, category in enumerate(categories):
+            left, upper = i % 10 * 64, i // 10 * 64
+            question = tiny_data.Question(tiny_data.KIND_QUESTIONS[0], category)
+            exams.append(tiny_data.Exam(sheet.crop((left, upper, left + 64, upper + 64)), question))
+    return exams
+
+
+HELD_OUT = {
+    "easy-VQA": lambda easy_vqa: easy_vqa.test,
+    "digits": lambda easy_vqa: tiny_data.digits_task().test,
+    "emoji": lambda easy_vqa: held_out_emoji(),
+}
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_the_bundled_model_looks_at_what_it_is_shown(name, bundled, easy_vqa):
+    task = tiny_data.Task(name, "", "", [], HELD_OUT[name](easy_vqa), None)
+    exams = train_tiny.sample_of(task.test, 60)
+    accuracy = train_tiny.accuracy(*bundled, exams)
+    assert accuracy >= train_tiny.TARGETS[name]
+    _, other_pictures_answer = train_tiny.questions_alone(task)
+    control = train_tiny.accuracy(*bundled, train_tiny.shuffled(exams, seed=0))
+    noise = 3 * (other_pictures_answer * (1 - other_pictures_answer) / len(exams)) ** 0.5
+    assert control <= other_pictures_answer + noise < accuracy
 
 
 def test_an_ablation_run_trains_each_variant(task, vocabulary, tmp_path):
