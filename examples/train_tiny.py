@@ -411,7 +411,7 @@ def ablation(tasks: Sequence[Task], seeds: Sequence[int], steps: int, questions:
 
 def ablation_table(tasks: Sequence[Task], scores: Scores) -> str:
     """Mean and standard deviation over the seeds, in percent, in Markdown."""
-    rows = [" | ".join(["model", *(task.name for task in tasks)]), "|".join(["---"] * (len(tasks) + 1))]
+    rows = [" | ".join(["model", *(task.name for task in tasks)]), " | ".join(["---"] * (len(tasks) + 1))]
     for name, of_seeds in scores.items():
         cells = [f"{100 * statistics.fmean(s):.1f} ± {100 * spread(s):.1f}" for s in zip(*of_seeds)]
         rows.append(" | ".join([name, *cells]))

@@ -296,3 +296,12 @@ def test_an_ablation_run_trains_each_variant(task, vocabulary, tmp_path):
     for changed in ({}, {"scan": "snake"}, {"image_position": "first"}, {"rwkv_version": 5}):
         (score,) = train_tiny.small_run([task], [task.test], vocabulary, changed, 0, 1, tmp_path)
         assert 0 <= score <= 1
+
+
+def test_the_ablation_table_gives_mean_and_deviation_over_seeds(task):
+    table = train_tiny.ablation_table([task], {"one": [[0.5], [0.7]], "other": [[1.0]]})
+    assert table.splitlines()[2:] == [
+        "| one | 60.0 ± 14.1 |",
+        "| other | 100.0 ± 0.0 |",
+        "| best guess per question | 50.0 |",
+    ]
