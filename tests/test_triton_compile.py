@@ -14,6 +14,9 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 KERNELS = Path(__file__).parents[1] / "triton_kernels"
 TARGETS = ("sm_80", "sm_90", "gfx942")
+IN_TWO = {"wkv7_bwd_values_kernel", "wkv7_bwd_keys_kernel"}
+NEVER = {"sm_80": IN_TWO, "sm_90": IN_TWO, "gfx942": {"wkv7_bwd_gradients_kernel"}}
+"""In bfloat16 with heads of 64: RWKV-7's gradients in one launch on NVIDIA, in two on AMD."""
 
 
 def compile_kernels(*arguments, triton: Path | None = None, script: Path = SCRIPT):
@@ -36,7 +39,8 @@ def test_kernels_compile(target, tmp_path):
     assert not run.returncode, run.stdout[-6000:] + run.stderr[-3000:]
     compiled = {row["kernel"]: row for row in json.loads(rows.read_text())}
     written = "".join(path.read_text() for path in KERNELS.glob("*.py"))
-    assert set(compiled) == set(re.findall(r"^def (\w+_kernel)\(", written, re.MULTILINE))
+    every = set(re.findall(r"^def (\w+_kernel)\(", written, re.MULTILINE))
+    assert set(compiled) == every - NEVER[target]
     assert all(row["registers"] > 0 for row in compiled.values())
 
 

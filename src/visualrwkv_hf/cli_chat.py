@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -155,6 +156,10 @@ class Terminal:
                 self.ask(line)
         except BrokenPipeError:  # nobody reads the answers
             raise
+        except KeyboardInterrupt:
+            if not self.is_interactive:
+                raise
+            self.note("(stopped)")
         except (ValueError, OSError, RuntimeError, TemplateError) as error:
             self.notes.print(f"Error: {sentence(error)}", style="red", **PLAIN)
             return False
@@ -174,7 +179,7 @@ class Terminal:
     def ask(self, question: str) -> None:
         """Streams an answer. Ctrl-C stops it; in a pipe it stops everything."""
         started, pieces = time.perf_counter(), self.chat.ask(question)
-        try:
+        with contextlib.closing(pieces), self.interruptible() as is_stopped:
             with self.notes.status("reading"):
                 piece = next(pieces, None)
             waited = time.perf_counter() - started
@@ -182,18 +187,28 @@ class Terminal:
                 self.note("(no answer)")
             while piece is not None:
                 self.out.print(piece, end="", **PLAIN)
-                piece = next(pieces, None)
-        except KeyboardInterrupt:
-            if not self.is_interactive:
-                raise
+                piece = None if is_stopped() else next(pieces, None)
             self.out.print()
-            self.note("(stopped)")
-        else:
-            self.out.print()
-            if self.is_interactive:
+            if is_stopped():
+                self.note("(stopped)")
+            elif self.is_interactive:
                 self.note(f"first word after {waited:.2f} s")
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[Callable[[], bool]]:
+        """Yields what tells whether Ctrl-C was pressed, if a person is there; else Ctrl-C ends the program.
+
+        It is noted, not raised: an exception that comes while Python frees an object is lost.
+        """
+        pressed: list[int] = []
+        if not self.is_interactive:
+            yield lambda: False
+            return
+        before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+        try:
+            yield lambda: bool(pressed)
         finally:
-            pieces.close()
+            signal.signal(signal.SIGINT, before)
 
     def note(self, text: str) -> None:
         self.notes.print(text, style="dim", **PLAIN)
