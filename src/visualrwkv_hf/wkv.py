@@ -77,9 +77,7 @@ def wkv6(
         return triton_wkv6(r, w, k, v, u, initial_state, order, cu_seqlens)
 
     def compute(r: Tensor, w: Tensor, k: Tensor, v: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-        if _is_open(r):
-            return _wkv6_scan(r, w, k, v, u.to(S.dtype), S)
-        if r.shape[1] <= MAX_STEPS:
+        if _is_open(r) or r.shape[1] <= MAX_STEPS:
             return _wkv6_steps(r, w, k, v, u.to(S.dtype), S)
         return _wkv6_chunks(r, w, k, v, u.to(S.dtype), S, chunk_size)
 
@@ -140,9 +138,7 @@ def wkv7(
     def compute(
         r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if _is_open(r):
-            return _wkv7_scan(r, w, k, v, a, b, S)
-        if r.shape[1] <= MAX_STEPS:
+        if _is_open(r) or r.shape[1] <= MAX_STEPS:
             return _wkv7_steps(r, w, k, v, a, b, S)
         return _wkv7_chunks(r, w, k, v, a, b, S, chunk_size)
 
@@ -278,65 +274,49 @@ def _no_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def _wkv6_steps(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    decay = w.exp()
-    bonus = (r * u * k).sum(-1, keepdim=True) * v  # [B, T, H, V]
-    out = []
-    for t in range(r.shape[1]):
-        out.append((r[:, t, :, None] @ S).squeeze(-2))
-        S = torch.addcmul(k[:, t, :, :, None] * v[:, t, :, None], decay[:, t, :, :, None], S)
-    return torch.stack(out, 1) + bonus, S
+    out, S = _stepped(_wkv6_step, S, (r, w.exp(), k, v))
+    return out + (r * u * k).sum(-1, keepdim=True) * v, S
+
+
+def _wkv6_step(S: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """S_t, and y_t without its bonus, from S_{t-1} [B, H, K, V] and r, decay, k, v [B, H, X] of a token."""
+    r, decay, k, v = token
+    return torch.addcmul(k[..., None] * v[:, :, None], decay[..., None], S), (r[:, :, None] @ S).squeeze(-2)
 
 
 def _wkv7_steps(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor
 ) -> tuple[Tensor, Tensor]:
-    decay = w.exp()
-    bk = torch.stack([b, k], -1)  # [B, T, H, K, 2]
+    return _stepped(_wkv7_step, S, (r, w.exp(), torch.stack([b, k], -1), v, a))
+
+
+def _wkv7_step(S: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """S_t and y_t from S_{t-1} [B, H, K, V] and r, decay, (b, k) [B, H, K, 2], v, a of a token."""
+    r, decay, bk, v, a = token
+    sa_v = torch.cat([a[:, :, None] @ S, v[:, :, None]], -2)  # [B, H, 2, V]
+    S = torch.addcmul(bk @ sa_v, decay[..., None], S)
+    return S, (r[:, :, None] @ S).squeeze(-2)
+
+
+def _stepped(
+    step: Callable[..., tuple[Tensor, Tensor]], S: Tensor, tokens: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """`step(S, token)` -> S and y, over the T of `tokens` [B, T, H, ...]: all y [B, T, H, V], and the last S."""
+    if _is_open(tokens[0]):
+        from torch._higher_order_ops.scan import scan  # private still, so imported only where it is needed
+
+        S, ys = scan(step, S, tuple(x.transpose(0, 1) for x in tokens))
+        return ys.transpose(0, 1), S
     out = []
-    for t in range(r.shape[1]):
-        sa_v = torch.cat([a[:, t, :, None] @ S, v[:, t, :, None]], -2)  # [B, H, 2, V]
-        S = torch.addcmul(bk[:, t] @ sa_v, decay[:, t, :, :, None], S)
-        out.append((r[:, t, :, None] @ S).squeeze(-2))
+    for token in zip(*(x.unbind(1) for x in tokens)):
+        S, y = step(S, token)
+        out.append(y)
     return torch.stack(out, 1), S
-
-
-# --- as one loop in a graph ----------------------------------------------------------------------------
 
 
 def _is_open(r: Tensor) -> bool:
     """Whether torch.export is to leave the number of tokens open: no Python loop may run over them then."""
     return isinstance(r.shape[1], torch.SymInt)
-
-
-def _scan(
-    step: Callable[..., tuple[Tensor, Tensor]], S: Tensor, tokens: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
-    """`step(S, token)` -> S and y, over the T of `tokens` [B, T, H, X]: the last S, and all y [B, T, H, V]."""
-    from torch._higher_order_ops.scan import scan  # private still, so imported only where it is needed
-
-    S, out = scan(step, S, tuple(x.transpose(0, 1) for x in tokens))
-    return out.transpose(0, 1), S
-
-
-def _wkv6_scan(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    def step(S: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        r, decay, k, v = token
-        out = (r[:, :, None] @ S).squeeze(-2)
-        return decay[..., None] * S + k[..., None] * v[:, :, None], out
-
-    out, S = _scan(step, S, (r, w.exp(), k, v))
-    return out + (r * u * k).sum(-1, keepdim=True) * v, S
-
-
-def _wkv7_scan(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor
-) -> tuple[Tensor, Tensor]:
-    def step(S: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        r, decay, k, v, a, b = token
-        S = decay[..., None] * S + b[..., None] * (a[:, :, None] @ S) + k[..., None] * v[:, :, None]
-        return S, (r[:, :, None] @ S).squeeze(-2)
-
-    return _scan(step, S, (r, w.exp(), k, v, a, b))
 
 
 # --- chunk by chunk -----------------------------------------------------------------------------------
