@@ -173,6 +173,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_request(self) -> None:
         path = urlsplit(self.path).path
+        self.read_body: bytes | None = None
         self.hub.requests.append(f"{self.command} {path}")
         try:
             for methods, pattern, answer in self.server.routes:
@@ -180,7 +181,7 @@ class Handler(BaseHTTPRequestHandler):
                     return answer(self, *(unquote(group or "") for group in found.groups()))
             raise Refusal(404, f"No such endpoint: {self.command} {path}")
         except Refusal as refusal:
-            self.close_connection = True  # the request's body may lie unread
+            self.body()  # what lies unread would be taken for the next request of this connection
             headers = {"X-Error-Message": refusal.message}
             if refusal.code:
                 headers["X-Error-Code"] = refusal.code
@@ -209,6 +210,11 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
 
     def body(self) -> bytes:
+        if self.read_body is None:
+            self.read_body = self.receive_body()
+        return self.read_body
+
+    def receive_body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
         parts = []
