@@ -4,8 +4,8 @@
 
 The ops themselves are called, on CPU tensors; each launch is noted down where Triton would compile it, with the
 specialization that Triton chose. Every distinct one is then compiled. Exit status 1: a kernel does not compile, spills
-registers (on an NVIDIA GPU; for AMD, where nothing is tuned, the table says so), wants more shared memory than a block
-may have, or has a tl.dot that does not reach the matrix units.
+registers, wants more shared memory than a block may have, or has a tl.dot that does not reach the matrix units. With
+another Triton: PYTHONPATH=FOLDER, where `pip install --no-deps --target FOLDER triton==3.6.0` put it.
 """
 
 from __future__ import annotations
@@ -344,7 +344,7 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
         return row | {"problem": f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"}
     code = read_cubin(compiled) if gpu.backend == "cuda" else read_amdgcn(compiled)
     problems = {
-        f"spills {code.spilled} bytes": gpu.backend == "cuda" and (code.spilled or code.spills),
+        f"spills {code.spilled} bytes": code.spilled or code.spills,
         f"wants {code.shared} bytes of shared memory, of {shared}": code.shared > shared,
         "tl.dot without matrix units": "tt.dot" in compiled.asm["ttir"] and not code.matrix,
     }
@@ -426,7 +426,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
         "",
         f"`python tests/compile_kernels.py --summary FILE`, Triton {triton.__version__}, no GPU. Of all distinct",
         "launches of the ops, the most registers of a thread / bytes that spill / bytes of shared memory of a block.",
-        "RWKV's own case is bf16 with heads of 64. For AMD nothing is tuned.",
+        "RWKV's own case is bf16 with heads of 64.",
         "",
         table_row(["kernel", "dtype", "head", *targets]),
         "|" + "---|" * (3 + len(targets)),

@@ -23,12 +23,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FOLDER",
         help="judge by the golden data of another folder",
     )
-    parser.addoption(
-        "--older-triton",
-        type=Path,
-        metavar="FOLDER",
-        help="compile the kernels also with the Triton in there, put there by `pip install --target`",
-    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

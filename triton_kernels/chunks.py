@@ -257,6 +257,15 @@ def sequence_of_chunk(i_c, T, sequence_of, BT: tl.constexpr):
 
 
 @triton.jit
+def rows_of_chunk(i_c, i_s, T, order, cu_seqlens, chunk_starts, BT: tl.constexpr):
+    """`chunk_rows` of chunk i_c, a chunk of sequence i_s, and the row that its numbers count from."""
+    first, start, tokens, length = span_of_sequence(i_s, T, cu_seqlens, chunk_starts, BT)
+    i_t = (i_c - first).to(tl.int32) * BT
+    rows, m_read, m_row = chunk_rows(order, tokens, start, i_t, length, BT)
+    return rows, m_read, m_row, tokens
+
+
+@triton.jit
 def load_rows(x, rows, m_rows, i_h, H: tl.constexpr, D: tl.constexpr, o_d):
     """Columns o_d of x [rows, H, D], 0 where masked, [BT, len(o_d)] float32."""
     p_x = x + ((rows * H + i_h) * D)[:, None] + o_d[None, :]

@@ -32,6 +32,7 @@ from .chunks import (
     operand,
     precision_of,
     rows_of,
+    rows_of_chunk,
     sequence_of_chunk,
     span_of_sequence,
     store_rows,
@@ -58,7 +59,7 @@ CHUNK_SIZES = {torch.bfloat16: 32, torch.float32: 16}
 
 # (head size, bytes of an operand): the fewest warps that do not spill registers where that can be had.
 CONFIGS = {
-    (32, 2): Config(Launch(32, 4), Launch(16, 4), Launch(16, 4, 3), Launch(32, 4, 3)),
+    (32, 2): Config(Launch(32, 4), Launch(16, 4), Launch(16, 4, 2), Launch(32, 4, 3)),
     (64, 2): Config(Launch(64, 4), Launch(16, 4), Launch(16, 4, 2), Launch(32, 4, 2)),
     (128, 2): Config(Launch(64, 8), Launch(16, 8), Launch(16, 8, 2), Launch(32, 4, 2)),
     (32, 4): Config(Launch(32, 4), Launch(16, 8), Launch(16, 4, 2), Launch(32, 4, 2)),
@@ -75,7 +76,11 @@ def chunk_size_of(r: Tensor) -> int:
 
 
 def config_of(r: Tensor) -> Config:
-    return CONFIGS[r.shape[-1], precision_of(r).dtype.itemsize]
+    config = CONFIGS[r.shape[-1], precision_of(r).dtype.itemsize]
+    if torch.version.hip is None:
+        return config
+    # AMD's warps are twice as wide, and have all registers where no more than four share a compute unit.
+    return Config(*(launch._replace(num_warps=min(4, launch.num_warps)) for launch in config))
 
 
 # --- forward ------------------------------------------------------------------------------------------
@@ -99,7 +104,7 @@ def chunk_decays(b_w, BT: tl.constexpr, DOT: tl.constexpr, DOTS: tl.constexpr):
     return tl.exp(sums_of(b_w, row < col, DOT, DOTS)), tl.exp(sums_of(b_w, row > col, DOT, DOTS))
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "S"])
 def wkv6_fwd_prepare_kernel(
     r,
     w,
@@ -136,8 +141,7 @@ def wkv6_fwd_prepare_kernel(
     i_s = sequence_of_chunk(i_c, T, sequence_of, BT)
     if i_s >= S:  # there are fewer chunks than could be
         return
-    first, start, tokens, length = span_of_sequence(i_s, T, cu_seqlens, chunk_starts, BT)
-    rows, m_read, _ = chunk_rows(order, tokens, start, ((i_c - first) * BT).to(tl.int32), length, BT)
+    rows, m_read, _, tokens = rows_of_chunk(i_c, i_s, T, order, cu_seqlens, chunk_starts, BT)
     i_b = tokens // T
     o_t, o_k = tl.arange(0, BT), tl.arange(0, K)
 
@@ -315,7 +319,7 @@ def wkv6_bwd_scan_kernel(
     tl.store(dinitial_state + p_S, b_dS)
 
 
-@triton.jit(do_not_specialize=["T", "width"])
+@triton.jit(do_not_specialize=["T", "S", "width"])
 def wkv6_bwd_inputs_kernel(
     r,
     w,
@@ -363,8 +367,7 @@ def wkv6_bwd_inputs_kernel(
     i_s = sequence_of_chunk(i_c, T, sequence_of, BT)
     if i_s >= S:
         return
-    first, start, tokens, length = span_of_sequence(i_s, T, cu_seqlens, chunk_starts, BT)
-    rows, m_read, m_row = chunk_rows(order, tokens, start, ((i_c - first) * BT).to(tl.int32), length, BT)
+    rows, m_read, m_row, tokens = rows_of_chunk(i_c, i_s, T, order, cu_seqlens, chunk_starts, BT)
     i_b = tokens // T
     o_t, o_k = tl.arange(0, BT), tl.arange(0, K)
 
@@ -385,6 +388,8 @@ def wkv6_bwd_inputs_kernel(
         b_dy = tl.trans(load_rows(dy, rows, m_read, i_h, H, K, o_v))
         p_S = (i_p * K + o_k)[:, None] * K + o_v[None, :]
         b_S, b_dS = tl.load(states + p_S), tl.load(dstates + p_S)
+        b_dbonus += tl.sum(b_dy * b_v, 0)
+        b_dtotal += tl.sum((b_S * b_dS).to(tl.float32), 1)
         b_dv = tl.dot(operand(b_dy, DOT, DOTS), b_A, input_precision=DOTS)
         for i_k in range(0, K if BK == K else width, BK):
             dS_part = b_dS if BK == K else rows_of(b_dS, i_k, BK)
@@ -394,12 +399,11 @@ def wkv6_bwd_inputs_kernel(
         b_dA = tl.dot(tl.trans(operand(b_v, DOT, DOTS)), operand(b_dy, DOT, DOTS), b_dA, input_precision=DOTS)
         b_dr_in = tl.dot(b_S, operand(b_dy, DOT, DOTS), b_dr_in, input_precision=DOTS)
         b_dk_out = tl.dot(b_dS, operand(b_v, DOT, DOTS), b_dk_out, input_precision=DOTS)
-        b_dbonus += tl.sum(b_dy * b_v, 0)
-        b_dtotal += tl.sum((b_S * b_dS).to(tl.float32), 1)
 
     b_dA = tl.where(o_t[:, None] < o_t[None, :], b_dA, tl.trans(b_dA))  # the other half is of no s < t
 
     # Loaded again, not kept: registers are what this kernel is short of.
+    rows, m_read, m_row, _ = rows_of_chunk(i_c, i_s, T, order, cu_seqlens, chunk_starts, BT)
     b_r = tl.trans(load_rows(r, rows, m_read, i_h, H, K, o_k))
     b_k = tl.trans(load_rows(k, rows, m_read, i_h, H, K, o_k))
     b_w = tl.trans(load_log_decays(w, rows, m_read, i_b, i_h, T, stride_w_b, stride_w_t, K))

@@ -37,6 +37,7 @@ from .chunks import (
     operand,
     precision_of,
     rows_of,
+    rows_of_chunk,
     sequence_of_chunk,
     span_of_sequence,
     store_rows,
@@ -131,9 +132,7 @@ def wkv7_fwd_prepare_kernel(
     i_s = sequence_of_chunk(i_c, T, sequence_of, BT)
     if i_s >= S_:
         return
-    first, start, tokens, length = span_of_sequence(i_s, T, cu_seqlens, chunk_starts, BT)
-    i_t = (i_c - first).to(tl.int32) * BT
-    rows, m_read, _ = chunk_rows(order, tokens, start, i_t, length, BT)
+    rows, m_read, _, _ = rows_of_chunk(i_c, i_s, T, order, cu_seqlens, chunk_starts, BT)
     i_ch = tl.program_id(0).to(tl.int64)
 
     DOT: tl.constexpr = q.dtype.element_ty
@@ -210,15 +209,15 @@ def wkv7_fwd_scan_kernel(
     tl.store(final_state + p_state, b_S)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "width"])
 def wkv7_bwd_scan_kernel(
-    q, P, G, dy, dfinal_state, order, cu_seqlens, chunk_starts, dstates, dinitial_state, T,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+    q, P, G, dy, dfinal_state, order, cu_seqlens, chunk_starts, dstates, dinitial_state, T, width,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the states at the chunks' ends, of one sequence and head in BV columns, backwards.
 
-    dS = exp(G) dS' + P^T dS' + q^T dy
+    dS = exp(G) dS' + P^T dS' + q^T dy, the product with P over BK keys at a time.
     """
     i_v = tl.program_id(0) % (V // BV)
     i_h = tl.program_id(0) // (V // BV) % H
@@ -235,11 +234,14 @@ def wkv7_bwd_scan_kernel(
         i_ch = (first + i_c) * H + i_h
         rows, m_read, _ = chunk_rows(order, tokens, start, i_c * BT, length, BT)
         b_q = tl.load(q + i_ch * BT * K + o_t[:, None] * K + o_k[None, :])
-        b_P = tl.load(P + i_ch * K * K + o_k[:, None] * K + o_k[None, :])
         b_G = tl.load(G + i_ch * K + o_k)
         b_end = operand(b_dS, DOT, PRECISION)
         tl.store(dstates + i_ch * K * V + o_k[:, None] * V + o_v[None, :], b_end)
-        b_dS = tl.dot(tl.trans(b_P), b_end, tl.exp(b_G)[:, None] * b_dS, input_precision=PRECISION)
+        b_dS = tl.exp(b_G)[:, None] * b_dS
+        for i_k in range(0, K if BK == K else width, BK):
+            b_P = tl.load(P + i_ch * K * K + (i_k + tl.arange(0, BK))[:, None] * K + o_k[None, :])
+            b_part = b_end if BK == K else rows_of(b_end, i_k, BK)
+            b_dS = tl.dot(tl.trans(b_P), b_part, b_dS, input_precision=PRECISION)
         b_dy = load_rows(dy, rows, m_read, i_h, H, V, o_v).to(DOT)
         b_dS = tl.dot(tl.trans(b_q), b_dy, b_dS, input_precision=PRECISION)
     if dinitial_state is not None:
@@ -373,9 +375,7 @@ def wkv7_bwd_gradients_kernel(
     i_s = sequence_of_chunk(i_c, T, sequence_of, BT)
     if i_s >= S_:
         return
-    first, start, tokens, length = span_of_sequence(i_s, T, cu_seqlens, chunk_starts, BT)
-    i_t = (i_c - first).to(tl.int32) * BT
-    rows, m_read, m_row = chunk_rows(order, tokens, start, i_t, length, BT)
+    rows, m_read, m_row, _ = rows_of_chunk(i_c, i_s, T, order, cu_seqlens, chunk_starts, BT)
     i_ch = tl.program_id(0).to(tl.int64)
 
     DOT: tl.constexpr = states.dtype.element_ty
@@ -440,9 +440,7 @@ def wkv7_bwd_values_kernel(
     i_s = sequence_of_chunk(i_c, T, sequence_of, BT)
     if i_s >= S_:
         return
-    first, start, tokens, length = span_of_sequence(i_s, T, cu_seqlens, chunk_starts, BT)
-    i_t = (i_c - first).to(tl.int32) * BT
-    rows, m_read, m_row = chunk_rows(order, tokens, start, i_t, length, BT)
+    rows, m_read, m_row, _ = rows_of_chunk(i_c, i_s, T, order, cu_seqlens, chunk_starts, BT)
     i_ch = tl.program_id(0).to(tl.int64)
 
     DOT: tl.constexpr = states.dtype.element_ty
@@ -494,9 +492,7 @@ def wkv7_bwd_keys_kernel(
     i_s = sequence_of_chunk(i_c, T, sequence_of, BT)
     if i_s >= S_:
         return
-    first, start, tokens, length = span_of_sequence(i_s, T, cu_seqlens, chunk_starts, BT)
-    i_t = (i_c - first).to(tl.int32) * BT
-    rows, m_read, m_row = chunk_rows(order, tokens, start, i_t, length, BT)
+    rows, m_read, m_row, _ = rows_of_chunk(i_c, i_s, T, order, cu_seqlens, chunk_starts, BT)
 
     DOT: tl.constexpr = states.dtype.element_ty
     o_k = tl.program_id(0) % (K // BK) * BK + tl.arange(0, BK)
@@ -611,8 +607,19 @@ def _configs(K: int) -> dict[tuple[int, torch.dtype, bool], Config]:
 CONFIGS = _configs(32) | _configs(64) | _configs(128)
 # The model's own case. All others have more in registers.
 CONFIGS[64, torch.bfloat16, True] = Config(32, Launch(64, 4), WIDE, WIDE, Launch(32, 8))
+# Where what serves the others spills, with one version of Triton or another.
+for key, launches in {
+    (32, torch.bfloat16, True): dict(gradients=Launch(16, 4)),
+    (32, torch.bfloat16, False): dict(gradients=Launch(16, 4)),
+    (128, torch.bfloat16, True): dict(values=Launch(64, 4)),
+    (128, torch.bfloat16, False): dict(values=Launch(64, 4)),
+    (32, torch.float16, True): dict(prepare=Launch(32, 2), values=Launch(32, 2)),
+    (32, torch.float16, False): dict(values=Launch(32, 2)),
+    (64, torch.float16, True): dict(prepare=Launch(32, 8)),
+}.items():
+    CONFIGS[key] = CONFIGS[key]._replace(**launches)
 
-# Keys per turn of the forward scan where a product over all would spill registers.
+# Keys per turn of the scans where a product over all would spill registers.
 SCAN_KEYS = {(128, torch.float32): 32}
 
 # Up to how many sequences times heads the scans' programs take 16 columns each, so that there are enough of them.
@@ -746,8 +753,9 @@ def wkv7_backward(
         BV, num_warps, num_stages = _scan_launch(config.bwd_scan, sequences * H)
         wkv7_bwd_scan_kernel[(sequences * H * (V // BV),)](
             q, P, G, dy, dfinal_state, order, cu_seqlens, chunk_starts, dstates,
-            None if initial_state is None else dinitial_state, T,
-            H=H, K=K, V=V, BT=BT, BV=BV, PRECISION=PRECISION, num_warps=num_warps, num_stages=num_stages,
+            None if initial_state is None else dinitial_state, T, K,
+            H=H, K=K, V=V, BT=BT, BK=SCAN_KEYS.get((K, r.dtype), K), BV=BV, PRECISION=PRECISION,
+            num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         inputs = (r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, states, dstates)
         dr, dw, dk, dv, da, db = gradients
