@@ -1,8 +1,8 @@
 """examples/train_tiny.py: its data, its prompts, and a training of seconds on made pictures."""
 
-import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -12,65 +12,25 @@ from random import Random
 import pytest
 import torch
 from PIL import Image, ImageDraw
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def load(name: str):
-    """A module of examples/, under its own name: train_tiny imports tiny_data."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-tiny_data = load("tiny_data")
-train_tiny = load("train_tiny")
-
-TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2) | dict(
-    image_size=64, patch_size=16
-)
-LANGUAGE_MODEL = dict(rwkv_version=7, hidden_size=32, num_hidden_layers=2, head_dim=16)
-COLORS = ("red", "blue")
-
-
-def colored_square(color: str, side: int = 64) -> Image.Image:
-    picture = Image.new("RGB", (side, side), "white")
-    ImageDraw.Draw(picture).rectangle((8, 8, side - 8, side - 8), fill=color)
-    return picture
+from two_colors import colored_square, tiny_data, train_tiny, trained_on, two_colors, vocabulary_of
 
 
 @pytest.fixture(scope="module")
 def task():
-    """Two colours to tell apart."""
-    questions = {color: tiny_data.Question("what color is it?", color) for color in COLORS}
-    others = [tiny_data.Question("is there a shape?", "yes")]
-    subjects = [
-        tiny_data.Subject([colored_square(c)], [question], others) for c, question in questions.items()
-    ]
-    exams = [tiny_data.Exam(colored_square(c), question) for c, question in questions.items()]
-    return tiny_data.Task("easy-VQA", "made", "0", subjects, exams * 4, tiny_data.mirrored)
+    return two_colors()
 
 
 @pytest.fixture(scope="module")
 def vocabulary(task):
-    return train_tiny.cut_vocabulary(tiny_data.all_questions([task]))
+    return vocabulary_of(task)
 
 
 @pytest.fixture(scope="module")
-def trained(task, vocabulary, tmp_path_factory):
+def trained(task, tmp_path_factory):
     """A model that has learned the two colours, saved as the script saves it."""
     folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    fields = dict(scan="bidirectional", image_position="middle")
-    model, processor = train_tiny.fresh_model(vocabulary, TOWER, LANGUAGE_MODEL, **fields)
-    shares = {task.name: 1.0}
-    stages = [train_tiny.Stage(30, 5e-3, 1e-3, tuple(train_tiny.TRAINABLE_PARTS), 1, shares)]
-    stages.append(train_tiny.Stage(3, 1e-3, 1e-4, ("projector", "language_model"), 2, shares))
-    train_tiny.train(model, processor, [task], stages, 0, folder)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    model, processor = trained_on(task, folder)
+    train_tiny.save(model, processor, folder, without_code=False)
     return model.float(), processor, folder
 
 
@@ -82,6 +42,23 @@ def test_it_learns_and_shuffled_pictures_take_it_away(trained, task):
         for e in task.test
     ]
     assert train_tiny.accuracy(model, processor, swapped) == 0
+
+
+def test_two_processes_share_batches_and_questions(trained, tmp_path):
+    """Weights are the same in both, and those of one process but for rounding, which 33 steps of AdamW spread."""
+    script = Path(__file__).with_name("two_colors.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, script, tmp_path], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "processes: 2, right: 1.0" in done.stdout and done.stdout.count("right:") == 1
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    alone = trained[0].state_dict()
+    moved = max((first[name] - alone[name]).abs().max().item() for name in first)
+    assert 0 < moved < 0.02
 
 
 def test_the_saved_folder_answers_on_the_command_line(trained, tmp_path):
@@ -261,13 +238,13 @@ def test_the_bundled_model_is_small(bundled):
 
 
 def held_out_emoji() -> list:
-    """Every fifth of the test's, sorted by category, in one picture (Noto Emoji, Apache-2.0)."""
+    """The test's, sorted by category, in one picture (Noto Emoji, Apache-2.0)."""
     tests = Path(__file__).parent
-    categories = json.loads((tests / "held_out_emoji.json").read_text(encoding="utf-8"))["categories"]
+    told = json.loads((tests / "held_out_emoji.json").read_text(encoding="utf-8"))
     exams = []
     with Image.open(tests / "held_out_emoji.png") as sheet:
-        for i, category in enumerate(categories):
-            left, upper = i % 10 * 64, i // 10 * 64
+        for i, category in enumerate(told["categories"]):
+            left, upper = i % told["columns"] * 64, i // told["columns"] * 64
             question = tiny_data.Question(tiny_data.KIND_QUESTIONS[0], category)
             exams.append(tiny_data.Exam(sheet.crop((left, upper, left + 64, upper + 64)), question))
     return exams
@@ -283,7 +260,7 @@ HELD_OUT = {
 @pytest.mark.parametrize("name", HELD_OUT)
 def test_the_bundled_model_looks_at_what_it_is_shown(name, bundled, easy_vqa):
     task = tiny_data.Task(name, "", "", [], HELD_OUT[name](easy_vqa), None)
-    exams = train_tiny.sample_of(task.test, 60)
+    exams = train_tiny.sample_of(task.test, 300)
     accuracy = train_tiny.accuracy(*bundled, exams)
     assert accuracy >= train_tiny.TARGETS[name]
     _, other_pictures_answer = train_tiny.questions_alone(task)
