@@ -388,7 +388,6 @@ def wkv6_bwd_inputs_kernel(
         b_dy = tl.trans(load_rows(dy, rows, m_read, i_h, H, K, o_v))
         p_S = (i_p * K + o_k)[:, None] * K + o_v[None, :]
         b_S, b_dS = tl.load(states + p_S), tl.load(dstates + p_S)
-        b_dbonus += tl.sum(b_dy * b_v, 0)
         b_dtotal += tl.sum((b_S * b_dS).to(tl.float32), 1)
         b_dv = tl.dot(operand(b_dy, DOT, DOTS), b_A, input_precision=DOTS)
         for i_k in range(0, K if BK == K else width, BK):
@@ -399,11 +398,11 @@ def wkv6_bwd_inputs_kernel(
         b_dA = tl.dot(tl.trans(operand(b_v, DOT, DOTS)), operand(b_dy, DOT, DOTS), b_dA, input_precision=DOTS)
         b_dr_in = tl.dot(b_S, operand(b_dy, DOT, DOTS), b_dr_in, input_precision=DOTS)
         b_dk_out = tl.dot(b_dS, operand(b_v, DOT, DOTS), b_dk_out, input_precision=DOTS)
+        b_dbonus += tl.sum(b_dy * b_v, 0)
 
     b_dA = tl.where(o_t[:, None] < o_t[None, :], b_dA, tl.trans(b_dA))  # the other half is of no s < t
 
     # Loaded again, not kept: registers are what this kernel is short of.
-    rows, m_read, m_row, _ = rows_of_chunk(i_c, i_s, T, order, cu_seqlens, chunk_starts, BT)
     b_r = tl.trans(load_rows(r, rows, m_read, i_h, H, K, o_k))
     b_k = tl.trans(load_rows(k, rows, m_read, i_h, H, K, o_k))
     b_w = tl.trans(load_log_decays(w, rows, m_read, i_b, i_h, T, stride_w_b, stride_w_t, K))

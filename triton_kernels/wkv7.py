@@ -612,8 +612,7 @@ for key, launches in {
     (32, torch.bfloat16, True): dict(gradients=Launch(16, 4)),
     (32, torch.bfloat16, False): dict(gradients=Launch(16, 4)),
     (128, torch.bfloat16, True): dict(values=Launch(64, 4)),
-    (128, torch.bfloat16, False): dict(values=Launch(64, 4)),
-    (32, torch.float16, True): dict(prepare=Launch(32, 2), values=Launch(32, 2)),
+    (32, torch.float16, True): dict(prepare=Launch(32, 1), values=Launch(32, 2)),
     (32, torch.float16, False): dict(values=Launch(32, 2)),
     (64, torch.float16, True): dict(prepare=Launch(32, 8)),
 }.items():
