@@ -8,6 +8,7 @@ a follow-up reads its own words only. Nothing is loaded from elsewhere, so it al
 """
 
 import html
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,7 +62,9 @@ def answerer(source: str, max_new_tokens: int) -> Callable:
     processor = AutoProcessor.from_pretrained(source)
     vlm = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", device_map="auto").eval()
 
-    def answer(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    def answer(
+        message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[dict, Any]]:
         """The answer so far, again and again, and in the end how the model reads the question's first picture.
 
         Args:
@@ -74,15 +77,20 @@ def answerer(source: str, max_new_tokens: int) -> Callable:
         try:
             for file in message["files"]:
                 chat.add_picture(file)
-            for piece in chat.ask(message["text"]):
+            for piece in chat.ask(inspect.cleandoc(message["text"])):  # as the chatbot gives it back
                 text += piece
-                yield text, gr.skip()
+                yield reply_of(text), gr.skip()
             if message["files"]:
-                yield text, reading_figure(message["files"][0], message["text"], source)
+                yield reply_of(text), reading_figure(message["files"][0], message["text"], source)
         except (ValueError, TemplateError) as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
     return answer
+
+
+def reply_of(text: str) -> dict[str, Any]:
+    """An answer for gradio's chatbot: a part of a message. Of a plain string it would keep no indentation."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 def message_of(earlier: Mapping[str, Any]) -> dict[str, Any]:

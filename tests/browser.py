@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 DEMO = Path(__file__).parents[1] / "examples" / "web_demo.py"
@@ -23,6 +24,15 @@ OPTIONS = (
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
 SUBMIT = "[data-testid=submit-button]"
+NEW_LINE = "\ue008\ue007\ue000"
+"""Shift and Enter, and no longer Shift: Enter alone would send."""
+ANSWER = "[data-testid=bot]"
+RECORD = """
+window.shown = [];
+new MutationObserver(() => window.shown.push([...document.querySelectorAll(arguments[0])].map(it => it.innerText)))
+    .observe(document.body, {subtree: true, childList: true, characterData: true});
+"""
+"""From now on the page notes what can be read of its answers whenever something in it changes."""
 SECONDS = 300
 """The longest wait for anything."""
 
@@ -30,19 +40,19 @@ SECONDS = 300
 @contextmanager
 def running_demo(log: Path, *arguments: str) -> Iterator[str]:
     """The address of `examples/web_demo.py`. What it prints goes to `log`."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "TMPDIR": str(log.parent)}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, str(DEMO), "--port", str(port), *arguments]
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | own)
     try:
         wait_for(lambda: "Running on local URL" in log.read_text() or process.poll() is not None)
         assert process.poll() is None, log.read_text()
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.terminate()
-        process.wait(60)
+        process.kill()
+        process.wait()
 
 
 def wait_for(condition, seconds: float = SECONDS):
@@ -68,12 +78,18 @@ class Page:
         options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
         self.url = url
         self.browser = Chrome(options=options, service=Service(DRIVER))
-        self.open()
+
+    def __enter__(self) -> "Page":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.browser.quit()
 
     def open(self) -> None:
         """The page without messages."""
         self.browser.get(self.url)
         wait_for(lambda: self.find("textarea") and self.is_idle())
+        self.browser.execute_script(RECORD, ANSWER)
 
     def find(self, selector: str) -> list:
         return self.browser.find_elements("css selector", selector)
@@ -94,27 +110,20 @@ class Page:
     def ask(self, question: str) -> list[str]:
         """Sends a question. Returns what could be read of its answer, time after time."""
         wait_for(self.is_idle)
-        before = len(self.answers())
-        self.find("textarea")[0].send_keys(question)
+        before = len(self.texts(ANSWER))
+        self.find("textarea")[0].send_keys(question.replace("\n", NEW_LINE))
         self.find(SUBMIT)[0].click()
         return self.watch(before)
 
     def watch(self, before: int) -> list[str]:
         """What can be read of the answer behind `before` others, time after time until it is whole."""
-        seen = [""]
-        wait_for(lambda: self.answers()[before:])
-        while not self.is_idle():
-            now = "".join(self.answers()[before:])  # for a moment the page may show none
-            if now and now != seen[-1]:
-                seen.append(now)
-        return [*seen, self.answers()[before]]
+        wait_for(lambda: self.texts(ANSWER)[before:] and self.is_idle())
+        shown = self.browser.execute_script("return window.shown")
+        return [text for text, _ in groupby("".join(answers[before:]) for answers in shown) if text]
 
     def is_idle(self) -> bool:
         """Whether a question can be sent."""
         return bool(self.find(SUBMIT) and self.find("[data-testid=upload-button]:not([disabled])"))
-
-    def answers(self) -> list[str]:
-        return self.texts("[data-testid=bot]")
 
     def requests(self) -> set[str]:
         """Addresses that the browser asked since it was last looked."""

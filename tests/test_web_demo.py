@@ -29,10 +29,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(folder, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "log"
-    with running_demo(log, "--model", str(folder), "--max-new-tokens", str(TOKENS)) as url:
-        page = Page(url)
+    options = ("--model", str(folder), "--max-new-tokens", str(TOKENS))
+    with running_demo(log, *options) as url, Page(url) as page:
         yield page
-        page.browser.quit()
 
 
 @pytest.fixture
@@ -59,9 +58,9 @@ def test_a_conversation_about_pictures(page, chat, pictures):
     page.open()
     page.requests()
     page.attach(pictures[0])
-    seen = page.ask("Which colour is it?")
+    seen = page.ask("Which colour\n  is it?")
     chat.add_picture(pictures[0])
-    assert shown(seen[-1]) == shown("".join(chat.ask("Which colour is it?")))
+    assert shown(seen[-1]) == shown("".join(chat.ask("Which colour\nis it?")))
     lengths = [len(text) for text in seen]
     assert lengths == sorted(lengths) and len({*lengths}) > 2  # it came in pieces
     assert len(page.find("[data-testid=matplotlib] img")) == 1
