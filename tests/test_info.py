@@ -5,14 +5,17 @@ import time
 
 import pytest
 import torch
+from hub_client import client_process
+from hub_server import Hub
+from huggingface_hub import snapshot_download
 from tiny import awake, pixels, prompt, text_config
-from tiny_training import save_tiny_model, tiny_model
+from tiny_training import save_tiny_model, tiny_model, tiny_processor
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from visualrwkv_hf import VisualRWKVCache, VisualRWKVConfig, VisualRWKVForCausalLM, image_processor_for
 from visualrwkv_hf.cli import app
-from visualrwkv_hf.cli_info import facts_of, in_bytes
+from visualrwkv_hf.cli_info import facts_of, facts_of_hub, in_bytes, may_be_on_hub
 
 
 def run_info(*arguments):
@@ -113,6 +116,87 @@ def test_headers_of_a_large_folder_are_read_in_a_moment(tmp_path):
     started = time.process_time()
     assert facts_of(tmp_path)["num_bytes"] == 128 * rows
     assert time.process_time() - started < 1
+
+
+# On the Hub.
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with Hub({"hf_ann": "ann"}) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def client(hub, cache):
+    with client_process(hub.url, cache) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def one_folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("one"))
+
+
+def put_on(hub: Hub, name: str, folder, **options) -> None:
+    hub.add(name, {file.name: file.read_bytes() for file in folder.iterdir()}, **options)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_model_on_the_hub_is_told_of_without_its_weights(hub, client, cache, tmp_path, shards):
+    model = tiny_model()
+    tiny_processor(model).save_pretrained(tmp_path)
+    size = sum(weight.nbytes for weight in model.parameters())
+    model.save_pretrained(tmp_path, max_shard_size=f"{size // shards // 1000 + 1}KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) >= shards
+    name = f"ann/tiny-{shards}"
+    put_on(hub, name, tmp_path)
+    assert client(facts_of_hub, name) == facts_of(tmp_path)
+    assert not list(cache.rglob("*.safetensors"))
+
+
+def test_what_is_in_the_cache_is_told_of_without_the_hubs_weights(hub, client, one_folder):
+    put_on(hub, "ann/cached", one_folder)
+    client(snapshot_download, "ann/cached")
+    hub.requests.clear()
+    assert client(facts_of_hub, "ann/cached") == facts_of(one_folder)
+    assert not any("safetensors" in request for request in hub.requests)
+
+
+def test_a_language_model_on_the_hub_needs_no_processor(hub, client, tmp_path):
+    awake(VisualRWKVForCausalLM(text_config(7))).save_pretrained(tmp_path)
+    put_on(hub, "ann/text", tmp_path)
+    assert client(facts_of_hub, "ann/text") == facts_of(tmp_path)
+
+
+def test_what_is_not_on_the_hub_is_refused_in_a_sentence(hub, client, one_folder):
+    put_on(hub, "ann/secret", one_folder, private=True)
+    hub.add("ann/other", {"config.json": b'{"model_type": "llama"}'})
+    hub.add("ann/bare", {"config.json": (one_folder / "config.json").read_bytes()})
+    hub.add("ann/empty", {"README.md": b"nothing"})
+    for name, message in {
+        "ann/none": "There is no repository ann/none",
+        "ann/secret": "or it is private",
+        "ann/other": "holds a model of type 'llama'",
+        "ann/bare": "has no file model.safetensors",
+        "ann/empty": "ann/empty has no file config.json",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            client(facts_of_hub, name)
+    assert client(facts_of_hub, "ann/secret", token="hf_ann") == facts_of(one_folder)
+
+
+def test_which_names_may_be_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    assert may_be_on_hub("ann/tiny") and may_be_on_hub("tiny")
+    for folder in ("models/tiny", "models", str(tmp_path / "none"), "./none", "../none", "a/b/c", "models/"):
+        assert not may_be_on_hub(folder), folder
 
 
 def refused(folder):

@@ -1,9 +1,10 @@
 """`visualrwkv info`: what a model folder holds, from its headers alone."""
 
+import contextlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,17 +45,26 @@ STATE_BYTES = 4
 def info(
     folder: Annotated[
         str | None,
-        typer.Argument(metavar="[DIR]", help="A model's folder. Without it the model inside the package."),
+        typer.Argument(
+            metavar="[MODEL]", help="A folder or a Hub id. Without it the model inside the package."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Shows what a model is: release, sizes, parameters, tokens of a picture, bytes of a conversation."""
     with errors_in_a_sentence():
-        facts = facts_of(Path(model_source(folder)))
+        source = model_source(folder)
+        facts = facts_of_hub(source) if may_be_on_hub(source) else facts_of(Path(source))
         if as_json:
             typer.echo(json.dumps(facts, indent=2))
         else:
             show_facts(facts)
+
+
+def may_be_on_hub(source: str) -> bool:
+    """Whether `source` is no folder, and reads `user/name` or `name`."""
+    parts = source.split("/")
+    return not Path(source).is_dir() and len(parts) <= 2 and all(part.strip(".") for part in parts)
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
@@ -63,13 +73,72 @@ def facts_of(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the folder is none, holds another model, or files are missing or damaged.
     """
-    from visualrwkv_hf.conversion.convert import open_folder, read_config
+    from visualrwkv_hf.conversion.convert import open_folder
 
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
+    return facts_from(folder, lambda: open_folder(folder).infos)
+
+
+def facts_of_hub(name: str) -> dict[str, Any]:
+    """As [`facts_of`] of a model on the Hub: of weights that are not in the cache only the headers are fetched.
+
+    Raises:
+        ValueError: it is not there or not reached, holds another model, or files are missing or damaged.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    from visualrwkv_hf.conversion.checkpoint import read_json
+    from visualrwkv_hf.conversion.convert import open_folder
+    from visualrwkv_hf.conversion.hub_files import HubFile, download, hub_sentences
+
+    folder = download(HubFile(name, "config.json", None)).parent
+    if read_json(folder / "config.json").get("model_type") == "visualrwkv":
+        with hub_sentences(name), contextlib.suppress(RemoteEntryNotFoundError):
+            hf_hub_download(name, "processor_config.json")
+
+    def tensors() -> Mapping[str, "TensorInfo"]:
+        try:
+            return open_folder(folder).infos
+        except ValueError:  # not all of them are in the cache
+            return headers_on_hub(name)
+
+    return facts_from(folder, tensors)
+
+
+def headers_on_hub(name: str) -> dict[str, "TensorInfo"]:
+    """The tensors of a model on the Hub, without their contents.
+
+    Raises:
+        ValueError: it has no safetensors, or is not reached.
+    """
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    from visualrwkv_hf.conversion.checkpoint import SAFETENSORS_DTYPES, TensorInfo
+    from visualrwkv_hf.conversion.hub_files import hub_sentences
+    from visualrwkv_hf.conversion.key_map import ConversionError
+
+    with hub_sentences(name, "model.safetensors"):
+        try:
+            files = get_safetensors_metadata(name).files_metadata.values()
+        except NotASafetensorsRepoError as error:
+            raise ConversionError(f"{name} has no file model.safetensors, whole or in parts.") from error
+    return {
+        tensor: TensorInfo(SAFETENSORS_DTYPES[entry.dtype], tuple(entry.shape))
+        for file in files
+        for tensor, entry in file.tensors.items()
+    }
+
+
+def facts_from(folder: Path, read_tensors: Callable[[], Mapping[str, "TensorInfo"]]) -> dict[str, Any]:
+    """What is told of a model whose configuration lies in `folder`."""
+    from visualrwkv_hf.conversion.convert import read_config
+
     try:
         config = read_config(folder)
-        tensors = open_folder(folder).infos
+        tensors = read_tensors()
     except json.JSONDecodeError as error:
         raise ValueError(f"A file of {folder} is no JSON, or damaged: {error}.") from error
     text = config.get_text_config(decoder=True)
