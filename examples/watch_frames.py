@@ -2,7 +2,7 @@
 
     python examples/watch_frames.py holiday.gif --question "What is happening?" --every 50
     python examples/watch_frames.py frames/ --model visualrwkv-6-1b6
-    python examples/watch_frames.py film.mp4                      # needs `pip install imageio[ffmpeg]`
+    python examples/watch_frames.py film.mp4                      # needs `pip install -e ".[video]"`
 
 All frames stand in one message, as a chat with many pictures has them, and each is read into the same state once: time
 and memory per frame are what they were for the first one. A question is asked of a copy of the state, so that it does
@@ -36,7 +36,7 @@ def frames_of(source: Path) -> Iterator[Image.Image]:
         for path in sorted(source.iterdir()):
             try:
                 yield Image.open(path).convert("RGB")
-            except (UnidentifiedImageError, IsADirectoryError):
+            except OSError:  # no picture, half of one, or a folder
                 typer.secho(f"Left out, for it is no picture: {path}", err=True, fg="yellow")
         return
     try:
@@ -45,19 +45,27 @@ def frames_of(source: Path) -> Iterator[Image.Image]:
                 yield frame.convert("RGB")
     except UnidentifiedImageError:
         yield from video_frames(source)
+    except OSError as error:
+        raise ValueError(f"{source} is damaged: {error}") from error
 
 
 def video_frames(source: Path) -> Iterator[Image.Image]:
+    """The frames of a film, decoded one at a time.
+
+    Raises:
+        ValueError: it is none, it is damaged, or what decodes it is not installed.
+    """
     try:
         import imageio.v3 as imageio
+
+        # Named, for imageio would otherwise try its plugins for formats of science on whatever is no film.
+        for frame in imageio.imiter(source, plugin="pyav"):
+            yield Image.fromarray(frame)
     except ImportError as error:
         raise ValueError(
-            f"{source} is no picture that Pillow reads. If it is a video: pip install 'imageio[ffmpeg]'."
+            f"{source} is no picture that Pillow reads. If it is a video: pip install 'visualrwkv-hf[video]'."
         ) from error
-    try:
-        for frame in imageio.imiter(source):
-            yield Image.fromarray(frame)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{source} cannot be read as a video: {error}") from error
 
 
