@@ -4,6 +4,8 @@ import base64
 import hashlib
 import io
 import itertools
+import multiprocessing
+import resource
 
 import numpy as np
 import pytest
@@ -12,17 +14,24 @@ from golden_cases import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_training import tiny_model, tiny_processor
 from transformers import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from visualrwkv_hf import VisualRWKVConfig, VisualRWKVImageProcessor, VisualRWKVVisionModel
+from visualrwkv_hf import (
+    VisualRWKVConfig,
+    VisualRWKVImageProcessor,
+    VisualRWKVVisionModel,
+    image_processing_visualrwkv,
+)
 from visualrwkv_hf.image_processing_visualrwkv import (
     HALF,
     TILINGS,
     grid_700,
     grid_boxes,
     image_processor_for,
+    middle_of_thin,
     open_picture,
     region_grid,
     squash,
@@ -221,6 +230,31 @@ def test_a_picture_in_a_batch_is_the_picture_alone():
         assert np.array_equal(pixels, alone), name
 
 
+# --- many pictures --------------------------------------------------------------------------------
+
+
+def test_a_tower_sees_one_picture_at_a_time():
+    """However many a prompt or a batch has: what a tower holds in between is many times a picture's pixels."""
+    model = tiny_model()
+    processor = tiny_processor(model)
+    batches: list[int] = []
+    model.model.vision_tower.clip.register_forward_pre_hook(
+        lambda module, arguments: batches.append(len(arguments[0]))
+    )
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": picture(seed=seed)} for seed in seeds]}]
+        for seeds in ((0, 1, 2), (3,))
+    ]
+    options = dict(tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+    for asked, count in ((chats, 4), (chats[0], 3)):
+        inputs = processor.apply_chat_template(asked, **options, padding=True)
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        assert batches == [1] * count
+        batches.clear()
+    model.read(processor, chats[0], image_position="first")
+    assert batches == [1] * 3
+
+
 # --- what a model needs ---------------------------------------------------------------------------
 
 
@@ -265,6 +299,103 @@ def test_saved_processor_is_itself_again(tmp_path):
     one, two = processor(picture()), again(picture())
     assert one.keys() == two.keys() == {"pixel_values", "pixel_values_sam"}  # files sort encoders by name
     assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+# --- thin pictures ----------------------------------------------------------------------------------
+
+
+def clip_processor(size: int):
+    return image_processor_for(model_config(clip_config={**SMALL, "image_size": size, "patch_size": 14}))
+
+
+def resized_and_cut(image: Image.Image, size: int) -> np.ndarray:
+    """What CLIP's image processor sees: uint8 [S, S, 3]."""
+    seen = CLIPImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        do_rescale=False,
+        do_normalize=False,
+    )(image)["pixel_values"][0]
+    return np.moveaxis(seen, 0, -1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([14, 28, 42, 98]),
+    st.integers(1, 30),
+    st.integers(2, 900),
+    st.booleans(),
+    st.sampled_from([(0, 256), (0, 2), (254, 256)]),
+)
+def test_middle_of_a_thin_picture_is_what_would_be_cut_out(size, short, long, is_tall, values):
+    rng = np.random.default_rng(long)
+    pixels = rng.integers(*values, (long, short, 3), dtype=np.uint8)
+    pixels = pixels * (1 if values[1] > 2 else 255)  # black and white: where cubics overshoot most
+    image = Image.fromarray(pixels if is_tall else np.ascontiguousarray(pixels.swapaxes(0, 1)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_processing_visualrwkv, "LARGEST_BETWEEN", 0)
+        middle = middle_of_thin(image, clip_processor(size))
+    assert middle.size == (size, size) if min(short, long) < size else middle is image
+    assert np.array_equal(resized_and_cut(middle, size), resized_and_cut(image, size))
+
+
+def largest_memory_of(function, *arguments) -> int:
+    """Bytes that a call holds at most in a process of its own, beyond what the process held before."""
+
+    def measure(sender):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        function(*arguments)
+        sender.send(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=measure, args=(sender,))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (20000, 1), (1, 20000), (3, 100_000)])
+def test_a_thin_picture_takes_little_memory(size):
+    """1 x 5000 at 336 would be 564 million pixels, 2.3 GB, in between."""
+    model = tiny_model()
+    processor = tiny_processor(model)
+    processor.image_processor = clip_processor(336)
+    image = Image.new("RGB", size, (255, 0, 0))
+    assert largest_memory_of(lambda: processor(images=image, text="<image>")) < 100 * 2**20
+    (pixels,) = processor(images=image, text="<image>")["pixel_values"]
+    (plain,) = processor(images=Image.new("RGB", (9, 9), (255, 0, 0)), text="<image>")["pixel_values"]
+    assert np.array_equal(pixels, plain)
+
+
+def test_only_what_would_be_large_in_between_is_cut_before():
+    processor = clip_processor(336)
+    assert middle_of_thin(ordinary := picture(20, 2900), processor) is ordinary
+    assert middle_of_thin(picture(20, 3000), processor).size == (336, 336)
+    for other in (one_encoder(), image_processor_for(model_config(**SIGLIP)), VisualRWKVImageProcessor()):
+        assert middle_of_thin(thin := picture(1, 3000), other) is thin
+    for field, value in {"do_center_crop": False, "crop_size": {"height": 224, "width": 224}}.items():
+        other = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+        other = type(other)(**{**other.to_dict(), field: value})
+        assert middle_of_thin(thin, other) is thin
+
+
+def test_sizes_of_a_call_are_transformers_own():
+    """The thin picture is then cut by transformers, as it was told."""
+    processor = tiny_processor(tiny_model())
+    image, small = picture(2, 900), {"shortest_edge": 28}
+    cut = {"height": 28, "width": 28}
+    expected = clip_processor(28)(image)["pixel_values"][0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_processing_visualrwkv, "LARGEST_BETWEEN", 1)
+        for options in (
+            {"size": small, "crop_size": cut},
+            {"images_kwargs": {"size": small, "crop_size": cut}},
+        ):
+            (pixels,) = processor(images=image, text="<image>", **options)["pixel_values"]
+            assert np.array_equal(pixels, expected)
 
 
 # --- kinds of pictures ----------------------------------------------------------------------------
@@ -325,6 +456,34 @@ def test_arrays_and_tensors_are_the_picture():
     assert np.asarray(open_picture(np.array([[True, False]]))).tolist() == [[[255] * 3, [0] * 3]]
     batch = one_encoder()(np.stack([pixels, pixels]))["pixel_values"]
     assert np.array_equal(batch[0], batch[1]) and len(batch) == 2
+
+
+def test_an_array_means_the_same_to_every_tower():
+    """transformers' own processors would take True for 1 of 255, and 0.5 for 0.5 of 255."""
+    processor = tiny_processor(tiny_model())
+    pixels = np.asarray(picture(60, 60))
+
+    def seen(images, **options) -> np.ndarray:
+        return np.stack(processor(images=images, text="<image>", **options)["pixel_values"])
+
+    expected = seen(Image.fromarray(pixels))
+    first = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+    for array in (
+        pixels,
+        first,
+        pixels / 255,
+        torch.from_numpy(first),
+        pixels[None],
+        pixels.astype(np.int64),
+    ):
+        assert np.array_equal(seen(array), expected)
+    assert np.array_equal(seen(first, input_data_format="channels_first"), expected)
+    assert np.array_equal(seen(pixels / 255, do_rescale=False), seen(first / 255, do_rescale=False))
+    white = seen(Image.new("RGB", (60, 60), "white"))
+    assert np.array_equal(seen(np.full((60, 60), True)), white)
+    for strange in (np.full((9, 9), 1j), np.full((9, 9, 3), "x"), np.full((9, 9, 3), None)):
+        with pytest.raises(ValueError, match=r"Picture 0: .* must hold bool, integers or floats, got"):
+            seen(strange)
 
 
 def test_three_by_three_array_asks_for_its_layout():
@@ -395,6 +554,14 @@ def test_enormous_picture_is_refused_in_numbers(tmp_path, monkeypatch):
         (np.zeros(4), r"got shape \(4,\)"),
         (np.full((4, 4), 7.5), "dtype float64 must have values from 0 to 1, got 7.5 to 7.5"),
         (np.full((4, 4), np.nan), "got nan to nan"),
+        (np.full((4, 4), 1j), "must hold bool, integers or floats, got complex128"),
+        (np.full((4, 4, 3), 1, dtype=np.complex64), "got complex64"),
+        (np.full((4, 4), "x"), "got <U1"),
+        (np.full((4, 4), b"x"), r"got \|S1"),
+        (np.full((4, 4), None), "got object"),
+        (np.zeros((4, 4), dtype="datetime64[s]"), r"got datetime64\[s\]"),
+        (np.zeros((4, 4), dtype=[("r", "u1"), ("g", "u1")]), "floats, got"),
+        (torch.zeros(4, 4, dtype=torch.complex64), "got complex64"),
         (np.full((4, 4), 300), "dtype int64 must have values from 0 to 255, got 300 to 300"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import __version__
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
@@ -15,7 +16,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from .configuration_visualrwkv import VisualRWKVConfig
 from .data_visualrwkv import TURN_END
 from .hub import PROCESSOR_CODE, copy_code
-from .image_processing_visualrwkv import open_picture
+from .image_processing_visualrwkv import CUTTING_FIELDS, middle_of_thin, open_picture
 from .scan_orders import num_directions, sequence_orders
 
 CONFIG_FIELDS = (
@@ -30,6 +31,9 @@ CONFIG_FIELDS = (
     "compressor_reduction",
 )
 """What the processor must know of the model: attributes of the configuration, by the same names here."""
+
+VALUE_FIELDS = {"do_rescale", "rescale_factor", "do_convert_rgb"}
+"""Options of transformers' image processors that say what the values of an array mean."""
 
 
 def release_chat_template(image_position: str) -> str:
@@ -210,12 +214,19 @@ class VisualRWKVProcessor(ProcessorMixin):
         return sequence_orders(image_mask, self.scan, height, width, leading, trailing)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
-        """Opens the pictures one by one, so that an error can say which one it is."""
+        """Opens the pictures one by one, so that an error can say which one it is; of thin ones what will be seen."""
         if images is not None:
+            options = kwargs | (kwargs.get("images_kwargs") or {})
             number = count()
-            images = _map_nested(images, lambda picture: _open_numbered(picture, next(number)))
+            images = _map_nested(images, lambda picture: _open_numbered(picture, next(number), options))
+            if not options.keys() & set(CUTTING_FIELDS):
+                images = _map_nested(images, self._without_what_is_cut_off)
             images = images if next(number) else None
         return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+
+    def _without_what_is_cut_off(self, picture):
+        is_opened = isinstance(picture, Image.Image)
+        return middle_of_thin(picture, self.image_processor) if is_opened else picture
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         """Refuses another number of pictures than of placeholders, text by text if pictures are nested."""
@@ -330,7 +341,8 @@ def _padded_to_multiple(kwargs: dict, multiple: int) -> dict:
 
 
 def _map_nested(items, function: Callable):
-    if isinstance(items, (list, tuple)):
+    is_batch = isinstance(items, np.ndarray | torch.Tensor) and items.ndim == 4
+    if is_batch or isinstance(items, (list, tuple)):
         return [_map_nested(item, function) for item in items]
     return function(items)
 
@@ -339,18 +351,20 @@ def _number_of(images) -> int:
     return 0 if images is None else len(make_flat_list_of_images(images))
 
 
-def _open_numbered(picture, number: int):
-    """The picture, decoded and in RGB; arrays and tensors as they are, for the image processor to interpret.
+def _open_numbered(picture, number: int, options: Mapping):
+    """The picture, decoded and in RGB; an array whose values the call's options speak of as it is.
 
     Raises:
         ValueError: it cannot be read or has no pixels; it says which one it is.
     """
-    if isinstance(picture, np.ndarray | torch.Tensor):
-        if 0 in picture.shape:
-            raise ValueError(f"Picture {number} has no pixels: its shape is {tuple(picture.shape)}.")
+    if (
+        isinstance(picture, np.ndarray | torch.Tensor)
+        and options.keys() & VALUE_FIELDS
+        and 0 not in picture.shape
+    ):
         return picture
     try:
-        return open_picture(picture)
+        return open_picture(picture, options.get("input_data_format"))
     except ValueError as error:
         raise ValueError(f"Picture {number}: {error}") from error
 
