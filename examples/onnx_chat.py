@@ -34,6 +34,7 @@ class Chat:
         shapes = {x.name: x.shape[1:] for x in self.step.get_inputs() if x.name.startswith("past.")}
         self.state: State = {name: np.zeros((1, *shape), np.float32) for name, shape in shapes.items()}
         self.unread: list[int] = []  # what ends the last answer's turn
+        self.multiple = self.config["first_prompt_multiple"]
 
     def ask(
         self, question: str, picture: Image.Image | None = None, max_new_tokens: int = 256
@@ -60,9 +61,12 @@ class Chat:
         prompt = self.prompt(question, picture is not None)
         features = np.zeros((1, self.feature_size), np.float32)
         if picture is not None:
-            features = self.vision.run(None, self.pixels(picture))[0]
+            features = self.vision.run(None, pixels_of(picture, self.config))[0]
             prompt = prompt.replace(self.config["image_token"], self.config["image_token"] * len(features))
-        ids = np.array([[*self.unread, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]])
+        words = [*self.unread, *self.tokenizer.encode(prompt, add_special_tokens=False).ids]
+        filler = self.config["turn_end_ids"] * (-len(words) % self.multiple)
+        self.multiple = 1  # only the chat's beginning is filled up: what has been read stays as it is
+        ids = np.array([[*filler, *words]])
         inputs = {"input_ids": ids, "image_features": features, "scan_orders": self.scan_orders(ids)}
         return self.run(self.read, inputs)
 
@@ -89,24 +93,77 @@ class Chat:
 
     def scan_orders(self, ids: np.ndarray) -> np.ndarray:
         """In which order each direction of the scan reads `ids` [1, T]: [1, D, T]. Only a picture's tokens move."""
-        span = np.array(self.config["scan_orders"])  # [D, L]
+        span = np.array(self.config["scan_orders"])  # [D, L] of one tile
         orders = np.tile(np.arange(ids.shape[1]), (len(span), 1))
-        start = int((ids[0] == self.config["image_token_id"]).argmax())
-        if ids[0, start] == self.config["image_token_id"]:
-            orders[:, start : start + span.shape[1]] = start + span
+        places = np.flatnonzero(ids[0] == self.config["image_token_id"]).reshape(
+            -1, span.shape[1]
+        )  # [tiles, L]
+        orders[:, places] = places[:, span].transpose(1, 0, 2)
         return orders[None]
-
-    def pixels(self, picture: Image.Image) -> State:
-        """What the vision graph reads of one picture: [1, 3, S, S] for each encoder."""
-        return {name: as_pixels(picture, **recipe) for name, recipe in self.config["pixels"].items()}
 
 
 def without_blank_lines(text: str) -> str:
     return "\n".join(line for line in text.strip().split("\n") if line.strip())
 
 
+def pixels_of(picture: Image.Image, config: dict) -> State:
+    """What the vision graph reads of one picture: [P, 3, S, S] of its P pieces for each encoder."""
+    pieces = pieces_of(picture, **config["pieces"])
+    return {
+        name: np.stack([as_pixels(piece, **recipe) for piece in pieces])
+        for name, recipe in config["pixels"].items()
+    }
+
+
+def pieces_of(
+    picture: Image.Image,
+    side: int,
+    whole: bool,
+    grids: list[list[int]] | None,
+    spared: list[list[int]],
+    stretched: bool,
+    surplus: bool,
+) -> list[Image.Image]:
+    """The picture where `whole` says so, and the tiles of that grid (columns, rows) which it fills best."""
+    width, height = picture.size
+    candidates = grids if grids is not None else grids_around(picture.size, side)
+    columns, rows = min(candidates, key=lambda grid: misfit(picture.size, grid, side, surplus))
+    canvas = (columns * side, rows * side)
+    front = [picture] if whole else []
+    if [columns, rows] in spared and width * height <= canvas[0] * canvas[1]:
+        return front
+    cut = picture.resize(canvas, Image.Resampling.LANCZOS) if stretched else picture
+    return front + [cut.crop(box) for box in boxes(cut.size, columns, rows)]
+
+
+def grids_around(size: tuple[int, int], side: int) -> list[list[int]]:
+    """As many squares of `side` pixels as cover a picture, or one fewer, in each direction."""
+    most_columns, most_rows = (-(-length // side) for length in size)
+    return [
+        [columns, rows]
+        for columns in range(max(1, most_columns - 1), most_columns + 1)
+        for rows in range(max(1, most_rows - 1), most_rows + 1)
+    ]
+
+
+def misfit(size: tuple[int, int], grid: list[int], side: int, surplus: bool) -> int:
+    """Pixels of a grid's canvas that a picture leaves empty, and with `surplus` those by which their areas differ."""
+    (width, height), canvas = size, [count * side for count in grid]
+    area, scale = canvas[0] * canvas[1], min(canvas[0] / width, canvas[1] / height)
+    empty = area - int(width * scale) * int(height * scale)
+    return empty + (abs(area - width * height) if surplus else 0)
+
+
+def boxes(size: tuple[int, int], columns: int, rows: int) -> list[tuple[int, int, int, int]]:
+    """Tiles of one size, of at least a pixel, row by row; the remainder at the right and lower edge is left out."""
+    width, height = max(1, size[0] // columns), max(1, size[1] // rows)
+    lefts = [min(column * width, size[0] - width) for column in range(columns)]
+    uppers = [min(row * height, size[1] - height) for row in range(rows)]
+    return [(left, upper, left + width, upper + height) for upper in uppers for left in lefts]
+
+
 def as_pixels(picture: Image.Image, size: int, crop: bool, mean: list[float], std: list[float]) -> np.ndarray:
-    """(x / 255 - mean) / std of a square of the picture, [1, 3, S, S]: squeezed, or its middle where `crop` says so."""
+    """(x / 255 - mean) / std of a square of the picture, [3, S, S]: squeezed, or its middle where `crop` says so."""
     width, height = picture.size
     if crop:
         wanted = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
@@ -116,7 +173,7 @@ def as_pixels(picture: Image.Image, size: int, crop: bool, mean: list[float], st
     left, upper = (wanted[0] - size) // 2, (wanted[1] - size) // 2
     square = np.asarray(resized.crop((left, upper, left + size, upper + size)), dtype=np.float32)
     normalised = (square / 255 - np.array(mean, np.float32)) / np.array(std, np.float32)
-    return normalised.transpose(2, 0, 1)[None].astype(np.float32)
+    return normalised.transpose(2, 0, 1).astype(np.float32)
 
 
 def main() -> None:

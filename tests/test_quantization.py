@@ -1,11 +1,16 @@
 """int8 weights by other people's libraries, as transformers or they themselves take them, on a CPU."""
 
 import importlib.util
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import pixels, prompt, tiny_vlm
+from tiny_training import save_tiny_model
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+
+from visualrwkv_hf.kernels import CPU_KERNELS
 
 
 def torchao_config():
@@ -108,3 +113,55 @@ def test_int8_weights_of_quanto_are_saved_by_quanto(tmp_path, version):
     quantised.save_pretrained(tmp_path)
     again = QuantizedVLM.from_pretrained(tmp_path)
     assert torch.equal(again(**inputs).logits, actual)
+
+
+# --- examples/benchmark_quantization.py -----------------------------------------------------------------
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield importlib.import_module("benchmark_quantization")
+    CPU_KERNELS.clear()
+
+
+def test_the_benchmark_has_a_row_for_every_engine(benchmark, tmp_path, capsys):
+    folder = save_tiny_model(tmp_path / "model")
+    files = dict(json=tmp_path / "int8.json", markdown=tmp_path / "int8.md")
+    benchmark.main(model=str(folder), pictures=1, seconds=0.01, **files)
+    assert files["markdown"].read_text("utf-8") in capsys.readouterr().out
+    rows = {row["weights"]: row for row in json.loads(files["json"].read_text("utf-8"))}
+    assert list(rows) == list(benchmark.ENGINES)
+    assert rows["float32"]["answers as in float32"] == "3 of 3"
+    for name, (module, _) in benchmark.ENGINES.items():
+        is_there = module is None or importlib.util.find_spec(module) is not None
+        assert (rows[name]["answers as in float32"] != "not installed") == is_there
+        assert (rows[name]["bytes"] is not None and rows[name]["a token"] is not None) == is_there
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("float32", "bfloat16"),
+        *(
+            pytest.param(f"{library} int8", marks=LIBRARIES[library][1])
+            for library in ("torchao", "bitsandbytes", "quanto")
+        ),
+    ],
+)
+def test_the_benchmark_counts_bytes_with_the_scales(benchmark, tmp_path, name):
+    folder = save_tiny_model(tmp_path / "model")
+    whole = (folder / "model.safetensors").stat().st_size
+    share = benchmark.weight_bytes(benchmark.ENGINES[name][1](str(folder))) / whole
+    low, high = {"float32": (0.9, 1), "bfloat16": (0.45, 0.5)}.get(name, (0.25, 0.95))
+    assert low < share < high
+
+
+def test_the_benchmark_counts_answers_that_agree(benchmark):
+    assert benchmark.agreement([[1, 2], [3], []], [[1, 2], [4], []]) == "2 of 3"
+
+
+def test_the_benchmark_asks_different_pictures(benchmark):
+    pictures = {picture.tobytes() for picture in benchmark.drawings(24)}
+    assert len(pictures) == 24

@@ -6,7 +6,8 @@
 
 needs the packages onnx and onnxscript. `examples/onnx_chat.py` chats with the folder, through onnxruntime alone.
 
-Letters: N pictures, L tokens of a picture, B batch, T time, D directions of the scan, C hidden size, H heads.
+Letters: P pieces of pictures (whole ones, views, tiles), N pictures or tiles with tokens of their own, L tokens of
+one, B batch, T time, D directions of the scan, C hidden size, H heads.
 """
 
 import json
@@ -21,9 +22,9 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 from .data_visualrwkv import SHORT_ANSWER, TURN_END
-from .image_processing_visualrwkv import VisualRWKVImageProcessor
+from .image_processing_visualrwkv import GRIDS_700, VisualRWKVImageProcessor
 from .kernels import wkv_backend
-from .modeling_visualrwkv import VisualRWKVForConditionalGeneration, is_trivial
+from .modeling_visualrwkv import VisualRWKVForConditionalGeneration, VisualTokenCompressor, is_trivial
 from .processing_visualrwkv import VisualRWKVProcessor
 from .reading import AS_IT_COMES, Reading
 from .scan_orders import sequence_orders
@@ -34,6 +35,15 @@ LEAST_EXTERNAL = 1024
 
 STATE = ("time_mix_shift", "channel_mix_shift", "wkv")
 """What a layer keeps: two tokens [B, C] and the state of its recurrence [B, H, K, V]."""
+
+CUTTINGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "views": {"whole": True},
+    "whole_and_tiles": {"whole": True, "grids": GRIDS_700, "spared": [(2, 2)]},
+    "smallest": {"grids": None, "stretched": True},
+    "closest": {"grids": None, "stretched": True, "surplus": True},
+}
+"""Tiling of the image processor -> what is not as `cutting_recipe` has it."""
 
 
 class LayerState:
@@ -69,7 +79,7 @@ class States:
 
 
 class PictureGraph(nn.Module):
-    """Pixels of N pictures, [N, 3, S, S] for each encoder -> their tokens [N L, C]."""
+    """Pixels [P, 3, S, S] for each encoder -> tokens [N L, C]; with a compressor, of one picture [L', C]."""
 
     def __init__(self, model: VisualRWKVForConditionalGeneration):
         super().__init__()
@@ -78,7 +88,27 @@ class PictureGraph(nn.Module):
     def forward(self, *pixels: torch.Tensor) -> torch.Tensor:
         names = pixel_names(self.model.config)
         features = self.model.vision_tower(**dict(zip(names, pixels))).last_hidden_state
-        return self.model.project(features).flatten(0, 1)
+        tokens = self.model.project(features)  # [N, L, C]
+        if self.model.compressor is None:
+            return tokens.flatten(0, 1)
+        return compressed(self.model.compressor, tokens)
+
+
+def compressed(compressor: VisualTokenCompressor, tiles: torch.Tensor) -> torch.Tensor:
+    """`compressor.forward` for one picture's `tiles` [tiles, L, C] -> [L', C], whose number a graph leaves open."""
+    tokens, num_tiles = compressor.read(tiles.flatten(0, 1)[None]), tiles.shape[0]
+    if compressor.config.compressor_reduction == "pool":
+        return window_means(tokens, compressor.config.num_image_tokens_of(num_tiles))[0]
+    return compressor.reduce(tokens, num_tiles)[0]
+
+
+def window_means(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """`F.adaptive_avg_pool1d` over T, [B, T, C] -> [B, count, C]: ONNX would have it for one T only."""
+    length = tokens.shape[1]
+    window, token = torch.arange(count)[:, None], torch.arange(length)
+    first, end = window * length // count, ((window + 1) * length + count - 1) // count  # [count, 1]
+    inside = (token >= first) & (token < end)  # [count, T]
+    return (inside / (end - first)).to(tokens.dtype) @ tokens
 
 
 class LanguageGraph(nn.Module):
@@ -138,15 +168,16 @@ def export_onnx(
 ) -> Path:
     """Writes what is needed to chat about pictures without torch.
 
-    `vision.onnx`: `pixel_values` [N, 3, S, S], and `pixel_values_siglip` and so on where the tower has further
-    encoders -> `image_features` [N L, C].
+    `vision.onnx`: `pixel_values` [P, 3, S, S], and `pixel_values_siglip` and so on where the tower has further
+    encoders -> `image_features` [N L, C]. What is cut comes piece by piece, as the image processor gives it; with a
+    compressor, one picture at a time.
     `read.onnx`: `input_ids` [1, T], `image_features` (without a picture one row of zeros), `scan_orders` [1, D, T]
     and the state -> `logits` [1, vocab_size] of the next token and the new state.
     `step.onnx`: `input_ids` [B, 1] and the state -> `logits` [B, vocab_size] and the new state.
 
     The state is `past.{layer}.{part}` going in and `present.{layer}.{part}` coming out, parts as in `STATE`; zeros
     at the start. Everything is float32. The graphs share `weights.data`; `tokenizer.json` and `chat.json` say the
-    rest: prompts, how pictures become pixels, in which orders the layers read one.
+    rest: prompts, how pictures are cut and become pixels, in which orders the layers read one.
 
     Args:
         model: in float32.
@@ -157,11 +188,12 @@ def export_onnx(
         The folder.
 
     Raises:
-        ValueError: the model is not in float32, or it compresses or tiles pictures, which these graphs do not.
+        ValueError: the model is not in float32.
         ImportError: onnx or onnxscript is not installed.
     """
     folder = Path(folder)
-    refuse_what_has_no_graph(model, processor)
+    if model.dtype != torch.float32:
+        raise ValueError(f"The model must be loaded with dtype=torch.float32 for ONNX, got {model.dtype}.")
     chat = chat_description(model, processor)
     with torch.no_grad(), wkv_backend("torch"):
         graphs = {name: trace(model) for name, trace in GRAPHS.items()}
@@ -170,24 +202,6 @@ def export_onnx(
     processor.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat.json").write_text(json.dumps(chat, indent=2) + "\n", encoding="utf-8")
     return folder
-
-
-def refuse_what_has_no_graph(
-    model: VisualRWKVForConditionalGeneration, processor: VisualRWKVProcessor
-) -> None:
-    """Raises `ValueError` for a model that would not be exported as it is."""
-    tiling = getattr(processor.image_processor, "tiling", "none")
-    if model.dtype != torch.float32:
-        raise ValueError(f"The model must be loaded with dtype=torch.float32 for ONNX, got {model.dtype}.")
-    if model.model.compressor is not None:
-        raise ValueError("A model that compresses its pictures' tokens (v7.03, v7.04) has no ONNX graphs.")
-    if tiling != "none":
-        raise ValueError(f"A model that cuts its pictures (tiling {tiling!r}) has no ONNX graphs.")
-    if processor.pad_prompt_to_multiple_of:
-        raise ValueError(
-            f"Prompts padded to a multiple of {processor.pad_prompt_to_multiple_of} are not exported: set "
-            "processor.pad_prompt_to_multiple_of to None."
-        )
 
 
 def pixel_names(config: Any) -> list[str]:
@@ -211,9 +225,10 @@ def example_state(model: VisualRWKVForConditionalGeneration, batch: int) -> tupl
 
 def trace_vision(model: VisualRWKVForConditionalGeneration) -> Any:
     vision = model.config.vision_config
-    pixels = tuple(torch.zeros(2, 3, size, size) for size in vision.image_sizes.values())
+    pieces = 2 * vision.num_views  # any number of pictures
+    pixels = tuple(torch.zeros(pieces, 3, size, size) for size in vision.image_sizes.values())
     names = pixel_names(model.config)
-    shapes = (tuple({0: Dim.AUTO if number else "pictures"} for number, _ in enumerate(names)),)
+    shapes = (tuple({0: Dim.AUTO} for _ in names),)
     return traced(PictureGraph(model), pixels, names, ["image_features"], shapes)
 
 
@@ -293,12 +308,15 @@ def large_constants(model: Any) -> Iterable[Any]:
 
 
 def span_orders(model: VisualRWKVForConditionalGeneration) -> list[list[int]]:
-    """D times the places 0, ..., L-1 of one picture in the order in which layers l with l mod D read them."""
+    """D times the places 0, ..., L-1 of one tile in the order in which layers l with l mod D read them.
+
+    One place where all read as it comes: a picture is a multiple of that, however many tokens it has.
+    """
     config = model.config
     height, width = config.pooled_grid
-    places = torch.ones(1, config.num_image_tokens, dtype=torch.bool)
     if not height or is_trivial(config.scan):
-        return [list(range(config.num_image_tokens))]
+        return [[0]]
+    places = torch.ones(1, config.num_tile_tokens, dtype=torch.bool)
     leading, trailing = int(config.class_token == "first"), int(config.class_token == "last")
     return sequence_orders(places, config.scan, height, width, leading, trailing)[0].tolist()
 
@@ -308,6 +326,7 @@ def chat_description(
 ) -> dict[str, Any]:
     """What a program needs beside graphs and tokenizer, for `chat.json`."""
     eos = model.generation_config.eos_token_id
+    recipes = pixel_recipes(model.config, processor.image_processor)
     return {
         "prompt_with_picture": prompt_pattern(processor, with_picture=True),
         "prompt": prompt_pattern(processor, with_picture=False),
@@ -317,8 +336,10 @@ def chat_description(
         "image_token_id": model.config.image_token_id,
         "turn_end_ids": processor.tokenizer.encode(TURN_END, add_special_tokens=False),
         "eos_token_id": eos if isinstance(eos, list) else [eos],
+        "first_prompt_multiple": processor.pad_prompt_to_multiple_of or 1,
         "scan_orders": span_orders(model),
-        "pixels": dict(zip(pixel_names(model.config), pixel_recipes(processor.image_processor))),
+        "pieces": cutting_recipe(processor.image_processor, recipes["pixel_values"]["size"]),
+        "pixels": recipes,
     }
 
 
@@ -330,22 +351,36 @@ def prompt_pattern(processor: VisualRWKVProcessor, with_picture: bool) -> str:
     return prompt.replace("{text}", "{question}", prompt.count("{text}") - 1)
 
 
-def pixel_recipes(image_processor: Any) -> list[dict[str, Any]]:
-    """For each encoder: `size`, `mean`, `std`, and whether the shorter side is resized and the middle `crop`ped."""
+def pixel_recipes(config: Any, image_processor: Any) -> dict[str, dict[str, Any]]:
+    """For each input of pixels `size`, `mean`, `std`; `crop`: the shorter side is resized and the middle taken."""
+    recipes: list[dict[str, Any]]
     if isinstance(image_processor, VisualRWKVImageProcessor):
-        return [
+        encoders = [image_processor.encoders[name] for name in config.vision_config.encoders]
+        recipes = [
             dict(size=fields["size"], crop=False, mean=fields["image_mean"], std=fields["image_std"])
-            for fields in image_processor.encoders.values()
+            for fields in encoders
         ]
-    crop = "shortest_edge" in image_processor.size
-    return [
-        dict(
-            size=image_processor.size["shortest_edge" if crop else "height"],
-            crop=crop,
-            mean=list(image_processor.image_mean),
-            std=list(image_processor.image_std),
-        )
-    ]
+    else:
+        crop = "shortest_edge" in image_processor.size
+        size = image_processor.size["shortest_edge" if crop else "height"]
+        mean, std = image_processor.image_mean, image_processor.image_std
+        recipes = [dict(size=size, crop=crop, mean=list(mean), std=list(std))]
+    return dict(zip(pixel_names(config), recipes))
+
+
+def cutting_recipe(image_processor: Any, side: int) -> dict[str, Any]:
+    """What the encoders see of a picture.
+
+    Tiles of one of `grids` (columns, rows), that which leaves least of its columns x rows squares of `side` pixels
+    empty when the picture fills it; with `surplus`, counting by how much its area differs from the picture's, too.
+    None: as many squares as cover the picture, or one fewer, in each direction. `whole`: the picture stands in front,
+    and alone where the grid is `spared` and has no less area. `stretched`: it is resized to the squares before.
+    """
+    grid = getattr(image_processor, "tile_grid", 1)
+    recipe: dict[str, Any] = dict(
+        side=side, whole=False, grids=[(grid, grid)], spared=[], stretched=False, surplus=False
+    )
+    return recipe | CUTTINGS[getattr(image_processor, "tiling", "none")]
 
 
 __all__ = ["export_onnx"]
