@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import typer
 from benchmarking import Timing, copy_bandwidth, interleaved, machine, markdown_table, readable
+from llama_cpp_engine import reader, write_gguf
 
 from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVTextConfig, accelerate_on_cpu, wkv_backend
 from visualrwkv_hf.conversion.convert import restore_state_dict
@@ -88,7 +89,36 @@ def our_engines(model: VisualRWKVForCausalLM, device: str, precisions: Sequence[
 
 
 def peer_engines(model: VisualRWKVForCausalLM, device: str, precisions: Sequence[str]) -> Iterator[Engine]:
-    """The package `rwkv` by the author of RWKV, reading the same weights, if it is installed."""
+    """Others that read the same weights, as far as they are installed; the first is the one to be compared with."""
+    yield from rwkv_engines(model, device, precisions)
+    if device == "cpu":
+        yield from llama_cpp_engines(model, precisions)
+
+
+def llama_cpp_engines(model: VisualRWKVForCausalLM, precisions: Sequence[str]) -> Iterator[Engine]:
+    """llama.cpp, one file of weights for each precision."""
+    try:
+        import gguf  # noqa: F401
+        import llama_cpp  # noqa: F401
+    except ImportError as error:
+        typer.secho(f"Without the peer llama.cpp: {error}.", err=True, fg="yellow")
+        return
+    weights = original_weights(model)
+    for precision in precisions:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "model.gguf"
+            write_gguf(path, weights, model.config, precision)
+            yield Engine("llama.cpp", precision, reader(path, model.config.vocab_size), 0)
+
+
+def original_weights(model: VisualRWKVForCausalLM) -> dict[str, torch.Tensor]:
+    """Under the original's names for a language model alone."""
+    original = restore_state_dict(model.state_dict(), model.config)
+    return {name.removeprefix("rwkv."): weight.clone() for name, weight in original.items()}
+
+
+def rwkv_engines(model: VisualRWKVForCausalLM, device: str, precisions: Sequence[str]) -> Iterator[Engine]:
+    """The package `rwkv` by the author of RWKV."""
     os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1"}  # it looks there when it is imported
     with contextlib.redirect_stdout(sys.stderr):
         try:
@@ -98,8 +128,7 @@ def peer_engines(model: VisualRWKVForCausalLM, device: str, precisions: Sequence
             return
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "model"
-            original = restore_state_dict(model.state_dict(), model.config)
-            torch.save({k.removeprefix("rwkv."): x.clone() for k, x in original.items()}, f"{path}.pth")
+            torch.save(original_weights(model), f"{path}.pth")
             for precision, strategy in (("float32", "fp32"), ("bfloat16", "bf16")):
                 if precision in precisions:
                     loaded = peer.RWKV(model=str(path), strategy=f"{device} {strategy}")

@@ -80,3 +80,31 @@ def test_weights_are_counted_once_and_without_embeddings(example):
     table = model.get_input_embeddings().weight
     assert engines.weight_bytes(model) == 4 * (model.num_parameters() - table.numel())
     assert engines.weight_bytes(model.bfloat16()) == 2 * (model.num_parameters() - table.numel())
+
+
+def test_gguf_holds_the_original_weights(example, tmp_path):
+    """Under llama.cpp's names and in its shapes; numpy's order of a file's dimensions is the reverse of ggml's."""
+    gguf = pytest.importorskip("gguf")
+    engines, llama_cpp = example("engines"), example("llama_cpp_engine")
+    model = engines.random_model("tiny")
+    original = engines.original_weights(model)
+    llama_cpp.write_gguf(tmp_path / "model.gguf", original, model.config, "float32")
+    found = {
+        tensor.name: torch.from_numpy(tensor.data.copy())
+        for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors
+    }
+    same = {
+        "token_embd.weight": original["emb.weight"],
+        "output.weight": original["head.weight"],
+        "blk.1.time_mix_w1.weight": original["blocks.1.att.w1"].T,
+        "blk.1.time_mix_r_k.weight": original["blocks.1.att.r_k"].flatten(),
+        "blk.1.channel_mix_key.weight": original["blocks.1.ffn.key.weight"],
+    }
+    for name, weight in same.items():
+        torch.testing.assert_close(found[name], weight, atol=0, rtol=0)
+    fused = found["blk.0.time_mix_lerp_fused.weight"].flatten(1)
+    lerps = [original[f"blocks.0.att.x_{which}"].flatten() for which in "rwkvag"]
+    torch.testing.assert_close(fused, torch.stack(lerps), atol=0, rtol=0)
+    values = sum(weight.numel() for weight in original.values())
+    unread = sum(found[f"blk.0.time_mix_v{number}.weight"].numel() for number in range(3))
+    assert sum(weight.numel() for weight in found.values()) == values + unread
