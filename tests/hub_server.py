@@ -107,7 +107,9 @@ class Hub:
         self.requests: list[str] = []
         """Method and path of everything asked, for tests of what was not asked."""
         self.ranges: list[int] = []
-        """Where downloads of the rest of a large file began."""
+        """Where downloads of a part of a large file began."""
+        self.sent = 0
+        """Bytes of large files."""
         self.lock = threading.RLock()
         self.api, self.store = Server(self, API), Server(self, STORE)
 
@@ -419,11 +421,13 @@ def fetch(request: Handler, sha256: str) -> None:
     refuse_token(request)
     content = request.hub.blobs[sha256]
     status, headers = 200, {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"}
-    if asked := re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", "")):
+    if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", "")):
         status, start = 206, int(asked[1])
+        stop = min(int(asked[2] or len(content)) + 1, len(content))
         request.hub.ranges.append(start)
-        headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        content = content[start:]
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        content = content[start:stop]
+    request.hub.sent += len(content)
     request.send(content, status, headers, drop=request.hub.is_dropped("download"))
 
 

@@ -120,6 +120,9 @@ def test_headers_of_a_large_folder_are_read_in_a_moment(tmp_path):
 
 # On the Hub.
 
+FETCHED_FOR_A_HEADER = 100_001
+"""Bytes that the Hub's client asks for at first; a longer header it asks for whole."""
+
 
 @pytest.fixture(scope="module")
 def hub():
@@ -156,8 +159,10 @@ def test_a_model_on_the_hub_is_told_of_without_its_weights(hub, client, cache, t
     assert len(list(tmp_path.glob("*.safetensors"))) >= shards
     name = f"ann/tiny-{shards}"
     put_on(hub, name, tmp_path)
+    hub.sent = 0
     assert client(facts_of_hub, name) == facts_of(tmp_path)
     assert not list(cache.rglob("*.safetensors"))
+    assert hub.sent <= len(list(tmp_path.glob("*.safetensors"))) * FETCHED_FOR_A_HEADER
 
 
 def test_what_is_in_the_cache_is_told_of_without_the_hubs_weights(hub, client, one_folder):
