@@ -260,6 +260,8 @@ def test_killed_at_any_moment_every_picture_is_written_once(folder, model_folder
 
 
 def test_control_c_says_how_to_go_on(folder, model_folder, tmp_path):
+    for number in range(9, 100):  # so many that they are not done before anyone looks
+        draw(folder / f"more/{number}.png", number)
     output = tmp_path / "out.jsonl"
     process = start(*arguments(folder, output, model_folder, "--batch-size", 1, "--max-new-tokens", 400))
     while not size_of(output):
