@@ -30,7 +30,7 @@ from jinja2 import TemplateError
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-import visualrwkv_hf  # noqa: F401  makes transformers know VisualRWKV
+from visualrwkv_hf import exit_together  # the import also makes transformers know VisualRWKV
 
 WAIT = timedelta(weeks=1)
 """For the slowest process: the default would end a run whose last pictures take half an hour longer."""
@@ -345,7 +345,7 @@ def main(
     except (ValueError, OSError) as error:
         typer.secho(f"Error: {error}", err=True, fg="red")
         raise typer.Exit(1) from error
-    state.destroy_process_group()
+    exit_together()
 
 
 if __name__ == "__main__":

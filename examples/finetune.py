@@ -31,6 +31,7 @@ from visualrwkv_hf import (
     VisualRWKVDataCollator,
     VisualRWKVTrainer,
     VisualRWKVTrainingArguments,
+    exit_together,
     load_conversations,
     lora_config,
     train_only,
@@ -198,18 +199,7 @@ def main(command_line: list[str]) -> None:
     else:
         trainer.save_model()
         trainer.create_model_card()
-    end(trainer)
-
-
-def end(trainer: VisualRWKVTrainer) -> None:
-    """Lets the processes of a distributed training end together.
-
-    One that exits while another still talks to it may abort. One that has nothing to save would be here while a
-    thread of gloo still frees the last collective's tensors, for which that needs the interpreter's lock; exiting
-    holds the lock and waits for the thread. Waiting for the others releases it.
-    """
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    exit_together()
 
 
 if __name__ == "__main__":

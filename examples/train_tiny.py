@@ -54,6 +54,7 @@ from visualrwkv_hf import (
     VisualRWKVTrainingArguments,
     build_native_ops,
     encode_turns,
+    exit_together,
     image_processor_for,
     train_only,
 )
@@ -518,8 +519,7 @@ def main(arguments: Sequence[str]) -> None:
         run_ablation(options)
     else:
         run_training(options, " ".join([launcher(state.num_processes), "examples/train_tiny.py", *arguments]))
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    exit_together()
 
 
 def launcher(processes: int) -> str:

@@ -75,8 +75,7 @@ def main(folder: Path) -> None:
     right = train_tiny.accuracy(model, processor, task.test)
     state.print(f"processes: {state.num_processes}, right: {right}")
     torch.save(model.state_dict(), folder / f"{state.process_index}.pt")
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    train_tiny.exit_together()
 
 
 if __name__ == "__main__":

@@ -608,15 +608,15 @@ CONFIGS = _configs(32) | _configs(64) | _configs(128)
 # The model's own case. All others have more in registers.
 CONFIGS[64, torch.bfloat16, True] = Config(32, Launch(64, 4), WIDE, WIDE, Launch(32, 8))
 # Where what serves the others spills, with one version of Triton or another.
-for key, launches in {
+OTHERWISE: dict[tuple[int, torch.dtype, bool], dict[str, Any]] = {
     (32, torch.bfloat16, True): dict(gradients=Launch(16, 4)),
     (32, torch.bfloat16, False): dict(gradients=Launch(16, 4)),
     (128, torch.bfloat16, True): dict(values=Launch(64, 4)),
     (32, torch.float16, True): dict(prepare=Launch(32, 1), values=Launch(32, 2)),
     (32, torch.float16, False): dict(values=Launch(32, 2)),
     (64, torch.float16, True): dict(prepare=Launch(32, 8)),
-}.items():
-    CONFIGS[key] = CONFIGS[key]._replace(**launches)
+}
+CONFIGS |= {key: CONFIGS[key]._replace(**launches) for key, launches in OTHERWISE.items()}
 
 # Keys per turn of the scans where a product over all would spill registers.
 SCAN_KEYS = {(128, torch.float32): 32}

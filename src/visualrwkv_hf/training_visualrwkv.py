@@ -3,12 +3,14 @@
 import math
 import os
 import shutil
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
@@ -346,10 +348,28 @@ def training_card(
     )
 
 
+def exit_together() -> None:
+    """Ends this process when all of a distributed run are here; does nothing where there is one.
+
+    A process that ends while another still talks to it may make that one abort. And the interpreter's own way out may
+    wait forever with gloo: it frees the process group while it holds its lock, and waits for a thread that may need
+    the lock to free the tensors of the last collective. So this is the last call of a script: what is registered with
+    `atexit` does not run.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return
+    state.wait_for_everyone()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 __all__ = [
     "TRAINABLE_PARTS",
     "VisualRWKVTrainer",
     "VisualRWKVTrainingArguments",
+    "exit_together",
     "learning_rate_at",
     "lora_config",
     "train_only",
