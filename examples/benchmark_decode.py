@@ -15,7 +15,7 @@ from typing import Annotated
 
 import torch
 import typer
-from benchmarking import captured, report
+from benchmarking import captured, chosen_device, report
 from engines import SHAPES, Engine, compared
 
 
@@ -45,9 +45,7 @@ def main(
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
 ) -> None:
     """How fast one token follows another."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if threads:
-        torch.set_num_threads(threads)
+    device = chosen_device(device, threads)
     precisions = dtype or ["float32", "bfloat16", *(["int8"] if device == "cpu" else [])]
     try:
         text, numbers = compared(shape, device, precisions, tokens, seconds, stepping, 1)

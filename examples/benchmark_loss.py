@@ -20,7 +20,15 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
-from benchmarking import interleaved, machine, markdown_table, readable, readable_bytes, report
+from benchmarking import (
+    chosen_device,
+    interleaved,
+    machine,
+    markdown_table,
+    readable,
+    readable_bytes,
+    report,
+)
 from torch import Tensor
 
 from visualrwkv_hf import VisualRWKVTextConfig, sliced_loss, visualrwkv_loss
@@ -146,9 +154,7 @@ def main(
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
 ) -> None:
     """What the loss of a training step costs."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if threads:
-        torch.set_num_threads(threads)
+    device = chosen_device(device, threads)
     if dtype not in TOLERANCE:
         raise typer.BadParameter(f"dtype must be one of {', '.join(TOLERANCE)}, got {dtype}.")
     wrong = [shape for shape in shapes or [] if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape)]

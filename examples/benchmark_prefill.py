@@ -14,7 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
-from benchmarking import report
+from benchmarking import chosen_device, report
 from engines import SHAPES, Engine, compared
 
 
@@ -34,9 +34,7 @@ def main(
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
 ) -> None:
     """How fast a prompt is read."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if threads:
-        torch.set_num_threads(threads)
+    device = chosen_device(device, threads)
     precisions = dtype or ["float32", "bfloat16"]
     try:
         text, numbers = compared(shape, device, precisions, tokens, seconds, reading, tokens)

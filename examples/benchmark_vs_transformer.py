@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import typer
-from benchmarking import machine, markdown_table, readable, readable_bytes, report
+from benchmarking import chosen_device, machine, markdown_table, readable, readable_bytes, report
 from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
@@ -347,10 +347,8 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Also draw to this file; needs matplotlib.")] = None,
 ) -> None:
     """What a constant state is worth: this model beside LLaVA-1.5, a transformer of the same size."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(device, threads)
     chosen: torch.dtype = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
-    if threads:
-        torch.set_num_threads(threads)
     shape = SIZES[size]
     contexts = sorted(context or shape.contexts)
     if contexts[0] < shape.picture_tokens + 8:

@@ -25,6 +25,7 @@ import typer
 from benchmarking import (
     Timing,
     captured,
+    chosen_device,
     copy_bandwidth,
     interleaved,
     machine,
@@ -419,10 +420,8 @@ def main(
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
 ) -> None:
     """The WKV recurrences against their peers and against what the machine can do at best."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(device, threads)
     chosen: torch.dtype = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
-    if threads:
-        torch.set_num_threads(threads)
     if device == "cpu":
         try:
             build_native_ops()

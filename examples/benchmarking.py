@@ -92,6 +92,13 @@ def captured(function: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
+def chosen_device(device: str | None, threads: int | None) -> str:
+    """The device asked for, or the GPU if there is one; a CPU computes with so many threads from now on."""
+    if threads:
+        torch.set_num_threads(threads)
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def copy_bandwidth(device: str | torch.device = "cpu", size: int = 2**30) -> float:
     """Bytes read and written in a second by the copy of a large tensor of `size` bytes."""
     source = torch.zeros(size, dtype=torch.int8, device=device)
