@@ -49,7 +49,7 @@ def _products(
     r, w, k, a, b, rows, m_read, i_h, width, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
     BK: tl.constexpr, DOT: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A_rk, A_rb, A_ak [BT, BT] as operands, A_ab [BT, BT] float32, summed over BK keys at a time.
+    """A_rk, A_rb, A_ak and T = (1 - A_ab)^-1 [BT, BT] as operands; the A's are summed over BK keys at a time.
 
     LEVELS are those of `level_decays`; 0 where log decays are bounded, so that factors may be `centred`.
     """
@@ -90,7 +90,12 @@ def _products(
             A_rb += tl.where(m_pair, b_A, 0.0)
             A_ak += tl.where(m_pair, tl.trans(b_A), 0.0)
             A_ab += tl.where(m_pair, tl.dot(x_ab, tl.trans(x_ab), input_precision=PRECISION), 0.0)
-    return operand(A_rk, DOT, PRECISION), operand(A_rb, DOT, PRECISION), operand(A_ak, DOT, PRECISION), A_ab
+    A_rk, A_rb, A_ak = (
+        operand(A_rk, DOT, PRECISION),
+        operand(A_rb, DOT, PRECISION),
+        operand(A_ak, DOT, PRECISION),
+    )
+    return A_rk, A_rb, A_ak, operand(inverse_of_one_minus(A_ab, BT, PRECISION), DOT, PRECISION)
 
 
 @triton.jit
@@ -109,6 +114,21 @@ def _decayed_until_end(
     b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
     decay = tl.exp(tl.cumsum(b_w, 0, reverse=True) - b_w)
     return operand(load_rows(x, rows, m_read, i_h, H, K, o_k) * decay, DOT, PRECISION)
+
+
+@triton.jit
+def _decayed(
+    w, k, a, b, rows, m_read, i_h, H: tl.constexpr, K: tl.constexpr, o_k, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ain, kout, bout at keys o_k, operands [BT, len(o_k)]."""
+    b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
+    decay_in = tl.exp(tl.cumsum(b_w, 0) - b_w)
+    decay_out = tl.exp(tl.cumsum(b_w, 0, reverse=True) - b_w)
+    b_ain = operand(load_rows(a, rows, m_read, i_h, H, K, o_k) * decay_in, DOT, PRECISION)
+    b_kout = operand(load_rows(k, rows, m_read, i_h, H, K, o_k) * decay_out, DOT, PRECISION)
+    b_bout = operand(load_rows(b, rows, m_read, i_h, H, K, o_k) * decay_out, DOT, PRECISION)
+    return b_ain, b_kout, b_bout
 
 
 @triton.jit
@@ -137,10 +157,9 @@ def wkv7_fwd_prepare_kernel(
 
     DOT: tl.constexpr = q.dtype.element_ty
     o_t, o_all = tl.arange(0, BT), tl.arange(0, K)
-    A_rk, A_rb, A_ak, A_ab = _products(
+    A_rk, A_rb, A_ak, b_T = _products(
         r, w, k, a, b, rows, m_read, i_h, width, H, K, BT, BK, DOT, LEVELS, PRECISION
     )  # fmt: skip
-    b_T = operand(inverse_of_one_minus(A_ab, BT, PRECISION), DOT, PRECISION)
 
     zeros = tl.zeros([BT, BK], tl.float32)
     for i_v in range(0, V if BK == V else width, BK):
@@ -379,18 +398,12 @@ def wkv7_bwd_gradients_kernel(
     i_ch = tl.program_id(0).to(tl.int64)
 
     DOT: tl.constexpr = states.dtype.element_ty
-    A_rk, A_rb, A_ak, A_ab = _products(
+    A_rk, A_rb, A_ak, b_T = _products(
         r, w, k, a, b, rows, m_read, i_h, width, H, K, BT, K, DOT, LEVELS, PRECISION
     )  # fmt: skip
-    b_T = operand(inverse_of_one_minus(A_ab, BT, PRECISION), DOT, PRECISION)
 
     o_k = tl.arange(0, K)
-    b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
-    decay_in = tl.exp(tl.cumsum(b_w, 0) - b_w)
-    decay_out = tl.exp(tl.cumsum(b_w, 0, reverse=True) - b_w)
-    b_ain = operand(load_rows(a, rows, m_read, i_h, H, K, o_k) * decay_in, DOT, PRECISION)
-    b_kout = operand(load_rows(k, rows, m_read, i_h, H, K, o_k) * decay_out, DOT, PRECISION)
-    b_bout = operand(load_rows(b, rows, m_read, i_h, H, K, o_k) * decay_out, DOT, PRECISION)
+    b_ain, b_kout, b_bout = _decayed(w, k, a, b, rows, m_read, i_h, H, K, o_k, DOT, PRECISION)
     dA_rk = tl.zeros([BT, BT], tl.float32)
     dA_rb = tl.zeros([BT, BT], tl.float32)
     dA_ak = tl.zeros([BT, BT], tl.float32)
@@ -444,10 +457,9 @@ def wkv7_bwd_values_kernel(
     i_ch = tl.program_id(0).to(tl.int64)
 
     DOT: tl.constexpr = states.dtype.element_ty
-    A_rk, A_rb, A_ak, A_ab = _products(
+    A_rk, A_rb, A_ak, b_T = _products(
         r, w, k, a, b, rows, m_read, i_h, width, H, K, BT, BK, DOT, LEVELS, PRECISION
     )  # fmt: skip
-    b_T = operand(inverse_of_one_minus(A_ab, BT, PRECISION), DOT, PRECISION)
     for i_v in range(0, width, BK):
         o_v = i_v + tl.arange(0, BK)
         b_v = load_rows(v, rows, m_read, i_h, H, V, o_v).to(DOT)
@@ -456,12 +468,7 @@ def wkv7_bwd_values_kernel(
         b_dv = tl.zeros([BT, BK], tl.float32)
         for i_k in range(0, width, BK):
             o_k = i_k + tl.arange(0, BK)
-            b_w = load_log_decay(w, rows, m_read, i_h, H, K, o_k)
-            decay_in = tl.exp(tl.cumsum(b_w, 0) - b_w)
-            decay_out = tl.exp(tl.cumsum(b_w, 0, reverse=True) - b_w)
-            b_ain = operand(load_rows(a, rows, m_read, i_h, H, K, o_k) * decay_in, DOT, PRECISION)
-            b_kout = operand(load_rows(k, rows, m_read, i_h, H, K, o_k) * decay_out, DOT, PRECISION)
-            b_bout = operand(load_rows(b, rows, m_read, i_h, H, K, o_k) * decay_out, DOT, PRECISION)
+            b_ain, b_kout, b_bout = _decayed(w, k, a, b, rows, m_read, i_h, H, K, o_k, DOT, PRECISION)
             p_S = i_ch * K * V + o_k[:, None] * V + o_v[None, :]
             b_dS = tl.load(dstates + p_S)
             b_z = tl.dot(b_ain, tl.load(states + p_S), b_z, input_precision=PRECISION)
@@ -771,18 +778,8 @@ def wkv7_backward(
             u, dz = (q.new_empty((*q.shape[:3], V)) for _ in range(2))
             BK, num_warps, num_stages = config.values
             wkv7_bwd_values_kernel[(G.shape[0] * H,)](
-                *inputs,
-                dv,
-                u,
-                dz,
-                T,
-                sequences,
-                K,
-                BK=BK,
-                **sizes,
-                num_warps=num_warps,
-                num_stages=num_stages,
-            )
+                *inputs, dv, u, dz, T, sequences, K, BK=BK, **sizes, num_warps=num_warps, num_stages=num_stages,
+            )  # fmt: skip
             BK, num_warps, num_stages = config.keys
             wkv7_bwd_keys_kernel[(G.shape[0] * H * (K // BK),)](
                 *inputs, u, dz, dr, dw, dk, da, db, T, sequences, K, BK=BK, BV=16, **sizes,
