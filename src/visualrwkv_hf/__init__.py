@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from .modeling_rwkv import VisualRWKVForCausalLM, VisualRWKVTextModel
     from .modeling_vision import VisualRWKVVisionModel
     from .modeling_visualrwkv import VisualRWKVForConditionalGeneration, VisualRWKVModel
-    from .native import accelerate_on_cpu, build_native_ops
+    from .native import build_native_ops
+    from .native_layers import accelerate_on_cpu
     from .processing_visualrwkv import VisualRWKVProcessor
     from .scan_orders import SCANS
     from .serve_visualrwkv import serve
@@ -67,7 +68,7 @@ MODULE_OF = {
     "VisualRWKVTrainingArguments": "training_visualrwkv",
     "VisualRWKVVisionConfig": "configuration_visualrwkv",
     "VisualRWKVVisionModel": "modeling_vision",
-    "accelerate_on_cpu": "native",
+    "accelerate_on_cpu": "native_layers",
     "build_native_ops": "native",
     "chat_inputs": "chat_visualrwkv",
     "encode_turns": "data_visualrwkv",

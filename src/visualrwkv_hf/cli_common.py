@@ -110,7 +110,7 @@ def load_model(source: str, device: str, dtype: str, accelerate: bool = False) -
         )
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device).eval()
     if accelerate:
-        from .native import accelerate_on_cpu
+        from .native_layers import accelerate_on_cpu
 
         try:
             accelerate_on_cpu(model)

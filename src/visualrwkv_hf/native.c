@@ -1,5 +1,6 @@
 /* Ops for a CPU, float32 throughout; native.py says what each computes, compiles this file and calls it.
-   Letters: N sequences, H heads, K / V key / value size of a head. Every array is contiguous. */
+   Letters: N sequences, B batch, H heads, K / V key / value size of a head, A = H K, C hidden size, F width of the
+   channel mix, D rank of a low-rank map. Every array is contiguous. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -305,98 +306,403 @@ void wkv_backward(int threads, int64_t N, int64_t H, int64_t K, int64_t V, int64
     }
 }
 
-static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+/* --- one token's time mix, head by head --------------------------------------------------------------- */
 
-/* One token of RWKV-7, from the matrix products to what `output` reads. r to v_first are [B, H K], w0 to norm_bias
-   [H K]; value_gate, v_first and v0 are null in layer 0. mask [B] is 0 at pads, or null. */
+typedef float Function(float);
+static float itself(float x) { return x; }
+static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+static float silu(float x) { return x * sigmoid(x); }
+static float squared_relu(float x) { return x > 0 ? x * x : 0; }
+
+/* From the matrix products to what `output` reads: r to v_first, and out, are [B, A], w0 to norm_bias [A]. What a
+   version lacks is null, and in layer 0 value_gate. mask [B] is 0 at pads, or null. */
+typedef struct {
+    int64_t H, K;
+    float eps, decay_scale;
+    const float *r, *decay, *k, *v, *rate, *gate, *value_gate, *v_first;
+    const float *w0, *a0, *v0, *k_k, *k_a, *r_k, *u, *norm_weight, *norm_bias;
+    const uint8_t *mask;
+    float *state, *out;
+} TimeMix;
+
+static void normalize(int64_t K, float eps, const float *weight, const float *bias, float *y) {
+    float mean = 0, variance = 0;
+    for (int64_t i = 0; i < K; i++) mean += y[i] / K;
+    for (int64_t i = 0; i < K; i++) variance += (y[i] - mean) * (y[i] - mean) / K;
+    for (int64_t i = 0; i < K; i++) y[i] = (y[i] - mean) / sqrtf(variance + eps) * weight[i] + bias[i];
+}
+
+/* RWKV-6, and RWKV-5 without `decay`. */
+static void rwkv6_head(const TimeMix *x, int64_t task) {
+    int64_t K = x->K, token = task * K, head = task % x->H * K; /* where its values and its weights begin */
+    float w[MAX_KEYS], value[MAX_KEYS + COLUMNS] = {0}, y[MAX_KEYS + COLUMNS];
+    for (int64_t i = 0; i < K; i++) w[i] = expf(-expf(x->w0[head + i] + (x->decay ? x->decay[token + i] : 0)));
+    memcpy(value, x->v + token, K * sizeof(float));
+    State S;
+    for (int64_t column = 0; column < K; column += COLUMNS) {
+        float *part = x->state + token * K + column;
+        load(S, part, K, K, at_most(COLUMNS, K - column));
+        step_rwkv6(S, S, K, x->r + token, w, x->k + token, x->u + head, value + column, y + column);
+        store(S, part, K, K, at_most(COLUMNS, K - column));
+    }
+    normalize(K, x->eps, x->norm_weight + head, x->norm_bias + head, y);
+    for (int64_t i = 0; i < K; i++) x->out[token + i] = y[i] * x->gate[token + i];
+}
+
+static void rwkv7_head(const TimeMix *x, int64_t task) {
+    int64_t K = x->K, token = task * K, head = task % x->H * K;
+    float w[MAX_KEYS], key[MAX_KEYS], value[MAX_KEYS + COLUMNS] = {0}, a[MAX_KEYS], b[MAX_KEYS];
+    float y[MAX_KEYS + COLUMNS], sa[COLUMNS], square = 0, bonus = 0;
+    for (int64_t i = 0; i < K; i++) {
+        float k_i = x->k[token + i], eta = sigmoid(x->a0[head + i] + x->rate[token + i]);
+        w[i] = expf(-x->decay_scale * sigmoid(x->w0[head + i] + x->decay[token + i]));
+        key[i] = k_i * (1 + (eta - 1) * x->k_a[head + i]);
+        value[i] = x->v[token + i];
+        if (x->value_gate)
+            value[i] += (x->v_first[token + i] - value[i]) * sigmoid(x->v0[head + i] + x->value_gate[token + i]);
+        a[i] = k_i * x->k_k[head + i]; /* not yet of length 1 */
+        b[i] = eta;
+        square += a[i] * a[i];
+        bonus += x->r[token + i] * key[i] * x->r_k[head + i];
+    }
+    float length = fmaxf(sqrtf(square), 1e-12f);
+    for (int64_t i = 0; i < K; i++) {
+        float kk = a[i] / length;
+        a[i] = -kk;
+        b[i] *= kk;
+    }
+    State S;
+    for (int64_t column = 0; column < K; column += COLUMNS) {
+        float *part = x->state + token * K + column;
+        load(S, part, K, K, at_most(COLUMNS, K - column));
+        step_rwkv7(S, S, K, x->r + token, w, key, a, b, value + column, sa, y + column);
+        store(S, part, K, K, at_most(COLUMNS, K - column));
+    }
+    normalize(K, x->eps, x->norm_weight + head, x->norm_bias + head, y);
+    for (int64_t i = 0; i < K; i++) x->out[token + i] = (y[i] + bonus * value[i]) * x->gate[token + i];
+}
+
+/* A "team" function is called by all threads: each does its share, and what others do is there behind a barrier. */
+
+/* Team, with a barrier at its end. */
+static void heads(const TimeMix *x, int64_t B, void head(const TimeMix *, int64_t)) {
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < B * x->H; task++) {
+        if (x->mask && !x->mask[task / x->H])
+            memset(x->out + task * x->K, 0, x->K * sizeof(float));
+        else
+            head(x, task);
+    }
+}
+
 void rwkv7_decode(int threads, int64_t B, int64_t H, int64_t K, float eps, float decay_scale, const float *r,
                   const float *decay, const float *k, const float *v, const float *rate, const float *gate,
                   const float *value_gate, const float *v_first, const float *w0, const float *a0, const float *v0,
                   const float *k_k, const float *k_a, const float *r_k, const float *norm_weight,
                   const float *norm_bias, const uint8_t *mask, float *state, float *out) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t task = 0; task < B * H; task++) {
-        int64_t token = task * K, head = task % H * K; /* where its values and its weights begin */
-        float w[MAX_KEYS], key[MAX_KEYS], value[MAX_KEYS + COLUMNS] = {0}, a[MAX_KEYS], b[MAX_KEYS];
-        float y[MAX_KEYS + COLUMNS], square = 0, bonus = 0, mean = 0, variance = 0;
-        if (mask && !mask[task / H]) {
-            memset(out + token, 0, K * sizeof(float));
-            continue;
-        }
-        for (int64_t i = 0; i < K; i++) {
-            float k_i = k[token + i], eta = sigmoid(a0[head + i] + rate[token + i]);
-            w[i] = expf(-decay_scale * sigmoid(w0[head + i] + decay[token + i]));
-            key[i] = k_i * (1 + (eta - 1) * k_a[head + i]);
-            value[i] = v[token + i];
-            if (v0) value[i] += (v_first[token + i] - value[i]) * sigmoid(v0[head + i] + value_gate[token + i]);
-            a[i] = k_i * k_k[head + i]; /* not yet of length 1 */
-            b[i] = eta;
-            square += a[i] * a[i];
-            bonus += r[token + i] * key[i] * r_k[head + i];
-        }
-        float length = fmaxf(sqrtf(square), 1e-12f);
-        for (int64_t i = 0; i < K; i++) {
-            float kk = a[i] / length;
-            a[i] = -kk;
-            b[i] *= kk;
-        }
-        float sa[COLUMNS];
-        State S;
-        for (int64_t column = 0; column < K; column += COLUMNS) {
-            float *part = state + token * K + column;
-            load(S, part, K, K, at_most(COLUMNS, K - column));
-            step_rwkv7(S, S, K, r + token, w, key, a, b, value + column, sa, y + column);
-            store(S, part, K, K, at_most(COLUMNS, K - column));
-        }
-        for (int64_t i = 0; i < K; i++) mean += y[i] / K;
-        for (int64_t i = 0; i < K; i++) variance += (y[i] - mean) * (y[i] - mean) / K;
-        for (int64_t i = 0; i < K; i++) {
-            float normed = (y[i] - mean) / sqrtf(variance + eps) * norm_weight[head + i] + norm_bias[head + i];
-            out[token + i] = (normed + bonus * value[i]) * gate[token + i];
-        }
-    }
+    TimeMix x = {H, K, eps, decay_scale, r, decay, k, v, rate, gate, value_gate, v_first,
+                 w0, a0, v0, k_k, k_a, r_k, NULL, norm_weight, norm_bias, mask, state, out};
+#pragma omp parallel num_threads(threads)
+    heads(&x, B, rwkv7_head);
 }
 
 /* --- matrix times vector: as fast as the weights come from memory ------------------------------------ */
 
-/* Rows of weights at once, and what comes so many bytes behind is fetched meanwhile: left alone, a processor begins
-   anew at each row (8 instead of 20 GB/s of int8). */
-enum { ROWS = 4, AHEAD = 6144 };
-#define DOTS(TYPE)                                                                                              \
-    static void dots_##TYPE(int64_t n, const TYPE *w, const float *x, float *y) {                               \
-        Lanes y0 = {0}, y1 = {0}, y2 = {0}, y3 = {0};                                                           \
-        for (int64_t i = 0; i < n; i += LANES) {                                                                \
-            const char *ahead = (const char *)(w + ROWS * i) + AHEAD;                                           \
-            for (int64_t byte = 0; byte < (int64_t)(ROWS * LANES * sizeof(TYPE)); byte += 64)                   \
-                __builtin_prefetch(ahead + byte);                                                               \
-            Lanes xi = lanes_float(x + i);                                                                      \
-            y0 += lanes_##TYPE(w + i) * xi;                                                                     \
-            y1 += lanes_##TYPE(w + n + i) * xi;                                                                 \
-            y2 += lanes_##TYPE(w + 2 * n + i) * xi;                                                             \
-            y3 += lanes_##TYPE(w + 3 * n + i) * xi;                                                             \
+/* What lies so many bytes ahead is fetched meanwhile: left alone, a processor begins anew at each row. */
+enum { AHEAD = 4096 };
+#define DOT(TYPE)                                                                                               \
+    static float dot_##TYPE(int64_t n, const TYPE *w, const float *x) {                                         \
+        Lanes y[4] = {0};                                                                                       \
+        int64_t i = 0;                                                                                          \
+        for (; i + 4 * LANES <= n; i += 4 * LANES) {                                                            \
+            const char *ahead = (const char *)(w + i) + AHEAD;                                                  \
+            for (int64_t byte = 0; byte < (int64_t)(4 * LANES * sizeof(TYPE)); byte += 64)                      \
+                __builtin_prefetch(ahead + byte, 0, 2);                                                         \
+            _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++)                                                 \
+                y[j] += lanes_##TYPE(w + i + j * LANES) * lanes_float(x + i + j * LANES);                       \
         }                                                                                                       \
-        y[0] = sum(y0), y[1] = sum(y1), y[2] = sum(y2), y[3] = sum(y3);                                         \
+        for (; i < n; i += LANES) y[0] += lanes_##TYPE(w + i) * lanes_float(x + i);                             \
+        return sum((y[0] + y[1]) + (y[2] + y[3]));                                                              \
     }
-DOTS(float)
-DOTS(uint16_t)
-DOTS(int8_t)
+DOT(float)
+DOT(uint16_t)
+DOT(int8_t)
 
-/* y = scale * (x W^T), [count, out], with W [out, in] of float (size 4), bfloat16 (2) or int8 (1). scale [out] may be
-   null. `in` is a multiple of 16, `out` of ROWS. */
+/* W [out, in] of float (size 4), bfloat16 (2) or int8 (1), that with a scale [out]. `in` is a multiple of 16. */
+typedef struct {
+    const void *weight;
+    const float *scale;
+} Linear;
+
+/* Team: y = f(x W^T), [count, out]. */
+static void multiply(Linear w, int64_t size, Function f, int64_t count, int64_t in, int64_t out, const float *x,
+                     float *y) {
+#pragma omp for schedule(guided, 32) nowait
+    for (int64_t o = 0; o < out; o++) {
+        const void *row = (const char *)w.weight + o * in * size;
+        for (int64_t n = 0; n < count; n++) {
+            const float *x_n = x + n * in;
+            float dot = size == 4   ? dot_float(in, row, x_n)
+                        : size == 2 ? dot_uint16_t(in, row, x_n)
+                                    : dot_int8_t(in, row, x_n);
+            y[n * out + o] = f(w.scale ? dot * w.scale[o] : dot);
+        }
+    }
+}
+
 void linear(int threads, int64_t count, int64_t in, int64_t out, int64_t size, const void *weight,
             const float *scale, const float *x, float *y) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
-    for (int64_t o = 0; o < out; o += ROWS) {
-        const void *w = (const char *)weight + o * in * size;
+#pragma omp parallel num_threads(threads)
+    multiply((Linear){weight, scale}, size, itself, count, in, out, x, y);
+}
+
+/* Of float (size 4) or bfloat16 (2). */
+static float element(const void *x, int64_t size, int64_t i) {
+    if (size == 4) return ((const float *)x)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)x)[i] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+enum { ABREAST = 128, ROWS_AT_ONCE = 4 }; /* columns and rows of a low-rank map */
+#define ADD_ROWS(TYPE)                                                                                          \
+    static void add_rows_##TYPE(int64_t out, int64_t width, const TYPE *w, const float *x, float *y) {          \
+        int64_t j = 0;                                                                                          \
+        for (; j + LANES <= width; j += LANES) {                                                                \
+            Lanes y_j = lanes_float(y + j);                                                                     \
+            _Pragma("GCC unroll 4") for (int i = 0; i < ROWS_AT_ONCE; i++)                                           \
+                y_j += x[i] * lanes_##TYPE(w + i * out + j);                                                    \
+            store_lanes(y + j, y_j);                                                                            \
+        }                                                                                                       \
+        for (; j < width; j++)                                                                                  \
+            for (int i = 0; i < ROWS_AT_ONCE; i++) y[j] += x[i] * element(w, sizeof(TYPE), i * out + j);             \
+    }
+ADD_ROWS(float)
+ADD_ROWS(uint16_t)
+
+/* Team: y = f(x W), [count, out], with W [in, out] as the halves of a low-rank map are stored, of float (size 4) or
+   bfloat16 (2), `in` a multiple of ROWS_AT_ONCE. Rows of x lie `stride` apart. */
+static void multiply_low_rank(const void *w, int64_t size, Function f, int64_t count, int64_t in, int64_t out,
+                              int64_t stride, const float *x, float *y) {
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t o = 0; o < out; o += ABREAST) {
+        int64_t width = at_most(ABREAST, out - o);
         for (int64_t n = 0; n < count; n++) {
-            float *y_n = y + n * out + o;
-            if (size == 4)
-                dots_float(in, w, x + n * in, y_n);
-            else if (size == 2)
-                dots_uint16_t(in, w, x + n * in, y_n);
-            else
-                dots_int8_t(in, w, x + n * in, y_n);
-            for (int j = 0; scale && j < ROWS; j++) y_n[j] *= scale[o + j];
+            float sums[ABREAST] = {0};
+            for (int64_t i = 0; i < in; i += ROWS_AT_ONCE) {
+                const void *rows = (const char *)w + (i * out + o) * size;
+                if (size == 4)
+                    add_rows_float(out, width, rows, x + n * stride + i, sums);
+                else
+                    add_rows_uint16_t(out, width, rows, x + n * stride + i, sums);
+            }
+            for (int64_t j = 0; j < width; j++) y[n * out + o + j] = f(sums[j]);
         }
+    }
+}
+
+/* --- one token through a layer ------------------------------------------------------------------------ */
+
+/* native_layers.py has these names in this order. What a version lacks is null. */
+enum { TO_R, TO_K, TO_V, TO_G, TO_W, TO_A, TARGETS }; /* of a token shift */
+enum { LN1_WEIGHT, LN1_BIAS, LN2_WEIGHT, LN2_BIAS, FFN_SHIFT_K, FFN_SHIFT_R, SHIFT_X, SHIFT, OF_C = SHIFT + TARGETS };
+enum { W0 = OF_C, A0, V0, K_K, K_A, R_K, U, NORM_WEIGHT, NORM_BIAS, VECTORS };
+enum { LOW_SHIFT, LOW_W, LOW_A, LOW_V, LOW_G, LOW_RANK };
+enum { RECEPTANCE, KEY, VALUE, GATE, OUTPUT, FFN_KEY, FFN_VALUE, FFN_RECEPTANCE, LINEAR };
+
+typedef struct {
+    const void *vector[VECTORS]; /* [C], or [A] from W0 on */
+    struct {
+        const void *down, *up; /* [C, D], [D, A]; of the token shift [C, 5 D], [5, D, C] */
+    } low_rank[LOW_RANK];
+    Linear linear[LINEAR];
+} Weights;
+
+typedef struct {
+    int64_t version, B, C, A, F, H;
+    int64_t size, linear_size; /* bytes of an element: of a linear layer, of all else */
+    int64_t rank[LOW_RANK];    /* columns of `down` */
+} Sizes;
+
+typedef struct {
+    Sizes s;
+    float eps;
+    const Weights *weights;
+    const float *vector[VECTORS]; /* those of `weights`, in float */
+    const uint8_t *mask;
+    float *x, *normed, *back, *mixed, *shifted[TARGETS]; /* [B, C]; `back` leads from a token to the one before it */
+    float *low[LOW_RANK], *high[LOW_RANK];               /* [B, D], [B, A] */
+    float *r, *k, *v, *gate, *out, *inner, *receptance;  /* [B, A], but for [B, F], [B, C] */
+} Layer;
+
+static float *take(float **scratch, int64_t n) {
+    float *x = *scratch;
+    *scratch += n;
+    return x;
+}
+
+static void layer_norm(int64_t C, float eps, const float *weight, const float *bias, const float *x, float *y) {
+    Lanes total = {0}, squares = {0};
+    for (int64_t c = 0; c < C; c += LANES) total += lanes_float(x + c);
+    float mean = sum(total) / C;
+    for (int64_t c = 0; c < C; c += LANES) {
+        Lanes centred = lanes_float(x + c) - mean;
+        squares += centred * centred;
+    }
+    float scale = 1 / sqrtf(sum(squares) / C + eps);
+    for (int64_t c = 0; c < C; c++) y[c] = (x[c] - mean) * scale * weight[c] + bias[c];
+}
+
+/* back = what was carried - x, and x is carried on; a pad sees itself, and is passed over. */
+static void look_back(int64_t C, int64_t size, int is_pad, const float *x, void *carried, float *back) {
+    for (int64_t c = 0; c < C; c++) back[c] = is_pad ? 0 : element(carried, size, c) - x[c];
+    if (is_pad) return;
+    if (size == 4) memcpy(carried, x, C * sizeof(float));
+    for (int64_t c = 0; c < C && size == 2; c++) { /* to the nearest bfloat16, to the even one of two */
+        uint32_t bits;
+        memcpy(&bits, x + c, sizeof bits);
+        ((uint16_t *)carried)[c] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    }
+}
+
+static void enter(const Layer *l, int64_t n, int weight, int bias, void *carried) {
+    int64_t C = l->s.C;
+    layer_norm(C, l->eps, l->vector[weight], l->vector[bias], l->x + n * C, l->normed + n * C);
+    look_back(C, l->s.size, l->mask && !l->mask[n], l->normed + n * C, (char *)carried + n * C * l->s.size,
+              l->back + n * C);
+}
+
+/* y = x + back (weight + dynamic); weights of RWKV-5 are those of x. */
+static void shift(const Layer *l, int64_t n, int name, const float *dynamic, float *y) {
+    const float *x = l->normed + n * l->s.C, *back = l->back + n * l->s.C, *weight = l->vector[name];
+    for (int64_t c = 0; c < l->s.C; c++) {
+        float w = dynamic ? weight[c] + dynamic[n * l->s.C + c] : weight[c];
+        y[n * l->s.C + c] = x[c] + back[c] * (l->s.version == 5 ? 1 - w : w);
+    }
+}
+
+/* Team: a linear layer, and the halves of a low-rank map, where there are such. */
+static void product(const Layer *l, int name, Function f, int64_t in, int64_t out, const float *x, float *y) {
+    Linear w = l->weights->linear[name];
+    if (w.weight) multiply(w, l->s.linear_size, f, l->s.B, in, out, x, y);
+}
+
+static void down(const Layer *l, int name, Function f, const float *x) {
+    const void *w = l->weights->low_rank[name].down;
+    if (w) multiply_low_rank(w, l->s.size, f, l->s.B, l->s.C, l->s.rank[name], l->s.C, x, l->low[name]);
+}
+
+static void up(const Layer *l, int name) {
+    const void *w = l->weights->low_rank[name].up;
+    int64_t D = l->s.rank[name];
+    if (w) multiply_low_rank(w, l->s.size, itself, l->s.B, D, l->s.A, D, l->low[name], l->high[name]);
+}
+
+/* Team, with a barrier at its end: RWKV-6's token shift, whose weights depend on the token shifted by SHIFT_X. */
+static void shift_by_itself(const Layer *l) {
+    static const int targets[] = {TO_W, TO_K, TO_V, TO_R, TO_G};
+    int64_t C = l->s.C, D = l->s.rank[LOW_SHIFT] / 5, B = l->s.B, size = l->s.size;
+    const char *up = l->weights->low_rank[LOW_SHIFT].up;
+    float *low = l->low[LOW_SHIFT];
+#pragma omp for
+    for (int64_t n = 0; n < B; n++) shift(l, n, SHIFT_X, NULL, l->mixed);
+    multiply_low_rank(l->weights->low_rank[LOW_SHIFT].down, size, tanhf, B, C, 5 * D, C, l->mixed, low);
+#pragma omp barrier
+    for (int i = 0; i < 5; i++)
+        multiply_low_rank(up + i * D * C * size, size, itself, B, D, C, 5 * D, low + i * D, l->shifted[targets[i]]);
+#pragma omp barrier
+#pragma omp for
+    for (int64_t n = 0; n < B; n++)
+        for (int to = 0; to < TARGETS; to++)
+            if (l->vector[SHIFT + to]) shift(l, n, SHIFT + to, l->shifted[to], l->shifted[to]);
+}
+
+/* Team: what `output` makes of the time mix is in `mixed`, behind a barrier. */
+static void time_mix(const Layer *l, const TimeMix *heads_of, void *carried, float *v_first) {
+    int64_t B = l->s.B, C = l->s.C, A = l->s.A;
+#pragma omp for
+    for (int64_t n = 0; n < B; n++) {
+        enter(l, n, LN1_WEIGHT, LN1_BIAS, carried);
+        for (int to = 0; to < TARGETS && l->s.version != 6; to++)
+            if (l->vector[SHIFT + to]) shift(l, n, SHIFT + to, NULL, l->shifted[to]);
+    }
+    if (l->s.version == 6) shift_by_itself(l);
+    down(l, LOW_W, tanhf, l->shifted[TO_W]);
+    down(l, LOW_A, itself, l->shifted[TO_A]);
+    down(l, LOW_V, itself, l->shifted[TO_V]);
+    down(l, LOW_G, sigmoid, l->shifted[TO_G]);
+    product(l, RECEPTANCE, itself, C, A, l->shifted[TO_R], l->r);
+    product(l, KEY, itself, C, A, l->shifted[TO_K], l->k);
+    product(l, VALUE, itself, C, A, l->shifted[TO_V], l->v);
+    product(l, GATE, silu, C, A, l->shifted[TO_G], l->gate);
+#pragma omp barrier
+    for (int name = LOW_W; name < LOW_RANK; name++) up(l, name);
+    if (l->s.version == 7 && !heads_of->value_gate) {
+#pragma omp for nowait
+        for (int64_t i = 0; i < B * A; i++) v_first[i] = l->v[i];
+    }
+#pragma omp barrier
+    heads(heads_of, B, l->s.version == 7 ? rwkv7_head : rwkv6_head);
+    product(l, OUTPUT, itself, A, C, l->out, l->mixed);
+}
+
+/* Team: the channel mix of `x`, into which it first adds `mixed`. */
+static void channel_mix(const Layer *l, void *carried) {
+    int64_t B = l->s.B, C = l->s.C, F = l->s.F;
+#pragma omp for
+    for (int64_t n = 0; n < B; n++) {
+        for (int64_t i = n * C; i < (n + 1) * C; i++) l->x[i] += l->mixed[i];
+        enter(l, n, LN2_WEIGHT, LN2_BIAS, carried);
+        shift(l, n, FFN_SHIFT_K, NULL, l->shifted[TO_K]);
+        if (l->vector[FFN_SHIFT_R]) shift(l, n, FFN_SHIFT_R, NULL, l->shifted[TO_R]);
+    }
+    product(l, FFN_KEY, squared_relu, C, F, l->shifted[TO_K], l->inner);
+    product(l, FFN_RECEPTANCE, sigmoid, C, C, l->shifted[TO_R], l->receptance);
+#pragma omp barrier
+    product(l, FFN_VALUE, itself, F, C, l->inner, l->mixed);
+#pragma omp barrier
+#pragma omp for
+    for (int64_t i = 0; i < B * C; i++)
+        l->x[i] += l->vector[FFN_SHIFT_R] ? l->receptance[i] * l->mixed[i] : l->mixed[i];
+}
+
+/* x [B, C] becomes what the layer makes of it; att_shift and ffn_shift [B, C], and state [B, H, K, K], are written too.
+   v_first [B, A] is written by layer 0 of RWKV-7, which has no LOW_V, and read by the others; mask as in TimeMix.
+   scratch: 16 (B + 1) (A + C) + B (F + all ranks). */
+void rwkv_layer(int threads, float eps, float norm_eps, float decay_scale, const Sizes *sizes, const Weights *weights,
+                void *att_shift, void *ffn_shift, float *state, const uint8_t *mask, float *v_first, float *x,
+                float *scratch) {
+    Layer l = {.s = *sizes, .eps = eps, .weights = weights, .mask = mask, .x = x};
+    int64_t B = l.s.B, C = l.s.C, A = l.s.A;
+    for (int i = 0; i < VECTORS; i++) {
+        int64_t n = i < OF_C ? C : A;
+        l.vector[i] = weights->vector[i];
+        if (!l.vector[i] || l.s.size == 4) continue;
+        float *vector = take(&scratch, n);
+        for (int64_t j = 0; j < n; j++) vector[j] = element(weights->vector[i], l.s.size, j);
+        l.vector[i] = vector;
+    }
+    float **of_C[] = {&l.normed, &l.back, &l.mixed, &l.receptance}, **of_A[] = {&l.r, &l.k, &l.v, &l.gate, &l.out};
+    for (int i = 0; i < 4; i++) *of_C[i] = take(&scratch, B * C);
+    for (int i = 0; i < 5; i++) *of_A[i] = take(&scratch, B * A);
+    for (int i = 0; i < TARGETS; i++) l.shifted[i] = take(&scratch, B * C);
+    for (int i = 0; i < LOW_RANK; i++) {
+        l.low[i] = take(&scratch, B * l.s.rank[i]);
+        l.high[i] = weights->low_rank[i].up ? take(&scratch, B * A) : NULL;
+    }
+    l.inner = take(&scratch, B * l.s.F);
+    TimeMix mix = {.H = l.s.H, .K = A / l.s.H, .eps = norm_eps, .decay_scale = decay_scale};
+    mix.mask = mask, mix.state = state, mix.out = l.out;
+    mix.r = l.r, mix.k = l.k, mix.v = l.v, mix.gate = l.s.version == 7 ? l.high[LOW_G] : l.gate;
+    mix.decay = l.high[LOW_W], mix.rate = l.high[LOW_A], mix.value_gate = l.high[LOW_V], mix.v_first = v_first;
+    mix.w0 = l.vector[W0], mix.a0 = l.vector[A0], mix.v0 = l.vector[V0], mix.u = l.vector[U];
+    mix.k_k = l.vector[K_K], mix.k_a = l.vector[K_A], mix.r_k = l.vector[R_K];
+    mix.norm_weight = l.vector[NORM_WEIGHT], mix.norm_bias = l.vector[NORM_BIAS];
+#pragma omp parallel num_threads(threads)
+    {
+        time_mix(&l, &mix, att_shift, v_first);
+#pragma omp barrier
+        channel_mix(&l, ffn_shift);
     }
 }

@@ -22,14 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
-from transformers.modeling_utils import PreTrainedModel
 
-from .kernels import CPU_KERNELS, native_serves
-from .modeling_rwkv import DECAY_SCALE, RwkvBlock
+from .kernels import CPU_KERNELS
+from .modeling_rwkv import DECAY_SCALE
 
 SOURCE = Path(__file__).with_name("native.c")
 COMPILERS = ("cc", "gcc", "clang")
@@ -56,6 +54,7 @@ ARGUMENTS = {
     "wkv_backward": [ctypes.c_int, *[_NUMBER] * 6, *[_ADDRESS] * 20],
     "rwkv7_decode": [ctypes.c_int, *[_NUMBER] * 3, *[_FLOAT] * 2, *[_ADDRESS] * 19],
     "linear": [ctypes.c_int, *[_NUMBER] * 4, *[_ADDRESS] * 4],
+    "rwkv_layer": [ctypes.c_int, *[_FLOAT] * 3, *[_ADDRESS] * 9],
 }
 """Of the functions in native.c."""
 
@@ -171,7 +170,7 @@ class WkvFunction(Function):
         state = _state(r, v, begin, initial_state)
         out = torch.empty(v.shape)
         inputs = [_floats(x) for x in (r, w.exp(), k, v, a, b, u)]
-        _call("wkv", len(begin) - 1, *r.shape[2:], v.shape[-1], begin, tokens, *inputs, state, out)
+        call("wkv", len(begin) - 1, *r.shape[2:], v.shape[-1], begin, tokens, *inputs, state, out)
         return out.to(r.dtype), state
 
     @staticmethod
@@ -189,7 +188,7 @@ class WkvFunction(Function):
         dstate = dfinal_state.clone(memory_format=torch.contiguous_format)
         sizes = (N, H, K, V, SEGMENT, segments)
         given = (begin, tokens, *inputs, state, _floats(dy), scratch)
-        _call("wkv_backward", *sizes, *given, *gradients, du, dstate)
+        call("wkv_backward", *sizes, *given, *gradients, du, dstate)
         gradients.append(None if u is None else du.sum(0))
         gradients = [None if x is None else dx.to(x.dtype) for x, dx in zip((r, w, k, v, a, b, u), gradients)]
         return *gradients, None if initial_state is None else dstate, None, None
@@ -242,7 +241,7 @@ def rwkv7_decode(
     out = torch.empty(r.shape)
     tokens = (_floats(x) for x in (r, decay, k, v, rate, gate, value_gate, v_first))
     weights = (_floats(x) for x in (w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias))
-    _call("rwkv7_decode", B, H, K, eps, DECAY_SCALE, *tokens, *weights, mask, state, out)
+    call("rwkv7_decode", B, H, K, eps, DECAY_SCALE, *tokens, *weights, mask, state, out)
     return out.to(r.dtype)
 
 
@@ -251,15 +250,25 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
     Args:
         x: [..., in], of at most a few rows: each takes its own time.
-        weight: W [out, in] in float32, bfloat16 or int8, contiguous; `in` a multiple of 16, `out` of 4.
-        scale: [out] in float32.
+        weight: W [out, in] in float32, bfloat16 or int8, contiguous; `in` a multiple of 16.
+        scale: [out].
 
     Returns:
         [..., out] in the dtype of x.
     """
     out = torch.empty(*x.shape[:-1], len(weight))
     count = x.numel() // x.shape[-1]
-    _call("linear", count, x.shape[-1], len(weight), weight.element_size(), weight, scale, _floats(x), out)
+    call(
+        "linear",
+        count,
+        x.shape[-1],
+        len(weight),
+        weight.element_size(),
+        weight,
+        _floats(scale),
+        _floats(x),
+        out,
+    )
     return out.to(x.dtype)
 
 
@@ -267,99 +276,20 @@ def _floats(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-def _call(name: str, *arguments: Tensor | float | None) -> None:
+def call(name: str, *arguments: Tensor | ctypes.Array | float | None) -> None:
     """Calls a function of the library; None is a null pointer."""
     addresses = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
     getattr(_library, name)(torch.get_num_threads(), *addresses)
 
 
-# --- linear layers --------------------------------------------------------------------------------------
+def pointers(*tensors: Tensor | None) -> ctypes.Array:
+    """An array of their addresses."""
+    return (_ADDRESS * len(tensors))(*[x if x is None else x.data_ptr() for x in tensors])
 
 
-def _serves(x: Tensor) -> bool:
-    """Whether `linear` computes x W^T: it has few rows."""
-    return _library is not None and native_serves(x) and x.numel() <= MAX_ROWS * x.shape[-1]
+def is_built() -> bool:
+    """Whether this process has the library."""
+    return _library is not None
 
 
-class NativeLinear(nn.Linear):
-    """A linear layer that reads its weight as fast as memory gives it, if it has few rows to multiply."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.bias is None and _serves(input) and self.weight.dtype in (torch.float32, torch.bfloat16):
-            return linear(input, self.weight)
-        return super().forward(input)
-
-
-class Int8Linear(nn.Module):
-    """A linear layer of int8 weights, one scale per output: W = diag(scale) Q, Q = round(W / scale) in -127 ... 127.
-
-    The products are not rounded: only the weight is.
-
-    Args:
-        linear: the layer whose weight [out, in] is rounded; it must have no bias.
-    """
-
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        weight = linear.weight.detach().float()
-        scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127  # [out]
-        self.register_buffer("scale", scale)
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        if _serves(input):
-            return linear(input, self.weight, self.scale)
-        # int8 is exact in bfloat16, so that only the scale is rounded.
-        return F.linear(input, self.weight.to(input.dtype)) * self.scale.to(input.dtype)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
-
-
-def accelerate_on_cpu(model: PreTrainedModel, int8: bool = False) -> PreTrainedModel:
-    """Lets a model compute with native ops on a CPU: the language model's blocks and the head.
-
-    Args:
-        model: a `VisualRWKVForConditionalGeneration` or `VisualRWKVForCausalLM`, changed in place.
-        int8: whether the weights of their linear layers are rounded to int8 (a quarter of float32's bytes; not for
-            training or saving). What stays as it is: the embedding, the low-rank maps and the vision tower.
-
-    Returns:
-        The model.
-
-    Raises:
-        RuntimeError: see [`build_native_ops`].
-        ValueError: the model has no block of RWKV.
-    """
-    build_native_ops()
-    blocks = [module for module in model.modules() if isinstance(module, RwkvBlock)]
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no RWKV block to accelerate.")
-    for block in blocks:
-        for part in (block.att, block.ffn):
-            for name, module in part.named_children():
-                if type(module) is nn.Linear:
-                    setattr(part, name, _accelerated(module, int8))
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        model.set_output_embeddings(_accelerated(head, int8))
-    return model
-
-
-def _accelerated(linear: nn.Linear, int8: bool) -> nn.Module:
-    """The layer with native ops, or itself where its sizes do not suit them."""
-    if linear.in_features % 16 or linear.out_features % 4 or linear.bias is not None:
-        return linear
-    if int8:
-        return Int8Linear(linear)
-    native = NativeLinear(linear.in_features, linear.out_features, bias=False, device="meta")
-    native.weight = linear.weight
-    return native.train(linear.training)
-
-
-__all__ = ["Int8Linear", "NativeLinear", "accelerate_on_cpu", "build_native_ops"]
+__all__ = ["build_native_ops"]
