@@ -471,12 +471,12 @@ enum { ABREAST = 128, ROWS_AT_ONCE = 4 }; /* columns and rows of a low-rank map 
         int64_t j = 0;                                                                                          \
         for (; j + LANES <= width; j += LANES) {                                                                \
             Lanes y_j = lanes_float(y + j);                                                                     \
-            _Pragma("GCC unroll 4") for (int i = 0; i < ROWS_AT_ONCE; i++)                                           \
+            _Pragma("GCC unroll 4") for (int i = 0; i < ROWS_AT_ONCE; i++)                                      \
                 y_j += x[i] * lanes_##TYPE(w + i * out + j);                                                    \
             store_lanes(y + j, y_j);                                                                            \
         }                                                                                                       \
         for (; j < width; j++)                                                                                  \
-            for (int i = 0; i < ROWS_AT_ONCE; i++) y[j] += x[i] * element(w, sizeof(TYPE), i * out + j);             \
+            for (int i = 0; i < ROWS_AT_ONCE; i++) y[j] += x[i] * element(w, sizeof(TYPE), i * out + j);        \
     }
 ADD_ROWS(float)
 ADD_ROWS(uint16_t)
@@ -600,7 +600,7 @@ static void up(const Layer *l, int name) {
 }
 
 /* Team, with a barrier at its end: RWKV-6's token shift, whose weights depend on the token shifted by SHIFT_X. */
-static void shift_by_itself(const Layer *l) {
+static void shift_dynamically(const Layer *l) {
     static const int targets[] = {TO_W, TO_K, TO_V, TO_R, TO_G};
     int64_t C = l->s.C, D = l->s.rank[LOW_SHIFT] / 5, B = l->s.B, size = l->s.size;
     const char *up = l->weights->low_rank[LOW_SHIFT].up;
@@ -619,7 +619,7 @@ static void shift_by_itself(const Layer *l) {
 }
 
 /* Team: what `output` makes of the time mix is in `mixed`, behind a barrier. */
-static void time_mix(const Layer *l, const TimeMix *heads_of, void *carried, float *v_first) {
+static void time_mix(const Layer *l, const TimeMix *mix, void *carried, float *v_first) {
     int64_t B = l->s.B, C = l->s.C, A = l->s.A;
 #pragma omp for
     for (int64_t n = 0; n < B; n++) {
@@ -627,7 +627,7 @@ static void time_mix(const Layer *l, const TimeMix *heads_of, void *carried, flo
         for (int to = 0; to < TARGETS && l->s.version != 6; to++)
             if (l->vector[SHIFT + to]) shift(l, n, SHIFT + to, NULL, l->shifted[to]);
     }
-    if (l->s.version == 6) shift_by_itself(l);
+    if (l->s.version == 6) shift_dynamically(l);
     down(l, LOW_W, tanhf, l->shifted[TO_W]);
     down(l, LOW_A, itself, l->shifted[TO_A]);
     down(l, LOW_V, itself, l->shifted[TO_V]);
@@ -638,12 +638,12 @@ static void time_mix(const Layer *l, const TimeMix *heads_of, void *carried, flo
     product(l, GATE, silu, C, A, l->shifted[TO_G], l->gate);
 #pragma omp barrier
     for (int name = LOW_W; name < LOW_RANK; name++) up(l, name);
-    if (l->s.version == 7 && !heads_of->value_gate) {
+    if (l->s.version == 7 && !mix->value_gate) {
 #pragma omp for nowait
         for (int64_t i = 0; i < B * A; i++) v_first[i] = l->v[i];
     }
 #pragma omp barrier
-    heads(heads_of, B, l->s.version == 7 ? rwkv7_head : rwkv6_head);
+    heads(mix, B, l->s.version == 7 ? rwkv7_head : rwkv6_head);
     product(l, OUTPUT, itself, A, C, l->out, l->mixed);
 }
 
