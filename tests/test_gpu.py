@@ -59,21 +59,35 @@ def test_op_equals_float64(op, shape, dtype):
         assert torch.equal(x, z), "deterministic"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def logits_and_gradients(model, ids, backend):
+    model.zero_grad()
+    with wkv_backend(backend):
+        logits = model(ids, use_cache=False).logits.float()
+        logits.square().mean().backward()
+    return [logits.detach(), *(weight.grad.float() for weight in model.parameters())]
+
+
 @pytest.mark.parametrize("version", [5, 6, 7])
-def test_model_equals_plain_torch(version, dtype):
-    model = awake(VisualRWKVForCausalLM(text_config(version, head_dim=64, hidden_size=256)))
-    model = model.to(DEVICE, dtype).eval()
+def test_model_equals_plain_torch(version):
+    model = awake(VisualRWKVForCausalLM(text_config(version, head_dim=64, hidden_size=256))).to(DEVICE)
     ids = torch.randint(1, 300, (2, 200), device=DEVICE)
-    results = []
-    for backend in ("torch", "triton"):
-        model.zero_grad()
-        with wkv_backend(backend):
-            logits = model(ids, use_cache=False).logits.float()
-            logits.square().mean().backward()
-        results.append([logits.detach(), *(weight.grad.float() for weight in model.parameters())])
-    for x, y in zip(*results):
-        assert (x - y).norm() <= (1e-4 if dtype == torch.float32 else 5e-2) * y.norm()
+    plain, ours = (logits_and_gradients(model, ids, backend) for backend in ("torch", "triton"))
+    for x, y in zip(ours, plain):
+        assert (x - y).norm() <= 1e-4 * y.norm()
+
+
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_model_in_bfloat16_is_as_exact_as_plain_torch(version):
+    """These random weights magnify what is rounded, to a third of the gradients in RWKV-6, so that no tolerance
+    would say much: plain torch's own error is the measure. On a CPU ours was up to 2.3 times as large, or smaller."""
+    model = awake(VisualRWKVForCausalLM(text_config(version, head_dim=64, hidden_size=256)))
+    model = model.to(DEVICE, torch.bfloat16)
+    ids = torch.randint(1, 300, (2, 200), device=DEVICE)
+    exact = logits_and_gradients(model.float(), ids, "torch")
+    plain, ours = (logits_and_gradients(model.bfloat16(), ids, backend) for backend in ("torch", "triton"))
+    for part in (slice(0, 1), slice(1, None)):  # logits, gradients
+        x, y, z = (torch.cat([tensor.flatten() for tensor in found[part]]) for found in (ours, plain, exact))
+        assert (x - z).norm() <= 4 * (y - z).norm()
 
 
 @pytest.mark.parametrize("version", [5, 6, 7])

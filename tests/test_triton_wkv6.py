@@ -179,6 +179,17 @@ def test_gradient_of_w_where_nothing_is_kept():
     assert dw[..., ::2].abs().max() < 1e-30 and dw[..., 1::2].abs().max() > 0.1
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", ["w", "k", "v"])
+def test_nan_is_not_lost(name, dtype):
+    """Nor as a GPU makes it, all bits set: to round it as a number would carry over into the sign, and leave 0."""
+    r, w, k, v, u, state = make_inputs(40, dtype, B=1, H=1)
+    inputs = {"r": r, "w": w, "k": k.float(), "v": v.float(), "u": u, "initial_state": state}
+    inputs[name][:, 20] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    y, state = wkv6(**inputs)
+    assert y[:, 21:].isnan().all() and state.isnan().all()
+
+
 def test_thousands_of_tokens_do_not_drift():
     inputs = make_inputs(2000, torch.bfloat16, "slow", B=1, H=1)
     y, state = wkv6(*inputs)
@@ -288,6 +299,14 @@ def test_packed_sequences_equal_each_alone(lengths, index):
         y, state = wkv6(*inputs, cu_seqlens=cu_seqlens.to(index), **options)
         assert_same((y, state), expected[:2], TOLERANCE[torch.float32])
     assert torch.equal(state[[n == 0 for n in lengths]], inputs[5][[n == 0 for n in lengths]])
+
+
+def test_cu_seqlens_need_not_lie_side_by_side():
+    cu_seqlens = torch.tensor([[0, 1], [25, 2], [40, 3]])[:, 0]
+    inputs = [*make_inputs(40, B=1, H=1)[:5], make_inputs(1, H=1)[5]]
+    assert_equal(
+        run(wkv6, inputs, cu_seqlens=cu_seqlens), run(wkv6, inputs, cu_seqlens=cu_seqlens.contiguous())
+    )
 
 
 # --- kernels and their launches -----------------------------------------------------------------------

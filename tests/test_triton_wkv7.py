@@ -260,6 +260,18 @@ def test_does_not_drift(dtype):
     assert_same(actual, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", "wkvab")
+def test_nan_is_not_lost(name, dtype):
+    """Nor as a GPU makes it, all bits set: to round it as a number would carry over into the sign, and leave 0."""
+    names = ("r", "w", "k", "v", "a", "b", "initial_state")
+    inputs = dict(zip(names, make_inputs(40, dtype)))
+    inputs[name] = inputs[name].float()
+    inputs[name][:, 20] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    y, state = wkv7(**inputs, min_log_decay=BOUND)
+    assert y[:, 20:].isnan().all() and state.isnan().all()
+
+
 @pytest.mark.parametrize("wanted", ["y", "state"])
 def test_one_of_the_two_outputs(wanted):
     def total(op, inputs):

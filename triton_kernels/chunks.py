@@ -22,6 +22,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOWEST_LOG_DECAY = tl.constexpr(-88.0)
 
 
+# Of a kernel that goes from chunk to chunk or from token to token: it has few programs, so that ptxas should not spill
+# registers for the sake of more of them side by side. AMD's compiler does not know the word.
+SERIAL: dict[str, int] = {} if torch.version.hip else {"maxnreg": 255}
+
+
 # --- on the host --------------------------------------------------------------------------------------
 
 
@@ -125,10 +130,19 @@ def chunk_table(cu_seqlens: Tensor | None, T: int, BT: int) -> tuple[Tensor | No
 def operand(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """x float32 as an operand of tl.dot. Tensor cores cut what tf32 has no bits for, which shrinks: rounded here."""
     if PRECISION == "tf32" and DOT.is_fp32():
+        return tl.where(x == x, _rounded(x, PRECISION), x)
+    else:
+        return x.to(DOT)
+
+
+@triton.jit
+def _rounded(x, PRECISION: tl.constexpr):
+    """x float32, rounded to tf32 if that is read of it. NaN as a GPU makes it, all bits set, then becomes 0."""
+    if PRECISION == "tf32":
         bits = x.to(tl.int32, bitcast=True) + 0x1000  # half of the last bit that is read
         return (bits & -0x2000).to(tl.float32, bitcast=True)
     else:
-        return x.to(DOT)
+        return x
 
 
 @triton.jit
@@ -198,7 +212,7 @@ def inverse_of_one_minus(A, BT: tl.constexpr, PRECISION: tl.constexpr):
     o_t = tl.arange(0, BT)
     row, col = o_t[:, None], o_t[None, :]
     pairs = (row // 2 == col // 2) & (row > col)
-    T = tl.where(row == col, 1.0, tl.where(pairs, A, 0.0))
+    T = tl.where(row == col, 1.0, tl.where(pairs, A, 0.0 * A))  # NaN stays in the sums
     for level in tl.static_range(1, 7):
         if 2**level < BT:
             T = _join_inverses(T, A, BT, 2**level, PRECISION)
@@ -210,9 +224,9 @@ def _join_inverses(T, A, BT: tl.constexpr, M: tl.constexpr, PRECISION: tl.conste
     """Inverses of blocks of M -> of blocks of 2 M."""
     row, col = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
     A21 = tl.where((row // (2 * M) == col // (2 * M)) & (row // M > col // M), A, 0.0)
-    T_rounded = operand(T, tl.float32, PRECISION)
-    product = tl.dot(T_rounded, operand(A21, tl.float32, PRECISION), input_precision=PRECISION)
-    return tl.dot(operand(product, tl.float32, PRECISION), T_rounded, T, input_precision=PRECISION)
+    T_rounded = _rounded(T, PRECISION)
+    product = tl.dot(T_rounded, _rounded(A21, PRECISION), input_precision=PRECISION)
+    return tl.dot(_rounded(product, PRECISION), T_rounded, T, input_precision=PRECISION)
 
 
 @triton.jit
@@ -273,9 +287,15 @@ def load_rows(x, rows, m_rows, i_h, H: tl.constexpr, D: tl.constexpr, o_d):
 
 
 @triton.jit
+def finite_log_decay(b_w):
+    """Log decays as they are, in place of -inf what has the same exp. NaN stays."""
+    return tl.maximum(b_w, LOWEST_LOG_DECAY, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def load_log_decay(w, rows, m_rows, i_h, H: tl.constexpr, D: tl.constexpr, o_d):
     """`load_rows` of log decays, finite."""
-    return tl.maximum(load_rows(w, rows, m_rows, i_h, H, D, o_d), LOWEST_LOG_DECAY)
+    return finite_log_decay(load_rows(w, rows, m_rows, i_h, H, D, o_d))
 
 
 @triton.jit

@@ -19,10 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunks import (
-    LOWEST_LOG_DECAY,
+    SERIAL,
     Launch,
     chunk_rows,
     chunk_table,
+    finite_log_decay,
     has_matrix_units,
     level_decays,
     load_rows,
@@ -62,7 +63,7 @@ CONFIGS = {
     (32, 2): Config(Launch(32, 4), Launch(16, 4), Launch(16, 4, 2), Launch(32, 4, 3)),
     (64, 2): Config(Launch(64, 4), Launch(16, 4), Launch(16, 4, 2), Launch(32, 4, 2)),
     (128, 2): Config(Launch(64, 8), Launch(16, 8), Launch(16, 8, 2), Launch(32, 4, 2)),
-    (32, 4): Config(Launch(32, 4), Launch(16, 8), Launch(16, 4, 2), Launch(32, 4, 2)),
+    (32, 4): Config(Launch(16, 4), Launch(16, 8), Launch(16, 4, 2), Launch(32, 4, 2)),
     (64, 4): Config(Launch(64, 4), Launch(16, 8), Launch(16, 4, 2), Launch(32, 4, 2)),
     (128, 4): Config(Launch(32, 8), Launch(16, 8), Launch(16, 4, 2), Launch(32, 8, 2)),
 }
@@ -91,7 +92,7 @@ def load_log_decays(w, rows, m_read, i_b, i_h, T, stride_b, stride_t, K: tl.cons
     """Rows of w [B, T, H, K], which may be one row repeated; 0, so no decay, where masked. [BT, K] float32."""
     offset = i_b * stride_b + (rows - i_b * T) * stride_t + i_h * K
     b_w = tl.load(w + offset[:, None] + tl.arange(0, K)[None, :], mask=m_read[:, None], other=0.0)
-    return tl.maximum(b_w.to(tl.float32), LOWEST_LOG_DECAY)
+    return finite_log_decay(b_w.to(tl.float32))
 
 
 # Tokens are columns in what follows, [K, BT]: so the warps share the K rows of every product and of w.
@@ -486,7 +487,9 @@ def wkv6_forward(
     """y and final state; with `save` also r_in, total, A and the states at chunks' starts, which else are empty."""
     outputs = _outputs(r, cu_seqlens, save)
     w, (r, k, v, u) = _heads_together(w), (x.contiguous() for x in (r, k, v, u))
-    initial_state, order = (x if x is None else x.contiguous() for x in (initial_state, order))
+    initial_state, order, cu_seqlens = (
+        x if x is None else x.contiguous() for x in (initial_state, order, cu_seqlens)
+    )
     with on_device_of(r):
         if not save and (r.shape[1] <= MAX_STEPS or not has_matrix_units(r)):
             _forward_in_steps(r, w, k, v, u, initial_state, order, cu_seqlens, *outputs[:2])
@@ -512,7 +515,7 @@ def _forward_in_steps(
     BV, warps, _ = STEPS[K]
     wkv6_fwd_steps_kernel[(S * H * (K // BV),)](
         r, w, k, v, u, order, cu_seqlens, initial_state, y, final_state, w.stride(0), w.stride(1), T,
-        H=H, K=K, BV=BV, num_warps=warps,
+        H=H, K=K, BV=BV, num_warps=warps, **SERIAL,
     )  # fmt: skip
 
 
@@ -550,7 +553,7 @@ def _forward_in_chunks(
     BV, warps, stages = config.scan_many if S * H >= MANY else config.scan_few
     wkv6_fwd_scan_kernel[(S * H * (K // BV),)](
         r_in, y_0, written, total, order, cu_seqlens, chunk_starts, initial_state, y, final_state,
-        states if save else None, T, H=H, K=K, BT=BT, BV=BV, DOTS=dots, STAGES=stages, num_warps=warps,
+        states if save else None, T, H=H, K=K, BT=BT, BV=BV, DOTS=dots, STAGES=stages, num_warps=warps, **SERIAL,
     )  # fmt: skip
 
 
@@ -591,7 +594,9 @@ def wkv6_backward(
     BT, (S, C) = chunk_size_of(r), _count(r, cu_seqlens)
     dr, dw, dk, dv, du, dinitial_state = _gradients(r, w, k, v, u, cu_seqlens)
     w, (r, k, v, u) = _heads_together(w), (x.contiguous() for x in (r, k, v, u))
-    order, dfinal_state = (x if x is None else x.contiguous() for x in (order, dfinal_state))
+    dfinal_state, order, cu_seqlens = (
+        x if x is None else x.contiguous() for x in (dfinal_state, order, cu_seqlens)
+    )
     dy = torch.zeros_like(v) if dy is None else dy.contiguous()
     dstates = torch.empty_like(states)
     du_of_chunks = torch.zeros_like(total)  # some may not be there, with cu_seqlens
@@ -600,7 +605,7 @@ def wkv6_backward(
         BV, warps, stages = config.scan_many if S * H >= MANY else config.scan_few
         wkv6_bwd_scan_kernel[(S * H * (K // BV),)](
             r_in, total, order, cu_seqlens, chunk_starts, dy, dfinal_state, dstates, dinitial_state, T,
-            H=H, K=K, BT=BT, BV=BV, DOTS=dots, STAGES=stages, num_warps=warps,
+            H=H, K=K, BT=BT, BV=BV, DOTS=dots, STAGES=stages, num_warps=warps, **SERIAL,
         )  # fmt: skip
         BV, warps, stages = config.inputs
         BK = KEYS.get(r.dtype, K)

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunks import (
+    SERIAL,
     Launch,
     centred,
     chunk_rows,
@@ -195,7 +196,7 @@ def wkv7_fwd_prepare_kernel(
 def wkv7_fwd_scan_kernel(
     q, o0, P, N, G, initial_state, order, cu_seqlens, chunk_starts, y, states, final_state, T, width,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y and the state of one sequence and head in BV columns, chunk after chunk, products over BK keys at a time."""
     i_v = tl.program_id(0) % (V // BV)
@@ -207,7 +208,8 @@ def wkv7_fwd_scan_kernel(
     o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, K), i_v * BV + tl.arange(0, BV)
     p_state = (i_s.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
     b_S = tl.zeros([K, BV], tl.float32) if initial_state is None else tl.load(initial_state + p_state)
-    for i_c in range(0, tl.cdiv(length, BT)):
+    # Stages of the loop are of all its loads, those of a kernel only of what products read.
+    for i_c in tl.range(0, tl.cdiv(length, BT), num_stages=STAGES):
         i_ch = (first + i_c) * H + i_h
         p_q, p_P = q + i_ch * BT * K + o_t[:, None] * K, P + i_ch * K * K + o_k[:, None] * K
         b_o = tl.load(o0 + i_ch * BT * V + o_t[:, None] * V + o_v[None, :]).to(tl.float32)
@@ -617,11 +619,13 @@ CONFIGS[64, torch.bfloat16, True] = Config(32, Launch(64, 4), WIDE, WIDE, Launch
 # Where what serves the others spills, with one version of Triton or another.
 OTHERWISE: dict[tuple[int, torch.dtype, bool], dict[str, Any]] = {
     (32, torch.bfloat16, True): dict(gradients=Launch(16, 4)),
-    (32, torch.bfloat16, False): dict(gradients=Launch(16, 4)),
     (128, torch.bfloat16, True): dict(values=Launch(64, 4)),
-    (32, torch.float16, True): dict(prepare=Launch(32, 1), values=Launch(32, 2)),
-    (32, torch.float16, False): dict(values=Launch(32, 2)),
+    (128, torch.bfloat16, False): dict(keys=Launch(16, 4)),
+    (32, torch.float16, True): dict(prepare=Launch(32, 1), scan=Launch(16, 8, 2), values=Launch(32, 2)),
+    (32, torch.float16, False): dict(scan=Launch(16, 8, 2), values=Launch(32, 2)),
     (64, torch.float16, True): dict(prepare=Launch(32, 8)),
+    (64, torch.float32, True): dict(scan=Launch(16, 4, 2)),
+    (64, torch.float32, False): dict(scan=Launch(16, 4, 2)),
 }
 CONFIGS |= {key: CONFIGS[key]._replace(**launches) for key, launches in OTHERWISE.items()}
 
@@ -692,7 +696,7 @@ def wkv7_forward(
         with on_device_of(r):
             wkv7_fwd_recurrent_kernel[(sequences * H * (V // BV),)](
                 r, w, k, v, a, b, initial_state, order, cu_seqlens, y, final_state, T,
-                H=H, K=K, V=V, BV=BV, num_warps=num_warps, num_stages=num_stages,
+                H=H, K=K, V=V, BV=BV, num_warps=num_warps, num_stages=num_stages, **SERIAL,
             )  # fmt: skip
         return y, final_state, *(r.new_empty(0) for _ in range(4))  # type: ignore[return-value]
 
@@ -712,7 +716,7 @@ def wkv7_forward(
         wkv7_fwd_scan_kernel[(sequences * H * (V // BV),)](
             q, o0, P, N, G, initial_state, order, cu_seqlens, chunk_starts, y, states if save else None,
             final_state, T, K, H=H, K=K, V=V, BT=BT, BK=SCAN_KEYS.get((K, r.dtype), K), BV=BV, PRECISION=PRECISION,
-            num_warps=num_warps, num_stages=num_stages,
+            STAGES=num_stages, num_warps=num_warps, **SERIAL,
         )  # fmt: skip
     if save:
         return y, final_state, q, P, G, states
@@ -761,7 +765,7 @@ def wkv7_backward(
             q, P, G, dy, dfinal_state, order, cu_seqlens, chunk_starts, dstates,
             None if initial_state is None else dinitial_state, T, K,
             H=H, K=K, V=V, BT=BT, BK=SCAN_KEYS.get((K, r.dtype), K), BV=BV, PRECISION=PRECISION,
-            num_warps=num_warps, num_stages=num_stages,
+            num_warps=num_warps, num_stages=num_stages, **SERIAL,
         )  # fmt: skip
         inputs = (r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, states, dstates)
         dr, dw, dk, dv, da, db = gradients
