@@ -15,7 +15,7 @@ from typing import Annotated
 
 import torch
 import typer
-from benchmarking import captured, chosen_device, report
+from benchmarking import chosen_device, report
 from engines import SHAPES, Engine, compared
 
 
@@ -28,7 +28,7 @@ def stepping(engine: Engine, prompt: torch.Tensor) -> Callable[[], object]:
         nonlocal state
         _, state = engine.read(token, state)
 
-    return captured(step) if engine.name.endswith("graph") else step
+    return step
 
 
 @torch.inference_mode()

@@ -5,7 +5,8 @@
     python examples/benchmark_prefill.py --shape 1.5B --device cuda --markdown prefill.md
 
 Every engine's logits, of the prompt's last token and of some behind it, are compared to plain torch in float32 first.
-If this package's are wrong no time is printed and the exit status is 1. "native" are the ops of `accelerate_on_cpu`.
+If this package's are wrong no time is printed and the exit status is 1. "native" are the ops of `accelerate_on_cpu`;
+"graph" is the whole prompt recorded as a CUDA graph, without what Python takes to launch it.
 """
 
 from collections.abc import Callable

@@ -177,8 +177,8 @@ def flash_linear_attention(op: str) -> dict[str, Op]:
     try:
         from fla.ops.rwkv6 import chunk_rwkv6, fused_recurrent_rwkv6
         from fla.ops.rwkv7 import chunk_rwkv7, fused_mul_recurrent_rwkv7
-    except ImportError as error:
-        typer.secho(f"Without the peer flash-linear-attention: {error}.", err=True, fg="yellow")
+    except Exception as error:  # not there, or not for this torch or Triton
+        typer.secho(f"Without the peer flash-linear-attention: {first_line(error)}.", err=True, fg="yellow")
         return {}
     fixed = dict(scale=1.0, output_final_state=True)
     if op == "wkv6":

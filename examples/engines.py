@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import typer
-from benchmarking import Timing, copy_bandwidth, interleaved, machine, markdown_table, readable
+from benchmarking import Timing, captured, copy_bandwidth, interleaved, machine, markdown_table, readable
 from llama_cpp_engine import reader, write_gguf
 
 from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVTextConfig, accelerate_on_cpu, wkv_backend
@@ -36,13 +36,14 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 5e-2}
 class Engine(NamedTuple):
     """`read(tokens [T], state)` gives the last token's logits [vocab_size] and the state; None starts a text.
 
-    A state may be written in place.
+    A state may be written in place. With `is_graph` what is timed is recorded as a CUDA graph first.
     """
 
     name: str
     precision: str
     read: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
     weight_bytes: int
+    is_graph: bool = False
 
 
 def random_model(shape: str) -> VisualRWKVForCausalLM:
@@ -85,7 +86,7 @@ def our_engines(model: VisualRWKVForCausalLM, device: str, precisions: Sequence[
             on_device = copy.deepcopy(model).to(device, dtype)
             yield ours("plain torch", precision, on_device, "torch")
             yield ours("Triton", precision, on_device)
-            yield ours("Triton, graph", precision, on_device)
+            yield ours("Triton, graph", precision, on_device)._replace(is_graph=True)
 
 
 def peer_engines(model: VisualRWKVForCausalLM, device: str, precisions: Sequence[str]) -> Iterator[Engine]:
@@ -216,6 +217,7 @@ def compared(
     peers = list(peer_engines(model, device, precisions)) or [token_by_token(engines[0])]
     engines, errors = checked([*engines, *peers], prompt)
     functions = {each: prepare(each, prompt) for each in engines}
+    functions |= {each: captured(function) for each, function in functions.items() if each.is_graph}
     timings = interleaved(functions, device, seconds, least=5 if shape == "tiny" else 10)
     bandwidth = copy_bandwidth(device, 2**20 if shape == "tiny" else 2**28)
     peer = next((each for each in engines if each.name == peers[0].name), None)

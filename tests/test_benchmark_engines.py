@@ -67,6 +67,28 @@ def test_peer_that_is_wrong_is_left_out(example, capsys):
     assert "Left out, for it is wrong: wrong" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "name, prepare", [("benchmark_prefill", "reading"), ("benchmark_decode", "stepping")]
+)
+def test_what_is_called_a_graph_is_one(example, name, prepare, monkeypatch):
+    engines, recorded = example("engines"), []
+
+    def ways(model, device, precisions):
+        yield (plain := engines.ours("plain torch", "float32", model, "torch"))
+        yield plain._replace(name="graph", is_graph=True)
+
+    def captured(function):
+        recorded.append(function)
+        return function
+
+    monkeypatch.setattr(engines, "our_engines", ways)
+    monkeypatch.setattr(engines, "peer_engines", lambda *arguments: ())
+    monkeypatch.setattr(engines, "captured", captured)
+    prepare = getattr(example(name), prepare)
+    engines.compared("tiny", "cpu", ["float32"], 8, 0.01, prepare, 1)
+    assert len(recorded) == 1
+
+
 def test_token_by_token_reads_the_same(example):
     engines = example("engines")
     plain = engines.ours("", "float32", engines.random_model("tiny"), "torch")
