@@ -38,6 +38,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from visualrwkv_hf.triton_kernels.decode import rwkv6_decode, rwkv7_decode
+from visualrwkv_hf.triton_kernels.low_rank import low_rank
 from visualrwkv_hf.triton_kernels.token_shift import token_shift
 from visualrwkv_hf.triton_kernels.wkv6 import wkv6
 from visualrwkv_hf.triton_kernels.wkv7 import wkv7
@@ -110,6 +111,13 @@ def call_token_shift(
     )
     if T > 1:
         backward(mixed)
+
+
+def call_low_rank(dtype: torch.dtype, K: int, M: int = 4, C: int = 4096) -> None:
+    x, ranks = torch.zeros(2, C, dtype=dtype), (128, 128, 480, 96)[:M]
+    down = [torch.zeros(C, D, dtype=dtype) for D in ranks]
+    up = [torch.zeros(D, C, dtype=dtype) for D in ranks]
+    low_rank([x] * M, down, up, ("tanh", "identity", "sigmoid", "identity")[:M])
 
 
 def call_rwkv7_decode(dtype: torch.dtype, K: int, first_layer: bool = False, mask: bool = False) -> None:
@@ -187,6 +195,11 @@ OPS = {
             "token, dynamic": dict(T=1, M=5, dynamic=True),
         },
         head_sizes=(64,),  # it knows of channels only
+    ),
+    "low_rank": Op(
+        call_low_rank,
+        {"": {}, "first layer": dict(M=3), "RWKV-6": dict(M=1), "0.1B": dict(C=768)},
+        head_sizes=(64,),
     ),
     "rwkv7_decode": Op(
         call_rwkv7_decode, {"": {}, "first layer": dict(first_layer=True), "mask": dict(mask=True)}

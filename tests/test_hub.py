@@ -49,6 +49,7 @@ MODEL_CODE = {
     "hub.py",
     "kernels.py",
     "loss_visualrwkv.py",
+    "low_rank.py",
     "modeling_rwkv.py",
     "modeling_vision.py",
     "modeling_visualrwkv.py",

@@ -1,11 +1,14 @@
 """The language model over the Triton kernels, in their interpreter, against the same over plain torch."""
 
+import threading
+import warnings
+
 import pytest
 import torch
 from tiny import awake, text_config
 from triton_interpreter import launches
 
-from visualrwkv_hf import VisualRWKVCache, VisualRWKVForCausalLM, VisualRWKVStaticCache, wkv_backend
+from visualrwkv_hf import VisualRWKVCache, VisualRWKVForCausalLM, VisualRWKVStaticCache, kernels, wkv_backend
 
 B, T = 2, 37
 SCANNED = slice(8, 30)
@@ -62,7 +65,7 @@ def is_7(model) -> bool:
 @pytest.mark.parametrize("cache", [VisualRWKVCache, VisualRWKVStaticCache])
 @torch.no_grad()
 def test_steps_equal_plain_torch(model, batch, cache):
-    """Each step is one launch of a time mix, with the state in its place."""
+    """Each step is one launch of a time mix and two of its low-rank maps, with the state in its place."""
 
     def run(backend):
         state, steps = cache(model.config), []
@@ -78,7 +81,9 @@ def test_steps_equal_plain_torch(model, batch, cache):
     with launches() as seen:
         actual, state = run("triton")
     decode = [launch for launch in seen if "decode" in launch.kernel]
+    maps = [launch for launch in seen if "low_rank" in launch.kernel]
     assert len(decode) == 3 * model.config.num_hidden_layers
+    assert len(maps) == (2 * len(decode) if model.config.rwkv_version > 5 else 0)
     assert_close(actual, expected)
     for layer, other in zip(state.layers, expected_state.layers):
         assert_close(layer.recurrent_states[0], other.recurrent_states[0])
@@ -127,6 +132,25 @@ def test_gradient_checkpointing_runs_the_kernels_again(model, batch):
     assert all(torch.equal(x, y) for x, y in zip(actual, expected))
 
 
+def test_a_checkpoint_in_a_thread_of_autograd_computes_as_it_did(model, batch):
+    """On a GPU that is where the backward runs, and `wkv_backend` is of one thread."""
+    model.train()
+    model.activation_checkpointing_enable()
+    try:
+        with wkv_backend("triton"), launches() as seen:
+            loss = model(**batch, use_cache=False).logits.square().mean()
+            forwards = len(seen)
+            backward = threading.Thread(target=loss.backward)
+            model.zero_grad()
+            backward.start()
+            backward.join()
+    finally:
+        model.activation_checkpointing_disable()
+        model.eval()
+    assert len(seen) > 2 * forwards  # again, and then the gradients
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
+
+
 def test_a_step_and_a_training_pass_compile_in_one_graph(batch):
     model = awake(VisualRWKVForCausalLM(text_config(7, head_dim=32, hidden_size=64))).float().eval()
     ids = batch["input_ids"][:, :20]
@@ -147,3 +171,23 @@ def test_a_step_and_a_training_pass_compile_in_one_graph(batch):
     with wkv_backend("triton"):
         assert torch.equal(steps(compiled), steps(model.forward))
         assert all(torch.equal(*pair) for pair in zip(gradients(compiled), gradients(model.forward)))
+
+
+def test_what_no_kernel_serves_compiles_as_plain_torch(batch, monkeypatch):
+    """It is said where it can be, outside of a graph."""
+    monkeypatch.setattr(kernels, "TRITON_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(kernels, "_said", set())
+    model = awake(VisualRWKVForCausalLM(text_config(7, head_dim=32, hidden_size=64))).double().eval()
+    ids = batch["input_ids"]
+
+    def logits(forward):
+        with torch.no_grad():
+            return forward(ids, use_cache=False).logits
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", category=UserWarning)
+        compiled = logits(torch.compile(model, backend="eager", fullgraph=True))
+    with pytest.warns(
+        UserWarning, match=r"wkv7 runs as plain torch, slower than its Triton kernel: .*float64"
+    ):
+        torch.testing.assert_close(compiled, logits(model))

@@ -11,6 +11,7 @@ from torch import Tensor
 from .chunks import DTYPES, HEAD_SIZES, interpreted
 from .chunks import unsupported as unsupported_recurrence
 from .decode import rwkv6_decode, rwkv7_decode
+from .low_rank import low_rank
 from .token_shift import token_shift
 from .wkv6 import wkv6
 from .wkv7 import wkv7
@@ -19,6 +20,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "wkv6": wkv6,
     "wkv7": wkv7,
     "token_shift": token_shift,
+    "low_rank": low_rank,
     "rwkv6_decode": rwkv6_decode,
     "rwkv7_decode": rwkv7_decode,
 }
@@ -29,7 +31,7 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool = False) -> str:
 
     Args:
         op: a name of `KERNELS`.
-        tensors: r and v of a recurrence, x of the token shift, x and the state of a decoding step.
+        tensors: r and v of a recurrence, x of a token shift or a low-rank map, x and the state of a decoding step.
         gradient: whether one will be asked for.
     """
     if op in ("wkv6", "wkv7"):
@@ -37,7 +39,7 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool = False) -> str:
         reason = unsupported_recurrence(r, v, gradient)
     elif tensors[0].dtype not in DTYPES:
         reason = f"{tensors[0].dtype} is not served"
-    elif op != "token_shift" and tensors[1].shape[-1] not in HEAD_SIZES:
+    elif op.endswith("decode") and tensors[1].shape[-1] not in HEAD_SIZES:
         reason = f"head sizes K = V in {HEAD_SIZES} are served, not {tensors[1].shape[-1]}"
     else:
         reason = ""

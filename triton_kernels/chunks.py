@@ -22,11 +22,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOWEST_LOG_DECAY = tl.constexpr(-88.0)
 
 
-# Of a kernel that goes from chunk to chunk or from token to token: it has few programs, so that ptxas should not spill
-# registers for the sake of more of them side by side. AMD's compiler does not know the word.
-SERIAL: dict[str, int] = {} if torch.version.hip else {"maxnreg": 255}
-
-
 # --- on the host --------------------------------------------------------------------------------------
 
 
@@ -91,6 +86,14 @@ def has_matrix_units(r: Tensor) -> bool:
 
 def needs_gradient(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def serial() -> dict[str, int]:
+    """How a kernel is launched that goes from chunk to chunk or from token to token.
+
+    It has few programs: ptxas should not spill registers for the sake of more of them side by side.
+    """
+    return {} if torch.version.hip else {"maxnreg": 255}  # AMD's compiler does not know the word
 
 
 def on_device_of(r: Tensor) -> AbstractContextManager:

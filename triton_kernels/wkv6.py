@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunks import (
-    SERIAL,
     Launch,
     chunk_rows,
     chunk_table,
@@ -35,6 +34,7 @@ from .chunks import (
     rows_of,
     rows_of_chunk,
     sequence_of_chunk,
+    serial,
     span_of_sequence,
     store_rows,
     sums_of,
@@ -515,7 +515,7 @@ def _forward_in_steps(
     BV, warps, _ = STEPS[K]
     wkv6_fwd_steps_kernel[(S * H * (K // BV),)](
         r, w, k, v, u, order, cu_seqlens, initial_state, y, final_state, w.stride(0), w.stride(1), T,
-        H=H, K=K, BV=BV, num_warps=warps, **SERIAL,
+        H=H, K=K, BV=BV, num_warps=warps, **serial(),
     )  # fmt: skip
 
 
@@ -553,7 +553,7 @@ def _forward_in_chunks(
     BV, warps, stages = config.scan_many if S * H >= MANY else config.scan_few
     wkv6_fwd_scan_kernel[(S * H * (K // BV),)](
         r_in, y_0, written, total, order, cu_seqlens, chunk_starts, initial_state, y, final_state,
-        states if save else None, T, H=H, K=K, BT=BT, BV=BV, DOTS=dots, STAGES=stages, num_warps=warps, **SERIAL,
+        states if save else None, T, H=H, K=K, BT=BT, BV=BV, DOTS=dots, STAGES=stages, num_warps=warps, **serial(),
     )  # fmt: skip
 
 
@@ -605,7 +605,7 @@ def wkv6_backward(
         BV, warps, stages = config.scan_many if S * H >= MANY else config.scan_few
         wkv6_bwd_scan_kernel[(S * H * (K // BV),)](
             r_in, total, order, cu_seqlens, chunk_starts, dy, dfinal_state, dstates, dinitial_state, T,
-            H=H, K=K, BT=BT, BV=BV, DOTS=dots, STAGES=stages, num_warps=warps, **SERIAL,
+            H=H, K=K, BT=BT, BV=BV, DOTS=dots, STAGES=stages, num_warps=warps, **serial(),
         )  # fmt: skip
         BV, warps, stages = config.inputs
         BK = KEYS.get(r.dtype, K)

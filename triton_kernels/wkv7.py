@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunks import (
-    SERIAL,
     Launch,
     centred,
     chunk_rows,
@@ -40,6 +39,7 @@ from .chunks import (
     rows_of,
     rows_of_chunk,
     sequence_of_chunk,
+    serial,
     span_of_sequence,
     store_rows,
 )
@@ -696,7 +696,7 @@ def wkv7_forward(
         with on_device_of(r):
             wkv7_fwd_recurrent_kernel[(sequences * H * (V // BV),)](
                 r, w, k, v, a, b, initial_state, order, cu_seqlens, y, final_state, T,
-                H=H, K=K, V=V, BV=BV, num_warps=num_warps, num_stages=num_stages, **SERIAL,
+                H=H, K=K, V=V, BV=BV, num_warps=num_warps, num_stages=num_stages, **serial(),
             )  # fmt: skip
         return y, final_state, *(r.new_empty(0) for _ in range(4))  # type: ignore[return-value]
 
@@ -716,7 +716,7 @@ def wkv7_forward(
         wkv7_fwd_scan_kernel[(sequences * H * (V // BV),)](
             q, o0, P, N, G, initial_state, order, cu_seqlens, chunk_starts, y, states if save else None,
             final_state, T, K, H=H, K=K, V=V, BT=BT, BK=SCAN_KEYS.get((K, r.dtype), K), BV=BV, PRECISION=PRECISION,
-            STAGES=num_stages, num_warps=num_warps, **SERIAL,
+            STAGES=num_stages, num_warps=num_warps, **serial(),
         )  # fmt: skip
     if save:
         return y, final_state, q, P, G, states
@@ -765,7 +765,7 @@ def wkv7_backward(
             q, P, G, dy, dfinal_state, order, cu_seqlens, chunk_starts, dstates,
             None if initial_state is None else dinitial_state, T, K,
             H=H, K=K, V=V, BT=BT, BK=SCAN_KEYS.get((K, r.dtype), K), BV=BV, PRECISION=PRECISION,
-            num_warps=num_warps, num_stages=num_stages, **SERIAL,
+            num_warps=num_warps, num_stages=num_stages, **serial(),
         )  # fmt: skip
         inputs = (r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, states, dstates)
         dr, dw, dk, dv, da, db = gradients

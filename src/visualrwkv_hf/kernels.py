@@ -13,6 +13,9 @@ from torch import Tensor
 
 BACKENDS = ("auto", "torch", "triton")
 
+TRITON_DEVICES = ("cuda",)
+"""Types of devices whose tensors Triton kernels are meant for; torch calls AMD's so too."""
+
 CPU_KERNELS: dict[str, Callable[..., Any]] = {}
 """Ops compiled for this CPU: empty until `native.build_native_ops()` fills it."""
 
@@ -49,6 +52,11 @@ def wkv_backend(name: str) -> Iterator[None]:
         _chosen.backend = before
 
 
+def chosen_backend() -> str:
+    """What `wkv_backend` has chosen for this thread."""
+    return _chosen.backend
+
+
 def kernel(op: str, *tensors: Tensor, gradient: bool = False) -> Callable[..., Any] | None:
     """The kernel of an op for these tensors, or None for its plain torch function.
 
@@ -62,8 +70,8 @@ def kernel(op: str, *tensors: Tensor, gradient: bool = False) -> Callable[..., A
     """
     if CPU_KERNELS and native_serves(*tensors, has_gradient=op in CPU_GRADIENTS):
         return CPU_KERNELS.get(op)
-    backend = _chosen.backend
-    if backend == "torch" or (backend == "auto" and tensors[0].device.type != "cuda"):
+    backend = chosen_backend()
+    if backend == "torch" or (backend == "auto" and tensors[0].device.type not in TRITON_DEVICES):
         return None
     # Imported late: this file also runs alone, from the Hub, without Triton.
     try:
@@ -76,7 +84,8 @@ def kernel(op: str, *tensors: Tensor, gradient: bool = False) -> Callable[..., A
             return KERNELS[op]
     if backend == "triton":
         raise RuntimeError(f'wkv_backend("triton") is in force, but there is no {op} kernel: {reason}.')
-    _say_once(f"{op} runs as plain torch, slower than its Triton kernel: {reason}.")
+    if not torch.compiler.is_compiling():  # a graph has no place for it
+        _say_once(f"{op} runs as plain torch, slower than its Triton kernel: {reason}.")
     return None
 
 
@@ -90,7 +99,6 @@ def native_serves(*tensors: Tensor, has_gradient: bool = False) -> bool:
     )
 
 
-@torch.compiler.disable
 def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)

@@ -7,6 +7,7 @@ F width of the channel mix, D rank of a low-rank map. Inside a block parameters 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -28,8 +29,9 @@ from .cache_visualrwkv import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, VisualRWKVCache
 from .configuration_visualrwkv import VisualRWKVTextConfig
 from .generation_visualrwkv import VisualRWKVGenerationMixin
 from .hub import ship_remote_code
-from .kernels import kernel
+from .kernels import chosen_backend, kernel, wkv_backend
 from .loss_visualrwkv import LateLogits, is_worth_slicing, sliced_loss, visualrwkv_loss
+from .low_rank import low_rank
 from .reading import AS_IT_COMES, Reading, last_token, readings_of, token_shift
 from .wkv import take, tokens_of, wkv6, wkv7
 
@@ -297,7 +299,7 @@ class Rwkv6TimeMix(Wkv6TimeMix):
         ranks = ranks.unflatten(-1, (5, -1)).movedim(-2, 0)  # [5, B, T, D]
         data_dependent = ranks @ self.time_maa_w2[:, None]  # [5, B, T, C]
         x_w, x_k, x_v, x_r, x_g = shift(weights_of(self, "time_maa_", "wkvrg"), dynamic=data_dependent)
-        decay = torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
+        (decay,) = low_rank([x_w], [self.time_decay_w1], [self.time_decay_w2], ["tanh"])
         products = {"r": self.receptance(x_r), "k": self.key(x_k), "v": self.value(x_v)}
         return products | {"decay": decay, "gate": self.gate(x_g)}
 
@@ -353,15 +355,15 @@ class Rwkv7TimeMix(TimeMix):
 
     def products(self, shift):
         x_r, x_w, x_k, x_v, x_a, x_g = shift(weights_of(self, "x_", "rwkvag"))
-        return {
-            "r": self.receptance(x_r),
-            "decay": torch.tanh(x_w @ self.w1) @ self.w2,
-            "k": self.key(x_k),
-            "v": self.value(x_v),
-            "rate": (x_a @ self.a1) @ self.a2,
-            "gate": torch.sigmoid(x_g @ self.g1) @ self.g2,
-            "value_gate": (x_v @ self.v1) @ self.v2 if self.layer_idx > 0 else None,
+        maps = {
+            "decay": (x_w, self.w1, self.w2, "tanh"),
+            "rate": (x_a, self.a1, self.a2, "identity"),
+            "gate": (x_g, self.g1, self.g2, "sigmoid"),
         }
+        if self.layer_idx > 0:
+            maps["value_gate"] = (x_v, self.v1, self.v2, "identity")
+        products = {"r": self.receptance(x_r), "k": self.key(x_k), "v": self.value(x_v), "value_gate": None}
+        return products | dict(zip(maps, low_rank(*zip(*maps.values()))))
 
     def prepare(self, products, v_first):
         k, v = products["k"], products["v"]
@@ -564,21 +566,30 @@ class RwkvBlock(GradientCheckpointingLayer):
         self.att = TIME_MIX[config.rwkv_version](config, layer_idx)
         self.ffn = CHANNEL_MIX[config.rwkv_version](config, layer_idx)
 
+    def __call__(self, *args, **kwargs):
+        if self.gradient_checkpointing and self.training:
+            kwargs["backend"] = chosen_backend()  # autograd may compute this again in a thread of its own
+        return super().__call__(*args, **kwargs)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         v_first: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         reading: Reading = AS_IT_COMES,
+        backend: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states` [B, T, C] -> the same, and `v_first` [B, T, C].
 
         Only the token shifts and the recurrence look at other tokens, so they alone read in the block's order.
+        `backend` is what `wkv_backend` had chosen, where that may have been in another thread.
         """
+        chosen_elsewhere = backend not in (None, chosen_backend())
         state = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        mixed, v_first = self.att(self.ln1(hidden_states), v_first, state, reading)
-        hidden_states = hidden_states + mixed
-        hidden_states = hidden_states + self.ffn(self.ln2(hidden_states), state, reading)
+        with wkv_backend(backend) if chosen_elsewhere else nullcontext():
+            mixed, v_first = self.att(self.ln1(hidden_states), v_first, state, reading)
+            hidden_states = hidden_states + mixed
+            hidden_states = hidden_states + self.ffn(self.ln2(hidden_states), state, reading)
         return hidden_states, v_first
 
 

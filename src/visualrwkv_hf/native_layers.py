@@ -157,6 +157,7 @@ class NativeBlock(RwkvBlock):
         v_first: Tensor | None = None,
         past_key_values: Cache | None = None,
         reading: Reading = AS_IT_COMES,
+        backend: str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See [`RwkvBlock.forward`]."""
         state = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
@@ -169,7 +170,7 @@ class NativeBlock(RwkvBlock):
             if weights.suit(hidden_states, states):
                 mask = None if reading.order is None else reading.order >= 0
                 return _read(self, weights, hidden_states, v_first, states, mask)
-        return super().forward(hidden_states, v_first, past_key_values, reading)
+        return super().forward(hidden_states, v_first, past_key_values, reading, backend)
 
 
 def _is_next_token(hidden_states: Tensor, state: VisualRWKVCacheLayer | None) -> bool:
