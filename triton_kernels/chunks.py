@@ -242,11 +242,14 @@ def chunk_rows(order, tokens, start, i_t, length, BT: tl.constexpr):
     i_t: first position of the chunk in the sequence, whose length is `length`.
     Returns rows int64 [BT]; m_read [BT]: a real token; m_row [BT]: a token or a pad, not past the end.
     """
-    o_t = i_t + tl.arange(0, BT)
-    m_row = o_t < length
+    # Sums of scalars first, or of vectors: whichever leaves the kernels more registers.
     if order is None:
-        return start + o_t, m_row, m_row
+        o_t = tl.arange(0, BT)
+        m_row = o_t < length - i_t
+        return start + i_t + o_t, m_row, m_row
     else:  # both ways need a return: what follows one in an `if` is compiled all the same
+        o_t = i_t + tl.arange(0, BT)
+        m_row = o_t < length
         token = tl.load(order + start + o_t, mask=m_row, other=0)
         m_read = m_row & (token >= 0)
         return tokens + tl.where(token >= 0, token, -1 - token), m_read, m_row

@@ -376,7 +376,7 @@ def wkv6_bwd_inputs_kernel(
     b_w = tl.trans(load_log_decays(w, rows, m_read, i_b, i_h, T, stride_w_b, stride_w_t, K))
     _since_start, until_end = chunk_decays(b_w, BT, DOT, DOTS)
     b_k_out = operand(b_k * until_end, DOT, DOTS)
-    b_A = tl.trans(tl.load(A + (i_p * BT + o_t[:, None]) * BT + o_t[None, :]))
+    b_A = tl.trans(tl.load(A + i_p * BT * BT + o_t[:, None] * BT + o_t[None, :]))
 
     b_dA = tl.zeros([BT, BT], tl.float32)  # rows s, columns t
     b_dbonus = tl.zeros([BT], tl.float32)
@@ -404,6 +404,8 @@ def wkv6_bwd_inputs_kernel(
     b_dA = tl.where(o_t[:, None] < o_t[None, :], b_dA, tl.trans(b_dA))  # the other half is of no s < t
 
     # Loaded again, not kept: registers are what this kernel is short of.
+    if order is None:
+        rows, _, _, _ = rows_of_chunk(i_c, i_s, T, order, cu_seqlens, chunk_starts, BT)
     b_r = tl.trans(load_rows(r, rows, m_read, i_h, H, K, o_k))
     b_k = tl.trans(load_rows(k, rows, m_read, i_h, H, K, o_k))
     b_w = tl.trans(load_log_decays(w, rows, m_read, i_b, i_h, T, stride_w_b, stride_w_t, K))
