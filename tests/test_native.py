@@ -498,6 +498,26 @@ def test_sizes_that_do_not_suit_stay_plain():
     assert type(native_layers._accelerated(nn.Linear(64, 8), int8=True)) is nn.Linear  # a bias
 
 
+class Wrapped(torch.Tensor):
+    """As a library's quantised weight: its bytes are no float32's, whatever its dtype says."""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_of_another_kind_are_not_read(when, called):
+    model, inputs = causal_lm(7), ids_and_mask()
+    expected = step_by_step(model, *inputs)
+    called.clear()
+    if when == "after":
+        native_layers.accelerate_on_cpu(model)
+    for layer in (model.lm_head, *(layer.ffn.value for layer in model.model.layers)):
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Wrapped))
+    if when == "before":
+        native_layers.accelerate_on_cpu(model)
+        assert type(model.lm_head) is nn.Linear
+    assert error(step_by_step(model, *inputs), expected) < TOLERANCE
+    assert "linear" in called and "rwkv_layer" not in called  # `linear` by the plain weights alone
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("version", [5, 6, 7])
 def test_training_step_equals_plain(version, checkpointing, called):
