@@ -214,20 +214,30 @@ def step_by_step(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> tor
     return torch.cat(logits, 1)[mask.bool()]
 
 
+def ids_and_mask(rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(1, 320, (rows, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[-1, 6] = 0  # pads in the prompt and behind it
+    return ids, mask
+
+
+def assert_accelerated_equals_plain(model: VisualRWKVForCausalLM) -> None:
+    """The model becomes an accelerated one."""
+    with wkv_backend("torch"):
+        expected = step_by_step(model, *ids_and_mask())
+    assert native_layers.accelerate_on_cpu(model) is model
+    assert error(step_by_step(model, *ids_and_mask()), expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("version", [5, 6, 7])
 def test_accelerated_model_equals_plain(version, head_dim):
     model = causal_lm(version, head_dim=head_dim, hidden_size=128)
-    ids = torch.randint(1, 320, (2, 9))
-    mask = torch.ones_like(ids)
-    mask[0, :2] = mask[1, 6] = 0  # pads in the prompt and behind it
-    with wkv_backend("torch"):
-        expected = step_by_step(model, ids, mask)
     names = list(model.state_dict())
-    assert native_layers.accelerate_on_cpu(model) is model
+    assert_accelerated_equals_plain(model)
     assert isinstance(model.lm_head, native_layers.NativeLinear)
     assert isinstance(model.model.layers[0].ffn.key, native_layers.NativeLinear)
-    assert error(step_by_step(model, ids, mask), expected) < TOLERANCE
     assert list(model.state_dict()) == names
 
 
@@ -250,30 +260,16 @@ WIDTHS = {  # those of a low-rank map are computed 128 at once, those of a regis
 }
 
 
-def ids_and_mask(rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(1)
-    ids = torch.randint(1, 320, (rows, 9))
-    mask = torch.ones_like(ids)
-    mask[0, :2] = mask[-1, 6] = 0  # pads in the prompt and behind it
-    return ids, mask
-
-
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("version", [5, 6, 7])
 def test_layer_of_a_token_equals_plain(version, widths, called):
-    model = causal_lm(version, **WIDTHS[widths])
-    with wkv_backend("torch"):
-        expected = step_by_step(model, *ids_and_mask())
-    assert error(step_by_step(native_layers.accelerate_on_cpu(model), *ids_and_mask()), expected) < TOLERANCE
+    assert_accelerated_equals_plain(causal_lm(version, **WIDTHS[widths]))
     assert called == BEHIND_OTHERS
 
 
 @pytest.mark.parametrize("version", [5, 6])
 def test_layer_with_a_time_mix_narrower_than_the_model(version, called):
-    model = causal_lm(version, hidden_size=64, attention_size=32)
-    with wkv_backend("torch"):
-        expected = step_by_step(model, *ids_and_mask())
-    assert error(step_by_step(native_layers.accelerate_on_cpu(model), *ids_and_mask()), expected) < TOLERANCE
+    assert_accelerated_equals_plain(causal_lm(version, hidden_size=64, attention_size=32))
     assert called == BEHIND_OTHERS
 
 

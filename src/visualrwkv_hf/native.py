@@ -1,12 +1,8 @@
-"""Ops compiled for the CPU at hand, on request: recurrences, a token's time mix, matrix times vector, int8 weights.
+"""Ops compiled for the CPU at hand, on request: recurrences, a token's time mix, matrix times vector.
 
-    from visualrwkv_hf import accelerate_on_cpu
-
-    model = accelerate_on_cpu(model)             # or accelerate_on_cpu(model, int8=True)
-
-needs a C compiler, once: the library is kept in the user's cache folder. Nothing here is needed: without it, and
+That takes a C compiler, once: the library is kept in the user's cache folder. Nothing here is needed: without it, and
 wherever torch.compile traces, the plain torch functions compute the same. Of the ops only the recurrences have
-gradients.
+gradients. native_layers.py has a model compute with them.
 """
 
 from __future__ import annotations
