@@ -18,7 +18,7 @@ FUNCTIONS = ("identity", "tanh", "sigmoid")
 """What may stand between the halves of a map."""
 
 CHANNELS_OF_A_SPLIT = 512
-"""Of C: 8 programs for each 32 ranks of a 7B model, which is one program for each processor of a large GPU."""
+"""Of C: 8 programs for each 32 ranks of a 7B model, some 200 in all, where a large GPU has 132 processors."""
 
 TILE_DOWN = {"BC": 256, "BD": 32}
 TILE_UP = {"BD": 64, "BA": 64}
@@ -95,15 +95,14 @@ def _down(
     BD: tl.constexpr,
 ):
     """Writes ranks i_d BD, ... of x W1, summed over the channels of split i_s; x and partial are of one row."""
-    o_d = i_d * BD + tl.arange(0, BD)[None, :]
+    o_d = i_d * BD + tl.arange(0, BD)
     b_sum = tl.zeros([BD], tl.float32)
     for i_c in tl.static_range(0, CS, BC):
         o_c = i_s * CS + i_c + tl.arange(0, BC)
         b_x = tl.load(x + o_c, mask=o_c < C, other=0).to(tl.float32)
-        p_w = w + o_c[:, None] * D + o_d
-        b_w = tl.load(p_w, mask=(o_c[:, None] < C) & (o_d < D), other=0).to(tl.float32)
+        p_w = w + o_c[:, None] * D + o_d[None, :]
+        b_w = tl.load(p_w, mask=(o_c[:, None] < C) & (o_d[None, :] < D), other=0).to(tl.float32)
         b_sum += tl.sum(b_x[:, None] * b_w, 0)
-    o_d = i_d * BD + tl.arange(0, BD)
     tl.store(partial + o_d, b_sum, mask=o_d < D)
 
 
