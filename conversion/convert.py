@@ -417,7 +417,7 @@ def write_companions(folder: Path, config: Config, processor: Any) -> None:
     """Everything beside the tensors: configurations, processor or tokenizer, model card and code."""
     from transformers import GenerationConfig
 
-    from visualrwkv_hf.hub import ship_remote_code
+    from visualrwkv_hf.remote_code import ship_remote_code
 
     from .model_card import model_card
 

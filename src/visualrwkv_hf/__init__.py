@@ -12,26 +12,26 @@ from .auto_classes import register
 
 if TYPE_CHECKING:
     from .cache_visualrwkv import VisualRWKVCache, VisualRWKVStaticCache
-    from .caption_visualrwkv import Captioning, pictures_in
-    from .chat_visualrwkv import Chat, chat_inputs, stream_answer
-    from .collator_visualrwkv import VisualRWKVDataCollator, load_conversations, messages_to_conversation
     from .configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig, VisualRWKVVisionConfig
-    from .data_visualrwkv import PROMPT_FORMATS, TURN_END, encode_turns
-    from .export_visualrwkv import export_onnx
+    from .cpu.layers import accelerate_on_cpu
+    from .cpu.ops import build_native_ops
+    from .dispatch import wkv_backend
     from .image_processing_visualrwkv import VisualRWKVImageProcessor, image_processor_for
-    from .kernels import wkv_backend
+    from .inference.captioning import Captioning, pictures_in
+    from .inference.chat import Chat, chat_inputs, stream_answer
+    from .inference.figure import reading_figure, save_figure
+    from .inference.onnx_export import export_onnx
+    from .inference.server import serve
     from .loss_visualrwkv import sliced_loss, visualrwkv_loss
     from .modeling_rwkv import VisualRWKVForCausalLM, VisualRWKVTextModel
     from .modeling_vision import VisualRWKVVisionModel
     from .modeling_visualrwkv import VisualRWKVForConditionalGeneration, VisualRWKVModel
-    from .native import build_native_ops
-    from .native_layers import accelerate_on_cpu
-    from .processing_visualrwkv import VisualRWKVProcessor
+    from .processing_visualrwkv import TURN_END, VisualRWKVProcessor
     from .scan_orders import SCANS
-    from .serve_visualrwkv import serve
-    from .show_visualrwkv import reading_figure, save_figure
     from .state_store import StateStore
-    from .training_visualrwkv import (
+    from .training.collator import VisualRWKVDataCollator, load_conversations, messages_to_conversation
+    from .training.conversations import PROMPT_FORMATS, encode_turns
+    from .training.trainer import (
         TRAINABLE_PARTS,
         VisualRWKVTrainer,
         VisualRWKVTrainingArguments,
@@ -46,16 +46,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 MODULE_OF = {
-    "Captioning": "caption_visualrwkv",
-    "Chat": "chat_visualrwkv",
-    "PROMPT_FORMATS": "data_visualrwkv",
+    "Captioning": "inference.captioning",
+    "Chat": "inference.chat",
+    "PROMPT_FORMATS": "training.conversations",
     "SCANS": "scan_orders",
     "StateStore": "state_store",
-    "TRAINABLE_PARTS": "training_visualrwkv",
-    "TURN_END": "data_visualrwkv",
+    "TRAINABLE_PARTS": "training.trainer",
+    "TURN_END": "processing_visualrwkv",
     "VisualRWKVCache": "cache_visualrwkv",
     "VisualRWKVConfig": "configuration_visualrwkv",
-    "VisualRWKVDataCollator": "collator_visualrwkv",
+    "VisualRWKVDataCollator": "training.collator",
     "VisualRWKVForCausalLM": "modeling_rwkv",
     "VisualRWKVForConditionalGeneration": "modeling_visualrwkv",
     "VisualRWKVImageProcessor": "image_processing_visualrwkv",
@@ -64,35 +64,35 @@ MODULE_OF = {
     "VisualRWKVStaticCache": "cache_visualrwkv",
     "VisualRWKVTextConfig": "configuration_visualrwkv",
     "VisualRWKVTextModel": "modeling_rwkv",
-    "VisualRWKVTrainer": "training_visualrwkv",
-    "VisualRWKVTrainingArguments": "training_visualrwkv",
+    "VisualRWKVTrainer": "training.trainer",
+    "VisualRWKVTrainingArguments": "training.trainer",
     "VisualRWKVVisionConfig": "configuration_visualrwkv",
     "VisualRWKVVisionModel": "modeling_vision",
-    "accelerate_on_cpu": "native_layers",
-    "build_native_ops": "native",
-    "chat_inputs": "chat_visualrwkv",
-    "encode_turns": "data_visualrwkv",
-    "exit_together": "training_visualrwkv",
-    "export_onnx": "export_visualrwkv",
+    "accelerate_on_cpu": "cpu.layers",
+    "build_native_ops": "cpu.ops",
+    "chat_inputs": "inference.chat",
+    "encode_turns": "training.conversations",
+    "exit_together": "training.trainer",
+    "export_onnx": "inference.onnx_export",
     "image_processor_for": "image_processing_visualrwkv",
-    "learning_rate_at": "training_visualrwkv",
-    "load_conversations": "collator_visualrwkv",
-    "lora_config": "training_visualrwkv",
-    "messages_to_conversation": "collator_visualrwkv",
-    "pictures_in": "caption_visualrwkv",
-    "reading_figure": "show_visualrwkv",
-    "save_figure": "show_visualrwkv",
-    "serve": "serve_visualrwkv",
+    "learning_rate_at": "training.trainer",
+    "load_conversations": "training.collator",
+    "lora_config": "training.trainer",
+    "messages_to_conversation": "training.collator",
+    "pictures_in": "inference.captioning",
+    "reading_figure": "inference.figure",
+    "save_figure": "inference.figure",
+    "serve": "inference.server",
     "sliced_loss": "loss_visualrwkv",
-    "stream_answer": "chat_visualrwkv",
-    "train_only": "training_visualrwkv",
-    "training_card": "training_visualrwkv",
+    "stream_answer": "inference.chat",
+    "train_only": "training.trainer",
+    "training_card": "training.trainer",
     "visualrwkv_loss": "loss_visualrwkv",
     "wkv6": "wkv",
     "wkv7": "wkv",
-    "wkv_backend": "kernels",
+    "wkv_backend": "dispatch",
 }
-"""Public name -> the file beside this one that is imported when the name is first used."""
+"""Public name -> the module that is imported when the name is first used."""
 
 __all__ = [
     "PROMPT_FORMATS",

@@ -13,7 +13,7 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .cache_visualrwkv import VisualRWKVCache, VisualRWKVStaticCache
-from .contents import (
+from .prompt_identity import (
     PICTURE_INPUTS,
     PIXEL_INPUTS,
     Pictures,

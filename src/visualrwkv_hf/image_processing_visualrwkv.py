@@ -21,7 +21,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.processing_utils import ImagesKwargs
 
 from .configuration_visualrwkv import ENCODER_NAMES, VisualRWKVConfig
-from .hub import IMAGE_PROCESSOR_CODE, copy_code
+from .remote_code import IMAGE_PROCESSOR_CODE, copy_code
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]

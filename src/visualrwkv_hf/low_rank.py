@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .kernels import kernel
+from .dispatch import kernel
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "identity": lambda x: x,

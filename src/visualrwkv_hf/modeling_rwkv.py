@@ -27,12 +27,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_visualrwkv import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, VisualRWKVCache, VisualRWKVCacheLayer
 from .configuration_visualrwkv import VisualRWKVTextConfig
+from .dispatch import chosen_backend, kernel, wkv_backend
 from .generation_visualrwkv import VisualRWKVGenerationMixin
-from .hub import ship_remote_code
-from .kernels import chosen_backend, kernel, wkv_backend
 from .loss_visualrwkv import LateLogits, is_worth_slicing, sliced_loss, visualrwkv_loss
 from .low_rank import low_rank
-from .reading import AS_IT_COMES, Reading, last_token, readings_of, token_shift
+from .remote_code import ship_remote_code
+from .token_order import AS_IT_COMES, Reading, last_token, readings_of, token_shift
 from .wkv import take, tokens_of, wkv6, wkv7
 
 DECAY_SCALE = 0.6065306597126334

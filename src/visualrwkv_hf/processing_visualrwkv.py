@@ -14,10 +14,14 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .configuration_visualrwkv import VisualRWKVConfig
-from .data_visualrwkv import TURN_END
-from .hub import PROCESSOR_CODE, copy_code
 from .image_processing_visualrwkv import CUTTING_FIELDS, middle_of_thin, open_picture
+from .remote_code import PROCESSOR_CODE, copy_code
 from .scan_orders import num_directions, sequence_orders
+
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+
+TURN_END = "\n\n"
+"""Ends a turn: token 261. After "…", "。" or "，" a token of that character and one newline, then token 11."""
 
 CONFIG_FIELDS = (
     "image_position",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .kernels import kernel
+from .dispatch import kernel
 from .scan_orders import inverse_order
 
 CHUNK_SIZE = 32

@@ -1,0 +1,1 @@
+"""Fast ops for CPUs, written in C, and the layers that use them."""

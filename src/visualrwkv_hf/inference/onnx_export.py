@@ -1,0 +1,385 @@
+"""A model as ONNX graphs: a picture -> its tokens; a prompt -> state and logits; one token and the state -> the same.
+
+    from visualrwkv_hf import export_onnx
+
+    export_onnx(model, processor, "onnx")
+
+needs the packages onnx and onnxscript. `examples/onnx_chat.py` chats with the folder, through onnxruntime alone.
+
+Letters: P pieces of pictures (whole ones, views, tiles), N pictures or tiles with tokens of their own, L tokens of
+one, B batch, T time, D directions of the scan, C hidden size, H heads.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.nn import functional as F
+
+from ..dispatch import wkv_backend
+from ..image_processing_visualrwkv import GRIDS_700, VisualRWKVImageProcessor
+from ..modeling_visualrwkv import VisualRWKVForConditionalGeneration, VisualTokenCompressor, is_trivial
+from ..processing_visualrwkv import SHORT_ANSWER, TURN_END, VisualRWKVProcessor
+from ..scan_orders import sequence_orders
+from ..token_order import AS_IT_COMES, Reading
+
+WEIGHTS = "weights.data"
+LEAST_EXTERNAL = 1024
+"""Bytes from which on a constant is written beside the graphs, where they share it."""
+
+STATE = ("time_mix_shift", "channel_mix_shift", "wkv")
+"""What a layer keeps: two tokens [B, C] and the state of its recurrence [B, H, K, V]."""
+
+CUTTINGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "views": {"whole": True},
+    "whole_and_tiles": {"whole": True, "grids": GRIDS_700, "spared": [(2, 2)]},
+    "smallest": {"grids": None, "stretched": True},
+    "closest": {"grids": None, "stretched": True, "surplus": True},
+}
+"""Tiling of the image processor -> what is not as `cutting_recipe` has it."""
+
+
+class LayerState:
+    """A layer's state as values that a graph computes: the part of `VisualRWKVCacheLayer` that a block uses."""
+
+    record_past = False
+
+    def __init__(self, time_mix_shift: torch.Tensor, channel_mix_shift: torch.Tensor, wkv: torch.Tensor):
+        self.shifts = [time_mix_shift, channel_mix_shift]
+        self.wkv = wkv
+
+    def token_shift(self, which: int) -> torch.Tensor:
+        return self.shifts[which]
+
+    def wkv_state(self) -> torch.Tensor:
+        return self.wkv
+
+    def update_token_shift(self, which: int, length: int, last: torch.Tensor, after: Callable) -> None:
+        self.shifts[which] = last
+
+    def update_wkv_state(self, length: int, state: torch.Tensor, after: Callable) -> None:
+        self.wkv = state
+
+
+class States:
+    """The states of all layers, from and to the flat list of a graph's inputs and outputs."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]):
+        self.layers = [LayerState(*tensors[i : i + len(STATE)]) for i in range(0, len(tensors), len(STATE))]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for layer in self.layers for tensor in (*layer.shifts, layer.wkv)]
+
+
+class PictureGraph(nn.Module):
+    """Pixels [P, 3, S, S] for each encoder -> tokens [N L, C]; with a compressor, of one picture [L', C]."""
+
+    def __init__(self, model: VisualRWKVForConditionalGeneration):
+        super().__init__()
+        self.model = model.model
+
+    def forward(self, *pixels: torch.Tensor) -> torch.Tensor:
+        names = pixel_names(self.model.config)
+        features = self.model.vision_tower(**dict(zip(names, pixels))).last_hidden_state
+        tokens = self.model.project(features)  # [N, L, C]
+        if self.model.compressor is None:
+            return tokens.flatten(0, 1)
+        return compressed(self.model.compressor, tokens)
+
+
+def compressed(compressor: VisualTokenCompressor, tiles: torch.Tensor) -> torch.Tensor:
+    """`compressor.forward` for one picture's `tiles` [tiles, L, C] -> [L', C], whose number a graph leaves open."""
+    tokens, num_tiles = compressor.read(tiles.flatten(0, 1)[None]), tiles.shape[0]
+    if compressor.config.compressor_reduction == "pool":
+        return window_means(tokens, compressor.config.num_image_tokens_of(num_tiles))[0]
+    return compressor.reduce(tokens, num_tiles)[0]
+
+
+def window_means(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """`F.adaptive_avg_pool1d` over T, [B, T, C] -> [B, count, C]: ONNX would have it for one T only."""
+    length = tokens.shape[1]
+    window, token = torch.arange(count)[:, None], torch.arange(length)
+    first, end = window * length // count, ((window + 1) * length + count - 1) // count  # [count, 1]
+    inside = (token >= first) & (token < end)  # [count, T]
+    return (inside / (end - first)).to(tokens.dtype) @ tokens
+
+
+class LanguageGraph(nn.Module):
+    """What reading many tokens and reading one have in common."""
+
+    def __init__(self, model: VisualRWKVForConditionalGeneration):
+        super().__init__()
+        self.language_model = model.model.language_model
+        self.lm_head = model.lm_head
+        self.image_token_id = model.config.image_token_id
+
+    def read(
+        self, inputs_embeds: torch.Tensor, readings: Sequence[Reading], states: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """[B, T, C] -> the logits [B, vocab_size] behind the last token, and the states."""
+        cache, v_first = States(states), None
+        hidden_states = self.language_model.embed_norm(inputs_embeds)
+        for number, layer in enumerate(self.language_model.layers):
+            reading = readings[number % len(readings)]
+            hidden_states, v_first = layer(hidden_states, v_first, past_key_values=cache, reading=reading)
+        return self.lm_head(self.language_model.norm(hidden_states[:, -1])), *cache.tensors()
+
+
+class ReadGraph(LanguageGraph):
+    """A prompt of one sample: ids [1, T], the tokens of its pictures [N L, C], the layers' orders [1, D, T]."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        image_features: torch.Tensor,
+        scan_orders: torch.Tensor,
+        *states: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        placeholders = input_ids == self.image_token_id
+        nth = (placeholders.long().cumsum(1) - 1).clamp(min=0)  # of the tokens of pictures
+        embeds = self.language_model.embed_tokens(input_ids)
+        embeds = torch.where(placeholders[..., None], image_features[nth], embeds)
+        return self.read(embeds, [reading_in(order) for order in scan_orders.unbind(1)], states)
+
+
+class StepGraph(LanguageGraph):
+    """One token of each sample: ids [B, 1]."""
+
+    def forward(self, input_ids: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.read(self.language_model.embed_tokens(input_ids), [AS_IT_COMES], states)
+
+
+def reading_in(order: torch.Tensor) -> Reading:
+    """`reading.readings_of` for one order [B, T] without pads, in operations that ONNX has."""
+    before = F.pad(order[:, :-1] + 1, (1, 0))
+    previous = torch.empty_like(order).scatter(1, order, before)
+    return Reading(order, previous, None, order[:, -1] + 1)
+
+
+def export_onnx(
+    model: VisualRWKVForConditionalGeneration, processor: VisualRWKVProcessor, folder: str | Path
+) -> Path:
+    """Writes what is needed to chat about pictures without torch.
+
+    `vision.onnx`: `pixel_values` [P, 3, S, S], and `pixel_values_siglip` and so on where the tower has further
+    encoders -> `image_features` [N L, C]. What is cut comes piece by piece, as the image processor gives it; with a
+    compressor, one picture at a time.
+    `read.onnx`: `input_ids` [1, T], `image_features` (without a picture one row of zeros), `scan_orders` [1, D, T]
+    and the state -> `logits` [1, vocab_size] of the next token and the new state.
+    `step.onnx`: `input_ids` [B, 1] and the state -> `logits` [B, vocab_size] and the new state.
+
+    The state is `past.{layer}.{part}` going in and `present.{layer}.{part}` coming out, parts as in `STATE`; zeros
+    at the start. Everything is float32. The graphs share `weights.data`; `tokenizer.json` and `chat.json` say the
+    rest: prompts, how pictures are cut and become pixels, in which orders the layers read one.
+
+    Args:
+        model: in float32.
+        processor: the model's.
+        folder: made if it is not there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the model is not in float32.
+        ImportError: onnx or onnxscript is not installed.
+    """
+    folder = Path(folder)
+    if model.dtype != torch.float32:
+        raise ValueError(f"The model must be loaded with dtype=torch.float32 for ONNX, got {model.dtype}.")
+    chat = chat_description(model, processor)
+    with torch.no_grad(), wkv_backend("torch"):
+        graphs = {name: trace(model) for name, trace in GRAPHS.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_graphs(graphs, folder)
+    processor.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat.json").write_text(json.dumps(chat, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def pixel_names(config: Any) -> list[str]:
+    """The inputs of the vision tower, one for each encoder."""
+    _, *further = config.vision_config.encoders
+    return ["pixel_values", *(f"pixel_values_{name}" for name in further)]
+
+
+def state_names(model: VisualRWKVForConditionalGeneration, when: str) -> list[str]:
+    """`when` is "past" or "present"."""
+    layers = range(model.config.text_config.num_hidden_layers)
+    return [f"{when}.{layer}.{part}" for layer in layers for part in STATE]
+
+
+def example_state(model: VisualRWKVForConditionalGeneration, batch: int) -> tuple[torch.Tensor, ...]:
+    config = model.config.text_config
+    heads, size = config.num_attention_heads, config.head_dim
+    shapes = [(batch, config.hidden_size)] * 2 + [(batch, heads, size, size)]
+    return tuple(torch.zeros(shape) for _ in range(config.num_hidden_layers) for shape in shapes)
+
+
+def trace_vision(model: VisualRWKVForConditionalGeneration) -> Any:
+    vision = model.config.vision_config
+    pieces = 2 * vision.num_views  # any number of pictures
+    pixels = tuple(torch.zeros(pieces, 3, size, size) for size in vision.image_sizes.values())
+    names = pixel_names(model.config)
+    shapes = (tuple({0: Dim.AUTO} for _ in names),)
+    return traced(PictureGraph(model), pixels, names, ["image_features"], shapes)
+
+
+def trace_read(model: VisualRWKVForConditionalGeneration) -> Any:
+    length, picture = 12, model.config.num_image_tokens  # any numbers: T and N L are left open
+    states = example_state(model, 1)
+    orders = torch.arange(length).expand(1, len(span_orders(model)), length)
+    features = torch.zeros(picture + 1, model.config.text_config.hidden_size)
+    names = ["input_ids", "image_features", "scan_orders", *state_names(model, "past")]
+    shapes: tuple = ({1: "tokens"}, {0: "image_tokens"}, {2: Dim.AUTO}, tuple({} for _ in states))
+    inputs = (torch.ones(1, length, dtype=torch.long), features, orders, *states)
+    return traced(ReadGraph(model), inputs, names, ["logits", *state_names(model, "present")], shapes)
+
+
+def trace_step(model: VisualRWKVForConditionalGeneration) -> Any:
+    states = example_state(model, 2)
+    names = ["input_ids", *state_names(model, "past")]
+    shapes = ({0: "batch"}, tuple({0: Dim.AUTO} for _ in states))
+    inputs = (torch.ones(2, 1, dtype=torch.long), *states)
+    return traced(StepGraph(model), inputs, names, ["logits", *state_names(model, "present")], shapes)
+
+
+GRAPHS = {"vision": trace_vision, "read": trace_read, "step": trace_step}
+
+
+def traced(
+    graph: nn.Module, inputs: tuple, input_names: list[str], output_names: list[str], dynamic_shapes: tuple
+) -> Any:
+    """The graph as a model of onnx_ir, without constant arithmetic; onnxruntime does the rest as it loads it."""
+    from onnxscript import optimizer
+
+    program: Any = torch.onnx.export(
+        graph.eval(),
+        inputs,
+        input_names=input_names,
+        output_names=output_names,
+        dynamic_shapes=dynamic_shapes,
+        dynamo=True,
+        optimize=False,  # its rewriting takes minutes
+        verbose=False,
+    )
+    optimizer.fold_constants(program.model)
+    optimizer.remove_unused_nodes(program.model)
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # where in this code it comes from, more text than graph
+    return program.model
+
+
+def save_graphs(models: dict[str, Any], folder: Path) -> None:
+    """Writes `{name}.onnx` of each model (of onnx_ir), and one file of the constants of all, each once."""
+    import onnx_ir as ir
+
+    values = [value for model in models.values() for value in large_constants(model)]
+    digests = [sha256(value.const_value.tobytes()).hexdigest() for value in values]
+    unique = {digest: value.const_value for digest, value in zip(digests, values)}
+    written = ir.external_data.convert_tensors_to_external(unique.values(), folder, WEIGHTS)
+    shared = dict(zip(unique, written))
+    for value, digest in zip(values, digests):
+        tensor = shared[digest]
+        value.const_value = ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            value.const_value.dtype,
+            shape=value.const_value.shape,
+            name=value.name,
+            base_dir=folder,
+        )
+    for name, model in models.items():
+        ir.save(model, folder / f"{name}.onnx")
+
+
+def large_constants(model: Any) -> Iterable[Any]:
+    """Weights of a model of onnx_ir that are worth sharing."""
+    initializers = model.graph.initializers.values()
+    return [value for value in initializers if value.const_value.nbytes >= LEAST_EXTERNAL]
+
+
+def span_orders(model: VisualRWKVForConditionalGeneration) -> list[list[int]]:
+    """D times the places 0, ..., L-1 of one tile in the order in which layers l with l mod D read them.
+
+    One place where all read as it comes: a picture is a multiple of that, however many tokens it has.
+    """
+    config = model.config
+    height, width = config.pooled_grid
+    if not height or is_trivial(config.scan):
+        return [[0]]
+    places = torch.ones(1, config.num_tile_tokens, dtype=torch.bool)
+    leading, trailing = int(config.class_token == "first"), int(config.class_token == "last")
+    return sequence_orders(places, config.scan, height, width, leading, trailing)[0].tolist()
+
+
+def chat_description(
+    model: VisualRWKVForConditionalGeneration, processor: VisualRWKVProcessor
+) -> dict[str, Any]:
+    """What a program needs beside graphs and tokenizer, for `chat.json`."""
+    eos = model.generation_config.eos_token_id
+    recipes = pixel_recipes(model.config, processor.image_processor)
+    return {
+        "prompt_with_picture": prompt_pattern(processor, with_picture=True),
+        "prompt": prompt_pattern(processor, with_picture=False),
+        "request_for_short_answer": SHORT_ANSWER,
+        "reserved": [processor.image_token, "<|endoftext|>"],
+        "image_token": processor.image_token,
+        "image_token_id": model.config.image_token_id,
+        "turn_end_ids": processor.tokenizer.encode(TURN_END, add_special_tokens=False),
+        "eos_token_id": eos if isinstance(eos, list) else [eos],
+        "first_prompt_multiple": processor.pad_prompt_to_multiple_of or 1,
+        "scan_orders": span_orders(model),
+        "pieces": cutting_recipe(processor.image_processor, recipes["pixel_values"]["size"]),
+        "pixels": recipes,
+    }
+
+
+def prompt_pattern(processor: VisualRWKVProcessor, with_picture: bool) -> str:
+    """The prompt of a question that stands at {text}, and, in front of a picture without a request, at {question}."""
+    content = [{"type": "image"}] * with_picture + [{"type": "text", "text": "{text}"}]
+    messages = [{"role": "user", "content": content}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    return prompt.replace("{text}", "{question}", prompt.count("{text}") - 1)
+
+
+def pixel_recipes(config: Any, image_processor: Any) -> dict[str, dict[str, Any]]:
+    """For each input of pixels `size`, `mean`, `std`; `crop`: the shorter side is resized and the middle taken."""
+    recipes: list[dict[str, Any]]
+    if isinstance(image_processor, VisualRWKVImageProcessor):
+        encoders = [image_processor.encoders[name] for name in config.vision_config.encoders]
+        recipes = [
+            dict(size=fields["size"], crop=False, mean=fields["image_mean"], std=fields["image_std"])
+            for fields in encoders
+        ]
+    else:
+        crop = "shortest_edge" in image_processor.size
+        size = image_processor.size["shortest_edge" if crop else "height"]
+        mean, std = image_processor.image_mean, image_processor.image_std
+        recipes = [dict(size=size, crop=crop, mean=list(mean), std=list(std))]
+    return dict(zip(pixel_names(config), recipes))
+
+
+def cutting_recipe(image_processor: Any, side: int) -> dict[str, Any]:
+    """What the encoders see of a picture.
+
+    Tiles of one of `grids` (columns, rows), that which leaves least of its columns x rows squares of `side` pixels
+    empty when the picture fills it; with `surplus`, counting by how much its area differs from the picture's, too.
+    None: as many squares as cover the picture, or one fewer, in each direction. `whole`: the picture stands in front,
+    and alone where the grid is `spared` and has no less area. `stretched`: it is resized to the squares before.
+    """
+    grid = getattr(image_processor, "tile_grid", 1)
+    recipe: dict[str, Any] = dict(
+        side=side, whole=False, grids=[(grid, grid)], spared=[], stretched=False, surplus=False
+    )
+    return recipe | CUTTINGS[getattr(image_processor, "tiling", "none")]
+
+
+__all__ = ["export_onnx"]

@@ -1,0 +1,334 @@
+"""Training data as transformers' Trainer reads it: LLaVA JSON or chat messages with pictures -> batches.
+
+Rows name their pictures; these are opened when a batch is made, in the data loader's workers. Text, ids and labels
+are those of `data_visualrwkv`. Letters: N pictures, B batch, T time.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+from ..image_processing_visualrwkv import open_picture
+from .conversations import (
+    IGNORE_INDEX,
+    IMAGE,
+    PROMPT_FORMATS,
+    PromptFormat,
+    encode_conversation,
+    pad_or_truncate,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..processing_visualrwkv import VisualRWKVProcessor
+
+logger = logging.get_logger(__name__)
+
+SPEAKER_OF_ROLE = {"user": "human", "assistant": "gpt"}
+PICTURE_SOURCES = ("image", "path", "url", "base64")
+"""Where a part `{"type": "image", ...}` of a message may hold its picture, as in transformers' chats."""
+
+
+def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None) -> "Dataset":
+    """A file of LLaVA conversations or of chat messages as a `datasets.Dataset`; no picture is opened.
+
+    Args:
+        path: JSON (a list of samples) or JSON lines (`.jsonl`). A sample has `conversations` (LLaVA's turns) or
+            `messages` (roles user and assistant, a system message may stand first), and its pictures, paths or
+            URLs, as `image` or `images`, one or a list, or in the parts of its messages. `id` is optional.
+        image_folder: where relative paths start; by default beside `path`.
+
+    Returns:
+        Columns `id` (text), `conversations` (turns `from`, `value`) and `images` (a list of texts).
+
+    Raises:
+        ValueError: a sample is malformed: it says which.
+    """
+    from datasets import Dataset
+
+    folder = Path(path).parent if image_folder is None else Path(image_folder)
+    rows = _read_rows(Path(path))
+    return Dataset.from_list([_checked_row(row, number, folder) for number, row in enumerate(rows)])
+
+
+def _read_rows(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as file:
+        rows = (
+            [json.loads(line) for line in file if line.strip()]
+            if path.suffix == ".jsonl"
+            else json.load(file)
+        )
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path.name} must hold a list of samples, with at least one.")
+    return rows
+
+
+def _checked_row(row: dict, number: int, folder: Path) -> dict[str, Any]:
+    """A row in the columns that every row has: Arrow knows no column of texts and lists."""
+    try:
+        conversations, images = conversation_of(row)
+        if strange := [image for image in images if not isinstance(image, str)]:
+            raise ValueError(f"a picture in a file must be a path or a URL, got {strange[0]!r}.")
+        turns = [{"from": turn["from"], "value": turn["value"]} for turn in conversations]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"Sample {number} ({row.get('id', 'without id')}): {error}") from error
+    paths = [image if "://" in image else str(folder / image) for image in images]
+    return {"id": str(row.get("id", number)), "conversations": turns, "images": paths}
+
+
+def conversation_of(row: dict) -> tuple[list[dict], list]:
+    """LLaVA's turns and the pictures of a row, which may hold chat `messages` instead.
+
+    Pictures beside messages that have no part for them belong to the first message, as in TRL.
+
+    Raises:
+        ValueError: the row has neither, or its messages are not of the chat template's form.
+    """
+    given: Any = next((row[name] for name in ("images", "image") if row.get(name) is not None), [])
+    images = list(given) if isinstance(given, list | tuple) else [given]
+    if row.get("conversations") is not None:
+        return row["conversations"], images
+    if row.get("messages") is None:
+        raise ValueError(f"a sample needs conversations or messages, got {', '.join(row) or 'nothing'}.")
+    conversations, own_images = messages_to_conversation(row["messages"])
+    if own_images and images:
+        raise ValueError(f"{len(own_images)} pictures stand in the messages and {len(images)} beside them.")
+    if images and conversations and not any(IMAGE in turn["value"] for turn in conversations):
+        first = conversations[0]
+        conversations[0] = {**first, "value": f"{IMAGE}\n" * len(images) + first["value"]}
+    return conversations, own_images or images
+
+
+def messages_to_conversation(messages: Sequence[dict]) -> tuple[list[dict], list]:
+    """Chat messages as LLaVA's turns, and the pictures that their parts hold.
+
+    As in the chat template, the pictures of a message stand in front of its text, parts of text become lines, and a
+    system message stands in front of the first user message.
+
+    Raises:
+        ValueError: a role or a part is unknown, or a text holds `<image>`, which a part must stand for.
+    """
+    system = ""
+    turns: list[dict] = []
+    images: list[Any] = []
+    for position, message in enumerate(messages):
+        parts = message["content"]
+        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+        texts = [_text(part) for part in parts if part["type"] != "image"]
+        pictures = [part for part in parts if part["type"] == "image"]
+        images += [part[name] for part in pictures for name in PICTURE_SOURCES if part.get(name) is not None]
+        text = "\n".join(texts)
+        if message["role"] == "system" and position == 0 and not pictures:
+            system = f"{text}\n"
+            continue
+        if message["role"] not in SPEAKER_OF_ROLE or (pictures and message["role"] != "user"):
+            raise ValueError(f"message {position} of role {message['role']!r} with {len(pictures)} pictures.")
+        value = f"{IMAGE}\n" * len(pictures) + (system if message["role"] == "user" else "") + text
+        system = "" if message["role"] == "user" else system
+        turns.append({"from": SPEAKER_OF_ROLE[message["role"]], "value": value})
+    return turns, images
+
+
+def _text(part: dict) -> str:
+    if part["type"] != "text" or IMAGE in part["text"]:
+        raise ValueError(f"a message's parts are pictures and texts without {IMAGE}, got {part}.")
+    return part["text"]
+
+
+class Sample(NamedTuple):
+    """Ids, labels and attention mask of T tokens; `pixels`: what the image processor gives for its pictures."""
+
+    input_ids: list[int]
+    labels: list[int]
+    attention_mask: list[int]
+    pixels: dict[str, torch.Tensor]
+
+
+NOTHING = Sample([], [], [], {})
+
+
+@dataclass
+class VisualRWKVDataCollator:
+    """Rows with `conversations` or `messages` and their pictures -> a batch for training.
+
+    Give the Trainer `remove_unused_columns=False`, or it takes the rows' columns away.
+
+    processor:
+        The model's.
+    prompt_format:
+        How the text is written: a [`PromptFormat`] or the name of a release in `PROMPT_FORMATS`. None: v7.00's, with
+        pictures where the processor places them, which is what its chat template writes with
+        `sandwich_history=True`. In the formats up to HD an `<image>` without a picture is plain text; else it is
+        a bad sample.
+    max_length:
+        Longest sequence, pictures included. Text behind it is cut; a sample whose picture or whose last label would
+        be cut is a bad one.
+    on_bad_sample:
+        "raise": a sample that cannot be read (a picture missing or broken, too few or too many of them, ...) ends
+        the training with an error that names it. "skip": it is logged as a warning, and the batch is smaller.
+    padding_side:
+        Where pads stand; the model's result does not depend on it.
+    pad_to_multiple_of:
+        If given, T is a multiple of it.
+    picture_in_every_batch:
+        A batch of texts alone, or one of which every sample was skipped, gives the projector no gradient, which
+        training it alone and distributed training need. True: such a batch has a blank picture whose tokens are
+        masked out, so that this gradient is there: zero, but for L2Wrap's pull, which no mask keeps off.
+    """
+
+    processor: "VisualRWKVProcessor"
+    prompt_format: PromptFormat | str | None = None
+    max_length: int | None = None
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+    padding_side: Literal["right", "left"] = "right"
+    pad_to_multiple_of: int | None = None
+    picture_in_every_batch: bool = False
+
+    def __post_init__(self):
+        for name, known in (("on_bad_sample", ("raise", "skip")), ("padding_side", ("right", "left"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}.")
+        if isinstance(self.prompt_format, str) and self.prompt_format not in PROMPT_FORMATS:
+            raise ValueError(
+                f"prompt_format must be one of {', '.join(PROMPT_FORMATS)}, got {self.prompt_format!r}."
+            )
+
+    @property
+    def format(self) -> PromptFormat:
+        if isinstance(self.prompt_format, PromptFormat):
+            return self.prompt_format
+        if self.prompt_format is not None:
+            return PROMPT_FORMATS[self.prompt_format]
+        position: Any = self.processor.image_position
+        return replace(PROMPT_FORMATS["v7.00"], image_position=position)
+
+    def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `labels`, `attention_mask` [B, T] and the pixels of the pictures, in the order of the text.
+
+        Raises:
+            ValueError: a sample is bad, or all are and a batch may be without a picture; it says which.
+        """
+        samples = [sample for row in rows if (sample := self._readable(row)) is not None]
+        if self.picture_in_every_batch and not any(sample.pixels for sample in samples):
+            samples = [self._with_blank(samples[0] if samples else NOTHING), *samples[1:]]
+        if not samples:
+            raise ValueError(f"None of the {len(rows)} samples of a batch is readable.")
+        return self._padded(samples) | _concatenated([sample.pixels for sample in samples if sample.pixels])
+
+    def _readable(self, row: dict) -> Sample | None:
+        """The sample; None: it is bad, and that is said."""
+        try:
+            return self.encode(row)
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"{name_of(row)}: {error}"
+            if self.on_bad_sample == "raise":
+                raise ValueError(message) from error
+            logger.warning(f"Skipped. {message}")
+            return None
+
+    def encode(self, row: dict) -> Sample:
+        """One row, without pads.
+
+        Raises:
+            ValueError: the sample is bad.
+        """
+        conversations, images = conversation_of(row)
+        if not images and self.format.without_pictures != "keep":
+            _refuse_lost_pictures(conversations)
+        pixels = self._pixels([open_picture(image) for image in images])
+        blank = not images and self.format.without_pictures == "dummy"
+        if blank:
+            pixels = self._blank_pixels()
+        sample = encode_conversation(
+            self.processor.tokenizer,
+            conversations,
+            self.format,
+            self._token_counts(pixels),
+            num_images=len(images),
+        )
+        sample = self._cut(sample)
+        return Sample(**sample, attention_mask=[1] * len(sample["input_ids"]), pixels=pixels)
+
+    def _cut(self, sample: dict[str, list[int]]) -> dict[str, list[int]]:
+        length = len(sample["input_ids"])
+        if self.max_length is None or length <= self.max_length:
+            return sample
+        cut = pad_or_truncate(sample, self.max_length, 0, self.processor.image_token_id)
+        if all(label == IGNORE_INDEX for label in cut["labels"]):
+            raise ValueError(f"max_length {self.max_length} leaves no label of {length} tokens.")
+        logger.warning_once(
+            f"Samples are cut to max_length {self.max_length}; the first has {length} tokens."
+        )
+        return cut
+
+    def _pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        return dict(self.processor.image_processor(images, return_tensors="pt")) if images else {}
+
+    def _blank_pixels(self) -> dict[str, torch.Tensor]:
+        """A picture of zeros, as the original's v7.01 gives a text."""
+        pixels = self._pixels([Image.new("RGB", (64, 64))])
+        return {name: x.zero_() if x.is_floating_point() else x for name, x in pixels.items()}
+
+    def _token_counts(self, pixels: dict[str, torch.Tensor]) -> list[int] | int:
+        """Tokens of each picture; one number where all have the same."""
+        tiles = pixels.get("num_tiles")
+        number_of = self.processor.num_image_tokens_of
+        return number_of(1) if tiles is None else [number_of(int(count)) for count in tiles]
+
+    def _with_blank(self, sample: Sample) -> Sample:
+        """The sample and a picture behind it that is neither read nor learned."""
+        pixels = self._blank_pixels()
+        counts = self._token_counts(pixels)
+        length = counts if isinstance(counts, int) else sum(counts)
+        return Sample(
+            sample.input_ids + [self.processor.image_token_id] * length,
+            sample.labels + [IGNORE_INDEX] * length,
+            sample.attention_mask + [0] * length,
+            pixels,
+        )
+
+    def _padded(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        length = max(len(sample.input_ids) for sample in samples)
+        length += -length % (self.pad_to_multiple_of or 1)
+        pad_token_id = self.processor.tokenizer.pad_token_id
+        pads = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "attention_mask": 0}
+
+        def padded(values: list[int], pad: int) -> list[int]:
+            missing = [pad] * (length - len(values))
+            return values + missing if self.padding_side == "right" else missing + values
+
+        return {
+            name: torch.tensor([padded(getattr(sample, name), pad) for sample in samples])
+            for name, pad in pads.items()
+        }
+
+
+def name_of(row: dict) -> str:
+    """How a message calls a row: by its id, else by its pictures, else by its first words."""
+    if row.get("id") is not None:
+        return f"Sample {row['id']!r}"
+    pictures = next((row[name] for name in ("images", "image") if row.get(name)), None)
+    return f"The sample with {str(pictures or list(row.values()))[:200]}"
+
+
+def _refuse_lost_pictures(conversations: list[dict]) -> None:
+    """The original would take the `<image>` of a question away, and train on a question about nothing."""
+    values = [turn["value"] for turn in conversations if turn["from"].lower() == "human"]
+    if lost := sum(value.count(IMAGE) for value in values):
+        raise ValueError(f"the text has {lost} {IMAGE}, but there is no picture.")
+
+
+def _concatenated(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What image processors gave, one behind the other: all have their pictures in the first dimension."""
+    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+
+
+__all__ = ["VisualRWKVDataCollator", "conversation_of", "load_conversations", "messages_to_conversation"]

@@ -1,0 +1,230 @@
+"""`visualrwkv convert`: what it makes, what it prints and how it refuses."""
+
+import io
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_client import convert, hub_environment
+from released_shapes import RELEASES as RELEASED_SHAPES
+from safetensors.torch import load_file
+from tiny_checkpoint import write_checkpoint
+
+from visualrwkv_hf.cli import convert as cli_convert
+from visualrwkv_hf.conversion.convert import EXTRAS_FILE
+from visualrwkv_hf.conversion.hub_files import HubFile, parse_address
+from visualrwkv_hf.conversion.infer_config import FAMILIES, infer_config
+from visualrwkv_hf.conversion.key_map import ConversionError
+from visualrwkv_hf.conversion.model_card import published_scores
+from visualrwkv_hf.conversion.releases import RELEASES
+
+NOWHERE = "http://127.0.0.1:1"
+"""Nothing listens on port 1."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("original") / "VisualRWKV-tiny.pth")[0]
+
+
+def refused(*arguments: str | Path) -> str:
+    """The sentence with which a command line is refused."""
+    answer = convert(*arguments)
+    assert answer.code == 1 and answer.out == ""
+    assert answer.err.startswith("Error: ") and answer.err.count("\n") == 1, answer.err
+    return answer.err
+
+
+# There and back.
+
+
+def test_command_there_and_back_is_equal_to_the_bit(checkpoint, tmp_path):
+    there = convert(checkpoint, tmp_path / "model")
+    assert (there.code, there.out) == (0, f"{tmp_path / 'model'}\n"), there.err
+    back = convert("--to-original", tmp_path / "model", tmp_path / "back.pth")
+    assert (back.code, back.out) == (0, f"{tmp_path / 'back.pth'}\n"), back.err
+    expected, got = torch.load(checkpoint), torch.load(tmp_path / "back.pth")
+    assert set(got) == set(expected)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_split_pair_gives_the_same_tensors_as_one_file(checkpoint, tmp_path):
+    pair = write_checkpoint(tmp_path / "tiny.pth", split=True)
+    assert convert(checkpoint, tmp_path / "one").code == 0
+    assert convert(*pair, tmp_path / "two").code == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_options_reach_the_converter(checkpoint, tmp_path):
+    positions = {
+        "vit.vision_model.embeddings.position_ids": torch.arange(17)[None]
+    }  # nothing computes with it
+    torch.save(torch.load(checkpoint) | positions, tmp_path / "tiny.pth")
+    assert convert(tmp_path / "tiny.pth", tmp_path / "whole").code == 0
+    assert (tmp_path / "whole" / EXTRAS_FILE).exists()
+    options = ["--dtype", "float16", "--max-shard-size", "9MB", "--no-extras", "--no-verify"]
+    options += ["--family", "v6.0", "--tiling", "none"]
+    answer = convert(tmp_path / "tiny.pth", tmp_path / "model", *options)
+    assert answer.code == 0, answer.err
+    shards = sorted((tmp_path / "model").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert {tensor.dtype for shard in shards for tensor in load_file(shard).values()} == {torch.float16}
+    assert not (tmp_path / "model" / EXTRAS_FILE).exists()
+
+
+def test_overwrite_replaces_a_model_folder(checkpoint, tmp_path):
+    assert convert(checkpoint, tmp_path / "model").code == 0
+    assert "is not empty" in refused(checkpoint, tmp_path / "model")
+    assert convert(checkpoint, tmp_path / "model", "--overwrite").code == 0
+
+
+def test_world_model_and_vision_tower_start_a_vlm(checkpoint, tmp_path):
+    tensors = torch.load(checkpoint)
+    torch.save(
+        {n.removeprefix("rwkv."): t for n, t in tensors.items() if n.startswith("rwkv.")}, tmp_path / "lm.pth"
+    )
+    tower = {n.removeprefix("vit."): t for n, t in tensors.items() if n.startswith("vit.")}
+    torch.save(tower, tmp_path / "clip.pth")
+    answer = convert(
+        "--world", tmp_path / "lm.pth", "--vision-tower", tmp_path / "clip.pth", tmp_path / "start"
+    )
+    assert answer.code == 0, answer.err
+    embedding = load_file(tmp_path / "start" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(embedding, tensors["rwkv.head.weight"])
+
+
+def test_checkpoint_without_vision_takes_the_tower_named(checkpoint, tmp_path):
+    tensors = torch.load(checkpoint)
+    torch.save({n: t for n, t in tensors.items() if not n.startswith("vit.")}, tmp_path / "trained.pth")
+    tower = {n.removeprefix("vit."): t for n, t in tensors.items() if n.startswith("vit.")}
+    torch.save(tower, tmp_path / "clip.pth")
+    assert "no vision tower" in refused(tmp_path / "trained.pth", tmp_path / "model")
+    answer = convert(tmp_path / "trained.pth", tmp_path / "model", "--vision-tower", tmp_path / "clip.pth")
+    assert answer.code == 0, answer.err
+    assert convert(checkpoint, tmp_path / "whole").code == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "whole"))
+    assert set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# What it prints.
+
+
+def test_progress_names_the_file_and_counts_to_the_total(checkpoint, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with cli_convert.progress_bar(total=2_000_000) as progress:
+        progress("model-00001-of-00002.safetensors", 1_500_000)
+        progress("model-00002-of-00002.safetensors", 500_000)
+    last = terminal.getvalue().strip().split("\r")[-1]
+    assert last.startswith("model-00002-of-00002.safetensors: 100%") and "2.00M/2.00M" in last
+
+
+@pytest.mark.parametrize("dtype, width", [(None, 2), ("float32", 4)])
+def test_bytes_to_write_is_what_is_written(checkpoint, tmp_path, dtype, width):
+    from visualrwkv_hf.conversion.convert import to_hf
+
+    written = []
+    to_hf(checkpoint, tmp_path / "model", dtype=dtype, progress=lambda file, n: written.append(n))
+    assert sum(written) == cli_convert.bytes_to_write([checkpoint], dtype)
+    assert sum(written) == width * sum(tensor.numel() for tensor in torch.load(checkpoint).values())
+
+
+def test_list_shows_every_release_with_size_and_scores():
+    answer = convert("--list")
+    assert answer.code == 0
+    for release in RELEASES:
+        assert f"{release.name}  (family {release.family}, {release.num_bytes / 1e9:.2f} GB)" in answer.out
+        assert all(f"  {address}\n" in answer.out + "\n" for address in release.addresses)
+    assert "VQAv2 75.8" in answer.out
+
+
+@pytest.mark.parametrize(
+    "release, shapes", list(zip(RELEASES, RELEASED_SHAPES.values())), ids=RELEASED_SHAPES
+)
+def test_release_agrees_with_its_tensors(release, shapes):
+    shapes = shapes()
+    assert release.num_parameters == sum(math.prod(shape) for shape in shapes.values())
+    given = {"projector": "relu"} if release.family == "uhd" else {}  # its values would tell
+    config = infer_config(shapes, **given)
+    assert release.scores == published_scores(config)
+    family = FAMILIES[release.family]
+    assert family.rwkv_version == config.text_config.rwkv_version
+    assert family.encoders == tuple(config.vision_config.encoders)
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
+def test_release_addresses_name_repository_and_file(release):
+    for address, file in zip(release.addresses, release.files, strict=True):
+        assert parse_address(address) == HubFile(release.repo, file)
+
+
+# Addresses.
+
+
+def test_address_may_name_a_folder_and_a_revision():
+    assert parse_address("hf://ann/model/old/a.pth@v1/x") == HubFile("ann/model", "old/a.pth", "v1/x")
+    assert str(HubFile("ann/model", "a.pth", "v1")) == "hf://ann/model/a.pth@v1"
+
+
+@pytest.mark.parametrize("address", ["hf://ann/model", "hf://ann//a.pth", "hf://", "ann/model/a.pth"])
+def test_other_addresses_are_refused(address):
+    with pytest.raises(ConversionError, match="is not of the form"):
+        parse_address(address)
+
+
+# Refusals: one sentence, exit code 1, nothing written.
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ([], r"The paths must be SOURCE \[SOURCE2\] OUTPUT, got 0 of them"),
+        (["a.pth"], "got 1 of them"),
+        (["a.pth", "b.pth", "c.pth", "out"], "got 4 of them"),
+        (["--to-original", "folder"], "The paths must be --to-original FOLDER OUT.pth, got 1"),
+        (["--world", "lm.pth", "--vision-tower", "t", "a", "b"], "The paths must be --world .*, got 2"),
+        (["--world", "lm.pth", "out"], "--world needs --vision-tower"),
+        (["--private", "a.pth", "out"], "--private has no effect without --push-to-hub"),
+        (["--revision", "v1", "a.pth", "out"], "--revision has no effect without --push-to-hub"),
+        (["--to-original", "--no-extras", "a", "b"], "--no-extras has no effect with --to-original"),
+        (["--to-original", "--push-to-hub", "u/n", "a", "b"], "--push-to-hub has no effect with"),
+        (["missing.pth", "out"], "There is no file missing.pth"),
+        (["hf://ann/model", "out"], "hf://ann/model is not of the form hf://owner/repo/file"),
+        (["--push-to-hub", "name", "a.pth", "out"], "name is not of the form user/name"),
+        (["--to-original", "missing", "out.pth"], "missing is not a model folder"),
+    ],
+)
+def test_wrong_command_lines_are_refused(arguments, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(sentence, refused(*arguments))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--dtype", "int8"], "dtype must be one of"),
+        (["--max-shard-size", "much"], "max_shard_size must be a number"),
+        (["--family", "v7.00"], "v7.00"),
+        (["--tiling", "round"], "round"),
+    ],
+)
+def test_wrong_options_are_refused(checkpoint, options, sentence, tmp_path):
+    assert sentence in refused(checkpoint, tmp_path / "model", *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_network_there_is_one_sentence_and_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "visualrwkv_hf.cli", "convert", "hf://ann/model/a.pth", "model"]
+    environment = hub_environment(NOWHERE, tmp_path / "cache")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"Error: The connection to the Hub at {NOWHERE} failed (")
+    assert not (tmp_path / "model").exists()

@@ -1,0 +1,559 @@
+"""Native CPU ops against the plain torch functions. They compute in float32; sums differ in their order only."""
+
+import copy
+import itertools
+import math
+import mmap
+import shutil
+
+import pytest
+import torch
+from tiny import awake, text_config, tiny_vlm
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from visualrwkv_hf import VisualRWKVForCausalLM
+from visualrwkv_hf.cpu import layers as native_layers
+from visualrwkv_hf.cpu import ops as native
+from visualrwkv_hf.dispatch import CPU_KERNELS, wkv_backend
+from visualrwkv_hf.wkv import wkv6, wkv7
+
+TOLERANCE = 1e-5
+"""Relative, float32: sums of some hundred terms in another order."""
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, native.COMPILERS)), reason="native ops need a C compiler"
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def built(cache, monkeypatch):
+    """The library in a folder of its own, and no native op left behind in the process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(native, "_library", None)
+    native.build_native_ops()
+    yield
+    CPU_KERNELS.clear()
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def recurrence_inputs(version: int, B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> dict:
+    torch.manual_seed(0)
+    r, k, a, rate = torch.randn(4, B, T, H, K).to(dtype)
+    w, v = -torch.rand(B, T, H, K), torch.randn(B, T, H, V).to(dtype)
+    inputs = dict(r=r, w=w, k=k, v=v)
+    if version == 6:
+        return inputs | dict(u=torch.randn(H, K))
+    kk = nn.functional.normalize(a.float(), dim=-1).to(dtype)
+    return inputs | dict(a=-kk, b=kk * rate.sigmoid())
+
+
+def both(version: int, **arguments) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    op = {6: wkv6, 7: wkv7}[version]
+    with torch.no_grad():
+        fast = op(**arguments)
+        with wkv_backend("torch"):
+            return fast, op(**arguments)
+
+
+# bfloat16: both round the same float32 result, which may fall to either side of a half: one unit in 2^8.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, TOLERANCE), (torch.bfloat16, 1e-3)])
+@pytest.mark.parametrize("K, V", [(16, 16), (64, 64), (64, 96), (128, 128)])
+@pytest.mark.parametrize("T", [1, 7, 65])
+@pytest.mark.parametrize("version", [6, 7])
+def test_recurrence_equals_plain(version, T, K, V, dtype, tolerance):
+    inputs = recurrence_inputs(version, 2, T, 3, K, V, dtype)
+    state = torch.randn(2, 3, K, V)
+    given = state.clone()
+    (out, after), (plain_out, plain_after) = both(version, **inputs, initial_state=state)
+    assert out.dtype == dtype and error(out, plain_out) < tolerance
+    assert after.dtype == torch.float32 and error(after, plain_after) < TOLERANCE
+    assert torch.equal(state, given)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_recurrence_reads_in_order_and_passes_over_pads(version):
+    inputs = recurrence_inputs(version, 2, 20, 2, 16, 16, torch.float32)
+    order = torch.stack([torch.randperm(20), torch.arange(20)])
+    order[1, :5] = ~order[1, :5]
+    (out, state), (plain_out, plain_state) = both(version, **inputs, order=order)
+    assert error(out, plain_out) < TOLERANCE and error(state, plain_state) < TOLERANCE
+    assert not out[1, :5].any()
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_recurrence_of_packed_sequences(version):
+    inputs = recurrence_inputs(version, 1, 20, 2, 16, 16, torch.float32)
+    begin = torch.tensor([0, 6, 6, 20], dtype=torch.int32)
+    order = torch.cat([torch.arange(6).flip(0), torch.arange(6, 20)])[None]
+    arguments = inputs | dict(initial_state=torch.randn(3, 2, 16, 16), order=order, cu_seqlens=begin)
+    (out, state), (plain_out, plain_state) = both(version, **arguments)
+    assert error(out, plain_out) < TOLERANCE and error(state, plain_state) < TOLERANCE
+
+
+def gradients(op, inputs: dict, **options) -> dict[str, torch.Tensor]:
+    """Of every floating-point input, from random gradients of the output and of the last state."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    outs = op(**leaves, **options)
+    torch.manual_seed(1)
+    weights = [torch.randn(x.shape).to(outs[0].dtype) for x in outs]
+    total = sum((x.double() * weight.double()).sum() for x, weight in zip(outs, weights))
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()))))
+
+
+def assert_gradients(version: int, inputs: dict, tolerance: float = TOLERANCE, **options) -> None:
+    """Those of the native op are those of the plain one in float64, each in its input's dtype."""
+    op = {6: wkv6, 7: wkv7}[version]
+    found = gradients(op, inputs, **options)
+    exact = gradients(op, {name: x.double() for name, x in inputs.items()}, **options)
+    for name, dx in found.items():
+        assert dx.dtype == inputs[name].dtype and dx.isfinite().all(), name
+        if exact[name].any():
+            assert error(dx, exact[name]) < tolerance, name
+        else:
+            assert not dx.any(), name
+
+
+@pytest.fixture
+def called(monkeypatch) -> set[str]:
+    """Functions of the library that are called: without it plain might be compared with plain."""
+    names, call = set(), native.call
+    for module in (native, native_layers):
+        monkeypatch.setattr(module, "call", lambda name, *x: (names.add(name), call(name, *x))[1])
+    return names
+
+
+@pytest.mark.parametrize("K, V", [(16, 16), (64, 64), (64, 96), (20, 7), (5, 70), (128, 128)])
+@pytest.mark.parametrize("T", [1, 7, 16, 65, 200])
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradients_equal_plain(version, T, K, V, called):
+    inputs = recurrence_inputs(version, 2, T, 3, K, V, torch.float32)
+    assert_gradients(version, inputs | dict(initial_state=torch.randn(2, 3, K, V)))
+    assert called == {"wkv", "wkv_backward"}
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradients_of_bfloat16(version):
+    """Outputs and gradients are rounded to 8 bits, nothing else."""
+    assert_gradients(version, recurrence_inputs(version, 2, 33, 2, 16, 16, torch.bfloat16), tolerance=4e-3)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradients_in_order_and_none_at_pads(version):
+    inputs = recurrence_inputs(version, 2, 40, 2, 16, 24, torch.float32)
+    order = torch.stack([torch.randperm(40), torch.arange(40)])
+    order[1, :5], order[1, 16] = ~order[1, :5], ~order[1, 16]
+    assert_gradients(version, inputs | dict(initial_state=torch.randn(2, 2, 16, 24)), order=order)
+    found = gradients({6: wkv6, 7: wkv7}[version], inputs, order=order)
+    assert not any(dx[1, [0, 1, 2, 3, 4, 16]].any() for name, dx in found.items() if name != "u")
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradients_of_packed_sequences(version):
+    inputs = recurrence_inputs(version, 1, 60, 2, 16, 16, torch.float32)
+    begin = torch.tensor([0, 6, 6, 60], dtype=torch.int32)
+    order = torch.cat([torch.arange(6).flip(0), torch.arange(6, 60)])[None]
+    inputs |= dict(initial_state=torch.randn(3, 2, 16, 16))
+    assert_gradients(version, inputs, order=order, cu_seqlens=begin)
+
+
+@pytest.mark.parametrize("decay", [0.0, -1e-3, -20.0, -math.inf])
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradients_of_extreme_decays(version, decay):
+    """Of a log decay; each alone and among others."""
+    inputs = recurrence_inputs(version, 1, 50, 2, 16, 16, torch.float32)
+    inputs["w"][:, ::3] = decay
+    assert_gradients(version, inputs)
+    if version == 6 or decay:  # without decay RWKV-7's state may grow
+        assert_gradients(version, inputs | dict(w=torch.full_like(inputs["w"], decay)))
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradient_of_what_is_broadcast_or_laid_out_otherwise(version):
+    inputs = recurrence_inputs(version, 2, 20, 3, 16, 16, torch.float32)
+    inputs["w"] = inputs["w"][0, 0]  # [H, K]
+    inputs["k"] = inputs["k"].transpose(1, 2).contiguous().transpose(1, 2)
+    assert_gradients(version, inputs)
+
+
+def test_gradients_are_asked_for_once_only():
+    inputs = recurrence_inputs(7, 1, 5, 1, 16, 16, torch.float32)
+    r = inputs["r"].requires_grad_()
+    (dr,) = torch.autograd.grad(wkv7(**inputs)[0].square().sum(), r, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dr.sum().backward()
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradients_under_a_checkpoint(version):
+    op, inputs = {6: wkv6, 7: wkv7}[version], recurrence_inputs(version, 2, 20, 2, 16, 16, torch.float32)
+    expected = gradients(op, inputs)
+    found = gradients(lambda **x: checkpoint(op, use_reentrant=False, **x), inputs)
+    assert all(torch.equal(found[name], dx) for name, dx in expected.items())
+
+
+def causal_lm(version: int, **fields) -> VisualRWKVForCausalLM:
+    torch.manual_seed(0)
+    return awake(VisualRWKVForCausalLM(text_config(version, **fields)))
+
+
+@torch.no_grad()
+def step_by_step(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits of a prompt of 5 tokens and of those behind it, one by one."""
+    out = model(ids[:, :5], attention_mask=mask[:, :5], use_cache=True)
+    logits = [out.logits]
+    for i in range(5, ids.shape[1]):
+        step = dict(attention_mask=mask[:, : i + 1], past_key_values=out.past_key_values)
+        logits.append(model(ids[:, i : i + 1], **step).logits)
+    return torch.cat(logits, 1)[mask.bool()]
+
+
+def ids_and_mask(rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(1, 320, (rows, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[-1, 6] = 0  # pads in the prompt and behind it
+    return ids, mask
+
+
+def assert_accelerated_equals_plain(model: VisualRWKVForCausalLM) -> None:
+    """The model becomes an accelerated one."""
+    with wkv_backend("torch"):
+        expected = step_by_step(model, *ids_and_mask())
+    assert native_layers.accelerate_on_cpu(model) is model
+    assert error(step_by_step(model, *ids_and_mask()), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_accelerated_model_equals_plain(version, head_dim):
+    model = causal_lm(version, head_dim=head_dim, hidden_size=128)
+    names = list(model.state_dict())
+    assert_accelerated_equals_plain(model)
+    assert isinstance(model.lm_head, native_layers.NativeLinear)
+    assert isinstance(model.model.layers[0].ffn.key, native_layers.NativeLinear)
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("version, ops", [(6, {"wkv"}), (7, {"wkv", "rwkv7_decode"})])
+def test_native_ops_are_called(version, ops, called):
+    step_by_step(causal_lm(version), torch.randint(1, 320, (1, 7)), torch.ones(1, 7, dtype=torch.long))
+    assert called == ops
+
+
+# --- a token's whole layer ---------------------------------------------------------------------------------
+
+BEHIND_OTHERS = {"wkv", "linear", "rwkv_layer"}
+"""What a prompt and tokens behind it call in an accelerated model."""
+
+WIDTHS = {  # those of a low-rank map are computed 128 at once, those of a register 16, 8 or 4
+    "narrow": dict(hidden_size=48, head_dim=16),
+    "wide": dict(
+        hidden_size=320, head_dim=64, decay_low_rank_dim=160, gate_low_rank_dim=20, mix_low_rank_dim=28
+    ),
+}
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_layer_of_a_token_equals_plain(version, widths, called):
+    assert_accelerated_equals_plain(causal_lm(version, **WIDTHS[widths]))
+    assert called == BEHIND_OTHERS
+
+
+@pytest.mark.parametrize("version", [5, 6])
+def test_layer_with_a_time_mix_narrower_than_the_model(version, called):
+    assert_accelerated_equals_plain(causal_lm(version, hidden_size=64, attention_size=32))
+    assert called == BEHIND_OTHERS
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_layer_of_bfloat16_rounds_no_more_than_torch(version, int8, called):
+    """What layers hand on and states carry is rounded, nothing between; int8 weights also have scales to round."""
+    model = causal_lm(version, hidden_size=128).bfloat16()
+    exact = causal_lm(version, hidden_size=128)
+    exact.load_state_dict({name: x.float() for name, x in model.state_dict().items()})
+    if int8:
+        exact = native_layers.accelerate_on_cpu(exact, int8=True)
+    expected = step_by_step(exact, *ids_and_mask())
+    plain = error(step_by_step(model, *ids_and_mask()), expected)
+    called.clear()
+    native_layers.accelerate_on_cpu(model, int8)
+    assert error(step_by_step(model, *ids_and_mask()), expected) < (1.5 if int8 else 1.1) * plain
+    assert called == BEHIND_OTHERS
+
+
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_layer_writes_the_state_as_plain_does(version):
+    model, (ids, mask) = causal_lm(version), ids_and_mask()
+    with torch.no_grad(), wkv_backend("torch"):
+        prompt = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).past_key_values
+        expected, state = prompt.copy(), prompt.copy()
+        model(ids[:, 6:7], attention_mask=mask[:, :7], past_key_values=expected)
+    with torch.no_grad():
+        native_layers.accelerate_on_cpu(model)(ids[:, 6:7], attention_mask=mask[:, :7], past_key_values=state)
+    for before, layer, plain in zip(prompt.layers, state.layers, expected.layers):
+        for name, tensor in plain.tensors().items():
+            assert error(layer.tensors()[name], tensor) < TOLERANCE, name
+            assert torch.equal(layer.tensors()[name][1], before.tensors()[name][1]), name  # row 1 read a pad
+            assert not torch.equal(layer.tensors()[name][0], before.tensors()[name][0]), name
+
+
+def watched(model: nn.Module) -> None:
+    model.model.layers[1].att.key.register_forward_hook(lambda *_: None)
+
+
+def with_lora(model: nn.Module) -> None:
+    peft = pytest.importorskip("peft")
+    adapters = peft.LoraConfig(target_modules=["key"], init_lora_weights=False)
+    peft.inject_adapter_in_model(adapters, model)
+
+
+def with_a_weight_in_float64(model: nn.Module) -> None:
+    for layer in model.model.layers:
+        layer.ln2.double()
+        layer.ln2.register_forward_pre_hook(lambda norm, inputs: inputs[0].double())
+        layer.ln2.register_forward_hook(lambda norm, inputs, out: out.float())
+
+
+def transposed(model: nn.Module) -> None:
+    for layer in model.model.layers:
+        layer.att.output.weight.data = layer.att.output.weight.data.T.contiguous().T
+
+
+OTHERWISE = {
+    "a hook": (watched, {}, 1, True),
+    "LoRA": (with_lora, {}, 1, False),
+    "a weight of another dtype": (with_a_weight_in_float64, {}, 1, False),
+    "a weight laid out otherwise": (transposed, {}, 1, False),
+    "a rank that is no multiple of 4": (lambda model: None, {"decay_low_rank_dim": 6}, 1, False),
+    "many rows": (lambda model: None, {}, native.MAX_ROWS + 1, False),
+}
+"""What is done to an accelerated model, its fields, rows of a batch; whether some layers are read in one call still."""
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+@pytest.mark.parametrize("version", [6, 7])
+def test_layers_that_do_not_suit_are_computed_part_by_part(version, case, called):
+    change, fields, rows, still_called = OTHERWISE[case]
+    model = native_layers.accelerate_on_cpu(causal_lm(version, **fields))
+    change(model)
+    with wkv_backend("torch"):
+        expected = step_by_step(model, *ids_and_mask(rows))
+    assert not called
+    assert error(step_by_step(model, *ids_and_mask(rows)), expected) < TOLERANCE
+    assert ("rwkv_layer" in called) == still_called
+
+
+@torch.no_grad()
+def test_recorded_past_can_be_taken_back(called):
+    """Assisted decoding records: a step in place would leave nothing to go back to."""
+    model, (ids, _) = native_layers.accelerate_on_cpu(causal_lm(7)), ids_and_mask()
+    state = model(ids[:, :4], use_cache=True).past_key_values
+    expected = state.copy()
+    for layer in state.layers:
+        layer.record_past = True
+    for i in (4, 5):
+        model(ids[:, i : i + 1], past_key_values=state)
+    state.crop(-2)
+    for layer, before in zip(state.layers, expected.layers):
+        for name, tensor in before.tensors().items():
+            assert torch.equal(layer.tensors()[name], tensor)
+    assert "rwkv_layer" not in called
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields, rows", [({"hidden_size": 128}, 2), ({}, 1)])
+def test_state_of_others_is_refused(fields, rows):
+    """As without native ops, and before a byte of it is read."""
+    model, (ids, _) = native_layers.accelerate_on_cpu(causal_lm(7)), ids_and_mask()
+    state = causal_lm(7, **fields)(ids[:rows], use_cache=True).past_key_values
+    with pytest.raises(RuntimeError, match=r"size|shape"):
+        model(ids[:, :1], past_key_values=state)
+
+
+def test_hooks_see_what_each_layer_hands_on():
+    """Those set before, too: a layer stays the same object."""
+    model, (ids, _), seen = causal_lm(7), ids_and_mask(), []
+    model.model.layers[1].register_forward_hook(lambda layer, inputs, out: seen.append(out[0]))
+    native_layers.accelerate_on_cpu(model)
+    with torch.no_grad():
+        out = model(ids[:, :5], use_cache=True)
+        out = model(ids[:, 5:6], past_key_values=out.past_key_values, output_hidden_states=True)
+    assert len(out.hidden_states) == 4 and torch.equal(out.hidden_states[2], seen[-1])
+
+
+# --- the model as an object --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_changing_the_dtype_afterwards(int8, called):
+    """Scales become bfloat16 as any buffer does."""
+    model, inputs = native_layers.accelerate_on_cpu(causal_lm(7, hidden_size=128), int8), ids_and_mask()
+    expected = step_by_step(model, *inputs)
+    called.clear()
+    assert error(step_by_step(model.bfloat16(), *inputs), expected) < 0.05
+    assert "linear" in called and ("rwkv_layer" in called) == (not int8)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_copies_compute_the_same(int8, tmp_path):
+    model, inputs = native_layers.accelerate_on_cpu(causal_lm(7), int8), ids_and_mask()
+    torch.save(model, tmp_path / "model")
+    copies = [copy.deepcopy(model), torch.load(tmp_path / "model", weights_only=False)]
+    expected = step_by_step(model, *inputs)
+    del model
+    for each in copies:
+        assert torch.equal(step_by_step(each, *inputs), expected)
+
+
+def test_saved_model_is_a_plain_one(tmp_path):
+    model, inputs = native_layers.accelerate_on_cpu(causal_lm(7)), ids_and_mask()
+    model.save_pretrained(tmp_path)
+    loaded = VisualRWKVForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded.lm_head) is nn.Linear
+    assert error(step_by_step(loaded, *inputs), step_by_step(model, *inputs)) < TOLERANCE
+
+
+def test_weights_move_to_huge_pages_and_stay_what_they_are():
+    model = causal_lm(6, tie_word_embeddings=True)
+    before = {name: (x, x.detach().clone(), x.data_ptr()) for name, x in model.named_parameters()}
+    native_layers.accelerate_on_cpu(model)
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    for name, (weight, value, address) in before.items():
+        assert after[name] is weight and torch.equal(weight, value)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            assert (weight.data_ptr() != address) == (
+                name not in ("model.norm.weight", "model.norm.bias") and "embed_norm" not in name
+            )
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    ranges = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in after.values())
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_int8_stays_near(version):
+    """127 steps to the largest weight of a row round it about as finely as bfloat16's 8 bits do any weight."""
+    model = causal_lm(version, hidden_size=128)
+    ids, mask = torch.randint(1, 320, (2, 9)), torch.ones(2, 9)
+    expected = step_by_step(model, ids, mask)
+    native_layers.accelerate_on_cpu(model, int8=True)
+    assert model.lm_head.weight.dtype == model.model.layers[0].att.key.weight.dtype == torch.int8
+    in_bfloat16 = error(step_by_step(causal_lm(version, hidden_size=128).bfloat16(), ids, mask), expected)
+    assert 1e-4 < error(step_by_step(model, ids, mask), expected) < 2 * in_bfloat16
+
+
+def test_int8_linear_rounds_the_weight_only():
+    """Few rows by the native op, many by torch: both multiply by the same rounded weight."""
+    torch.manual_seed(0)
+    rounded = native_layers.Int8Linear(linear := nn.Linear(64, 32, bias=False))
+    weight = rounded.weight * rounded.scale[:, None]
+    assert ((weight - linear.weight).abs() <= rounded.scale[:, None] * 0.5001).all()
+    for rows in (1, native.MAX_ROWS, native.MAX_ROWS + 1):
+        x = torch.randn(rows, 64)
+        with torch.no_grad():
+            assert error(rounded(x), x.double() @ weight.double().T) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_linear_multiplies(rows, dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 1, 208), torch.randn(12, 208).to(dtype)
+    assert error(native.linear(x, weight), x.double() @ weight.double().T) < TOLERANCE
+
+
+@pytest.mark.parametrize("for_this_cpu", [(), ("-mavx2", "-mfma")])
+def test_each_width_of_a_register(for_this_cpu, monkeypatch, tmp_path, called):
+    """They have loads of their own in native.c. There is no OpenMP in these, either."""
+    if for_this_cpu and not torch.cpu._is_avx2_supported():
+        pytest.skip("the CPU has no AVX2")
+    monkeypatch.setattr(native, "FOR_THIS_CPU", (for_this_cpu,))
+    native.build_native_ops(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        test_linear_multiplies(2, dtype)
+    for version in (6, 7):
+        assert_gradients(version, recurrence_inputs(version, 2, 20, 2, 20, 70, torch.float32))
+    test_int8_linear_rounds_the_weight_only()
+    for version in (5, 6, 7):
+        called.clear()
+        test_layer_of_a_token_equals_plain(version, "wide", called)
+
+
+def test_sizes_that_do_not_suit_stay_plain():
+    assert type(native_layers._accelerated(linear := nn.Linear(72, 8, bias=False), int8=True)) is nn.Linear
+    assert native_layers._accelerated(linear, int8=False) is linear
+    assert type(native_layers._accelerated(nn.Linear(64, 8), int8=True)) is nn.Linear  # a bias
+
+
+class Wrapped(torch.Tensor):
+    """As a library's quantised weight: its bytes are no float32's, whatever its dtype says."""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_of_another_kind_are_not_read(when, called):
+    model, inputs = causal_lm(7), ids_and_mask()
+    expected = step_by_step(model, *inputs)
+    called.clear()
+    if when == "after":
+        native_layers.accelerate_on_cpu(model)
+    for layer in (model.lm_head, *(layer.ffn.value for layer in model.model.layers)):
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Wrapped))
+    if when == "before":
+        native_layers.accelerate_on_cpu(model)
+        assert type(model.lm_head) is nn.Linear
+    assert error(step_by_step(model, *inputs), expected) < TOLERANCE
+    assert "linear" in called and "rwkv_layer" not in called  # `linear` by the plain weights alone
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_training_step_equals_plain(version, checkpointing, called):
+    plain, model = causal_lm(version).train(), native_layers.accelerate_on_cpu(causal_lm(version)).train()
+    ids = torch.randint(1, 320, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with wkv_backend("torch"):
+        plain(ids, attention_mask=mask, labels=ids).loss.backward()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model(ids, attention_mask=mask, labels=ids).loss.backward()
+    assert called == {"wkv", "wkv_backward"}
+    for (name, weight), expected in zip(model.named_parameters(), plain.parameters()):
+        assert error(weight.grad, expected.grad) < TOLERANCE, name
+
+
+def test_vision_tower_stays_as_it_is():
+    model = native_layers.accelerate_on_cpu(tiny_vlm(), int8=True)
+    changed = [name for name, module in model.named_modules() if isinstance(module, native_layers.Int8Linear)]
+    assert changed and all(name == "lm_head" or ".language_model." in name for name in changed)
+
+
+def test_built_once(cache):
+    (library,) = (cache / "visualrwkv_hf").glob("*.so")
+    made = library.stat().st_mtime_ns
+    assert native.build_native_ops() == library and library.stat().st_mtime_ns == made
+
+
+def test_refusals(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="keys of size 256 at most, got 300"):
+        wkv6(**recurrence_inputs(6, 1, 2, 1, 300, 4, torch.float32))
+    with pytest.raises(ValueError, match="Linear has no RWKV block"):
+        native_layers.accelerate_on_cpu(nn.Linear(2, 2))
+    monkeypatch.setattr(native, "FLAGS", ("-no-such-flag",))
+    with pytest.raises(RuntimeError, match="no-such-flag"):
+        native.build_native_ops(tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"a C compiler \(cc, gcc, clang\)"):
+        native.build_native_ops(tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,167 @@
+"""int8 weights by other people's libraries, as transformers or they themselves take them, on a CPU."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from paths import EXAMPLES
+from tiny import pixels, prompt, tiny_vlm
+from tiny_training import save_tiny_model
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+
+from visualrwkv_hf.dispatch import CPU_KERNELS
+
+
+def torchao_config():
+    return TorchAoConfig(importlib.import_module("torchao.quantization").Int8WeightOnlyConfig())
+
+
+def bitsandbytes_config():
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def quanto_config():
+    return QuantoConfig(weights="int8")
+
+
+def needs(module: str):
+    return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"{module} is not installed")
+
+
+# Each weight is off by up to 1/254 of its row's largest: measured 0.02 to 0.04. bitsandbytes rounds the products'
+# other factor too, in rows as well, and to float16 before: measured 0.025 to 0.04.
+LARGEST_ERROR = 0.1
+LIBRARIES = {
+    "torchao": (torchao_config, needs("torchao")),
+    "bitsandbytes": (bitsandbytes_config, needs("bitsandbytes")),
+    "quanto": (
+        quanto_config,
+        needs("optimum.quanto") if importlib.util.find_spec("optimum") else needs("optimum"),
+    ),
+}
+SAVED_BY_TRANSFORMERS = [name for name in LIBRARIES if name != "quanto"]
+VERSIONS = [5, 6, 7]
+
+
+def cases(names, versions=VERSIONS):
+    return [
+        pytest.param(version, LIBRARIES[name][0], marks=LIBRARIES[name][1], id=f"{name}-{version}")
+        for name in names
+        for version in versions
+    ]
+
+
+def inputs_for(model) -> dict[str, torch.Tensor]:
+    return dict(input_ids=prompt(model, before=3, after=8), pixel_values=pixels(1))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    return (actual - expected).norm() / expected.norm()
+
+
+@pytest.mark.parametrize("version, config", cases(LIBRARIES))
+@torch.no_grad()
+def test_int8_weights_load_and_answer(tmp_path, version, config):
+    model = tiny_vlm(version=version)
+    model.save_pretrained(tmp_path)
+    quantised = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=config()
+    )
+    block = quantised.model.language_model.layers[0]
+    for layer in (block.att.receptance, block.att.output, block.ffn.key, block.ffn.value):
+        is_rounded = layer.weight.dtype == torch.int8 or type(layer.weight.detach()) is not torch.Tensor
+        assert is_rounded
+    inputs = inputs_for(model)
+    assert 0 < relative_error(quantised(**inputs).logits, model(**inputs).logits) < LARGEST_ERROR
+    answer = quantised.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize("version, config", cases(SAVED_BY_TRANSFORMERS))
+@torch.no_grad()
+def test_int8_weights_are_saved(tmp_path, version, config):
+    model = tiny_vlm(version=version)
+    model.save_pretrained(tmp_path / "whole")
+    quantised = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "whole", dtype=torch.float32, quantization_config=config()
+    )
+    quantised.save_pretrained(tmp_path / "int8")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "int8")
+    inputs = inputs_for(model)
+    assert torch.equal(again(**inputs).logits, quantised(**inputs).logits)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "int8")]
+    assert sizes[1] < 0.7 * sizes[0]  # embedding, head, low-rank maps and the scales stay
+
+
+@needs("optimum")
+@pytest.mark.parametrize("version", VERSIONS)
+@torch.no_grad()
+def test_int8_weights_of_quanto_are_saved_by_quanto(tmp_path, version):
+    """transformers refuses to save quanto's weights; quanto has its own way, for any Auto class."""
+    quanto = pytest.importorskip("optimum.quanto")
+
+    class QuantizedVLM(quanto.models.QuantizedTransformersModel):
+        auto_class = AutoModelForImageTextToText
+
+    model = tiny_vlm(version=version)
+    inputs = inputs_for(model)
+    expected = model(**inputs).logits
+    quantised = QuantizedVLM.quantize(model, weights=quanto.qint8, exclude="lm_head")
+    actual = quantised(**inputs).logits
+    assert 0 < relative_error(actual, expected) < LARGEST_ERROR
+    quantised.save_pretrained(tmp_path)
+    again = QuantizedVLM.from_pretrained(tmp_path)
+    assert torch.equal(again(**inputs).logits, actual)
+
+
+# --- examples/benchmark_quantization.py -----------------------------------------------------------------
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield importlib.import_module("benchmark_quantization")
+    CPU_KERNELS.clear()
+
+
+def test_the_benchmark_has_a_row_for_every_engine(benchmark, tmp_path, capsys):
+    folder = save_tiny_model(tmp_path / "model")
+    files = dict(json=tmp_path / "int8.json", markdown=tmp_path / "int8.md")
+    benchmark.main(model=str(folder), pictures=1, seconds=0.01, **files)
+    assert files["markdown"].read_text("utf-8") in capsys.readouterr().out
+    rows = {row["weights"]: row for row in json.loads(files["json"].read_text("utf-8"))}
+    assert list(rows) == list(benchmark.ENGINES)
+    assert rows["float32"]["answers as in float32"] == "3 of 3"
+    for name, (module, _) in benchmark.ENGINES.items():
+        is_there = module is None or importlib.util.find_spec(module) is not None
+        assert (rows[name]["answers as in float32"] != "not installed") == is_there
+        assert (rows[name]["bytes"] is not None and rows[name]["a token"] is not None) == is_there
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("float32", "bfloat16"),
+        *(
+            pytest.param(f"{library} int8", marks=LIBRARIES[library][1])
+            for library in ("torchao", "bitsandbytes", "quanto")
+        ),
+    ],
+)
+def test_the_benchmark_counts_bytes_with_the_scales(benchmark, tmp_path, name):
+    folder = save_tiny_model(tmp_path / "model")
+    whole = (folder / "model.safetensors").stat().st_size
+    share = benchmark.weight_bytes(benchmark.ENGINES[name][1](str(folder))) / whole
+    low, high = {"float32": (0.9, 1), "bfloat16": (0.45, 0.5)}.get(name, (0.25, 0.95))
+    assert low < share < high
+
+
+def test_the_benchmark_counts_answers_that_agree(benchmark):
+    assert benchmark.agreement([[1, 2], [3], []], [[1, 2], [4], []]) == "2 of 3"
+
+
+def test_the_benchmark_asks_different_pictures(benchmark):
+    pictures = {picture.tobytes() for picture in benchmark.drawings(24)}
+    assert len(pictures) == 24

@@ -1,0 +1,513 @@
+"""A state as a thing one can hold: read once, asked as often as wanted, copied, batched, moved, saved."""
+
+import threading
+
+import pytest
+import torch
+from chats import FIRST, GREEDY, MODELS, assistant, counted_tokens, inputs_of, picture, user
+from safetensors.torch import load_file, save_file
+from tiny_training import tiny_model, tiny_processor
+
+from visualrwkv_hf import VisualRWKVCache, VisualRWKVProcessor, image_processor_for
+from visualrwkv_hf.state_file import model_fingerprint
+
+LOGITS = dict(**GREEDY, output_logits=True, return_dict_in_generate=True)
+VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14)
+SAM = dict(VIT, image_size=64, patch_size=8, output_channels=6, global_attn_indexes=[1], window_size=3)
+THREE = {
+    "dinov2_config": dict(VIT, mlp_ratio=2),
+    "siglip_config": dict(VIT, intermediate_size=48),
+    "sam_config": SAM,
+}
+TOWERS = {
+    "three encoders": dict(version=7, vision_config=dict(THREE, feature_layer=-2)),
+    "views of tiles": dict(version=6, vision_config=dict(THREE, feature_layer=-2, tile_grid=2)),
+    "tiles with tokens": dict(
+        version=7, compressor_num_layers=1, compressor_num_tokens=5, compressor_per_tile=True, **FIRST
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return tiny_model(**MODELS[request.param])
+
+
+@pytest.fixture(scope="module")
+def processor(model):
+    return tiny_processor(model)
+
+
+@pytest.fixture(scope="module")
+def rwkv7():
+    return tiny_model(**MODELS["rwkv7"])
+
+
+@pytest.fixture(scope="module")
+def rwkv7_processor(rwkv7):
+    return tiny_processor(rwkv7)
+
+
+def same_to_the_bit(one, other) -> bool:
+    return torch.equal(one.sequences, other.sequences) and all(map(torch.equal, one.logits, other.logits))
+
+
+def tensors_of(state: VisualRWKVCache) -> list[torch.Tensor]:
+    return [tensor.clone() for layer in state.layers for tensor in layer.tensors().values()]
+
+
+# --- a question after a state is the question in one prompt -------------------------------------------
+
+CHATS = {
+    "stored picture": ([user(None, "red")], [user("What is it?", "red")], {"image_position": "first"}),
+    "two pictures": (
+        [user(None, "red", "blue")],
+        [user("Which?", "red", "blue")],
+        {"image_position": "first"},
+    ),
+    "picture in its own turn": (
+        [user(None, "red")],
+        [user(None, "red"), user("What is it?")],
+        {"image_position": "first"},
+    ),
+    "follow-up": (
+        [user("What is it?", "red"), assistant("A dot.")],
+        [user("What is it?", "red"), assistant("A dot."), user("Is it big?")],
+        {},
+    ),
+    "new picture in a follow-up": (
+        [user("What is it?", "red"), assistant("A dot.")],
+        [user("What is it?", "red"), assistant("A dot."), user("And this?", "blue")],
+        {},
+    ),
+    "text alone": ([user("Hello."), assistant("Hi!")], [user("Hello."), assistant("Hi!"), user("Bye.")], {}),
+}
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_a_question_after_a_saved_state_is_the_question_in_one_prompt(model, processor, chat, tmp_path):
+    """To the bit: one prompt is read in pieces that end where a state may end, so that both do the same arithmetic."""
+    read, whole, template_variables = CHATS[chat]
+    state = model.read(processor, read, **template_variables)
+    state.save(tmp_path / "state.safetensors")
+    loaded = VisualRWKVCache.load(tmp_path / "state.safetensors", model=model, processor=processor)
+    inputs = inputs_of(processor, *whole, **template_variables)
+    expected = model.generate(**inputs, **LOGITS)
+    for kept in (state, loaded):
+        with counted_tokens(model) as tokens:
+            assert same_to_the_bit(model.generate(**inputs, **LOGITS, past_key_values=kept), expected)
+        assert max(tokens) <= inputs["input_ids"].shape[1] - state.get_seq_length() < 60
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_towers_whose_pictures_are_of_several_views_or_encoders(tower):
+    model = tiny_model(**{"vocab_size": 1024, **TOWERS[tower]})
+    tiling = "closest" if tower == "tiles with tokens" else "none"
+    processor = VisualRWKVProcessor.from_config(
+        model.config, image_processor_for(model.config, tiling), tiny_processor(model).tokenizer
+    )
+    wide = {"type": "image", "image": picture("green", 180)}
+    read = [{"role": "user", "content": [wide, {"type": "text", "text": "What?"}]}, assistant("A dot.")]
+    whole = [*read, user("And these?", "red", "blue")]
+    inputs = inputs_of(processor, *whole)
+    state = model.read(processor, read)
+    after_state = model.generate(**inputs, **LOGITS, past_key_values=state)
+    assert same_to_the_bit(after_state, model.generate(**inputs, **LOGITS))
+    other = inputs_of(processor, whole[0] | user("What?", "red"), *whole[1:])
+    with pytest.raises(ValueError, match=r"token \d+ is|picture 1 is another one"):
+        model.generate(**other, **GREEDY, past_key_values=state)
+
+
+def test_reading_in_pieces_is_reading_at_once(model, processor):
+    """To rounding (float32, a few hundred terms): products with fewer rows are added up in another order."""
+    inputs = inputs_of(processor, user("What is it?", "red"), assistant("A dot."), user("And?", "blue"))
+    with torch.no_grad():
+        expected = model(**inputs).logits[:, -1]
+    actual = model.generate(**inputs, **LOGITS).logits[0]
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+def test_a_kept_state_stays_as_it_is(model, processor):
+    state = model.read(processor, [user("What is it?", "red"), assistant("A dot.")])
+    before = tensors_of(state)
+    chat = [user("What is it?", "red"), assistant("A dot.")]
+    answers = {
+        question: model.generate(
+            **inputs_of(processor, *chat, user(question)), **GREEDY, past_key_values=state
+        )
+        for question in ("Is it big?", "Why is that?")
+    }
+    again = model.generate(**inputs_of(processor, *chat, user("Is it big?")), **GREEDY, past_key_values=state)
+    assert torch.equal(again, answers["Is it big?"])
+    assert all(map(torch.equal, tensors_of(state), before))
+
+
+def test_a_plain_cache_is_advanced_in_place(model, processor):
+    cache = VisualRWKVCache(model.config)
+    inputs = inputs_of(processor, user("What is it?", "red"))
+    output = model.generate(**inputs, **GREEDY, past_key_values=cache)
+    assert cache.get_seq_length() == output.shape[1] - 1
+    assert not cache.contents
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(num_beams=3), dict(num_beams=3, num_return_sequences=2), dict(prompt_lookup_num_tokens=3)],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("question", [user("Is it big?"), user("And these?", "blue", "green")])
+def test_other_ways_of_decoding_start_from_a_state(model, processor, options, question):
+    chat = [user("What is it?", "red"), assistant("A dot.")]
+    inputs = inputs_of(processor, *chat, question)
+    state = model.read(processor, chat)
+    with counted_tokens(model) as tokens:
+        actual = model.generate(**inputs, **GREEDY, **options, past_key_values=state)
+    assert actual.tolist() == model.generate(**inputs, **GREEDY, **options).tolist()
+    assert tokens[0] < inputs["input_ids"].shape[1] - state.get_seq_length() + 4
+
+
+def test_samples_from_a_state(rwkv7, rwkv7_processor):
+    inputs = inputs_of(rwkv7_processor, user("What is it?", "red"))
+    state = rwkv7.read(rwkv7_processor, [user(None, "red")])
+    torch.manual_seed(0)
+    options = dict(max_new_tokens=6, do_sample=True, num_return_sequences=4, pad_token_id=0)
+    output = rwkv7.generate(**inputs, **options, past_key_values=state)
+    assert output.shape[0] == 4 and len({tuple(row) for row in output.tolist()}) > 1
+
+
+def test_two_threads_give_what_one_gives(rwkv7, rwkv7_processor):
+    state = rwkv7.read(rwkv7_processor, [user(None, "red")])
+    questions = [f"What is it, {number}?" for number in range(8)]
+    inputs = [inputs_of(rwkv7_processor, user(question, "red")) for question in questions]
+    alone = [rwkv7.generate(**each, **GREEDY, past_key_values=state).tolist() for each in inputs]
+    together: dict[int, list] = {}
+
+    def ask(numbers: range) -> None:
+        for number in numbers:
+            output = rwkv7.generate(**inputs[number], **GREEDY, past_key_values=state)
+            together[number] = output.tolist()
+
+    threads = [threading.Thread(target=ask, args=[range(start, 8, 2)]) for start in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together.get(number) for number in range(8)] == alone
+
+
+# --- what read() leaves unread ------------------------------------------------------------------------
+
+
+def test_a_picture_alone_is_read_to_its_end(rwkv7, rwkv7_processor):
+    state = rwkv7.read(rwkv7_processor, [user(None, "red")])
+    assert (state.contents[0] < 0).sum() == rwkv7.config.num_image_tokens
+    assert state.contents[0][-1] < 0
+
+
+def test_a_turn_is_read_to_its_end(model, processor):
+    messages = [user("What is it?", "red"), assistant("A dot.")]
+    rendered = inputs_of(processor, *messages)["input_ids"]
+    assistant_prompt = processor.tokenizer("Assistant:")["input_ids"]
+    state = model.read(processor, messages)
+    assert state.get_seq_length() == rendered.shape[1] - len(assistant_prompt)
+
+
+@pytest.mark.parametrize("template_variables", [{"image_position": "middle"}, {"image_position": "last"}])
+def test_a_picture_that_its_question_will_precede_is_not_read(model, processor, template_variables):
+    with pytest.raises(ValueError, match="image_position 'middle' and 'last' the question stands in front"):
+        model.read(processor, [user(None, "red")], **template_variables)
+
+
+def test_the_originals_training_text_cannot_be_read(model, processor):
+    """There later questions stand in front of the first picture."""
+    with pytest.raises(ValueError, match="sandwich_history=True puts even later questions in front"):
+        model.read(processor, [user("What?", "red")], image_position="middle", sandwich_history=True)
+
+
+def test_prompts_that_are_lengthened_cannot_be_read(rwkv7):
+    processor = tiny_processor(rwkv7)
+    processor.pad_prompt_to_multiple_of = 16
+    with pytest.raises(ValueError, match=r"no state can go on with it\. Set it to None"):
+        rwkv7.read(processor, [user("What?", "red")])
+
+
+def test_several_chats_are_not_read(rwkv7, rwkv7_processor):
+    with pytest.raises(ValueError, match="takes one chat"):
+        rwkv7.read(rwkv7_processor, [[user("a")], [user("b")]])
+
+
+# --- refusals -----------------------------------------------------------------------------------------
+
+
+def test_inputs_that_begin_otherwise_are_refused(model, processor):
+    state = model.read(processor, [user("What is it?", "red"), assistant("A dot.")])
+    ids = state.contents[0].tolist()
+
+    def ask(*messages) -> None:
+        model.generate(**inputs_of(processor, *messages), **GREEDY, past_key_values=state)
+
+    with pytest.raises(ValueError, match="picture 1 is another one"):
+        ask(user("What is it?", "blue"), assistant("A dot."), user("Is it big?"))
+    answered = inputs_of(processor, user("What is it?", "red"), assistant("A hat."), user("Is it big?"))
+    place = next(
+        i for i, (was, now) in enumerate(zip(ids, answered["input_ids"][0].tolist())) if 0 <= was != now
+    )
+    now = int(answered["input_ids"][0, place])
+    with pytest.raises(ValueError, match=f"token {place} is {now}, the state has read {ids[place]} there"):
+        model.generate(**answered, **GREEDY, past_key_values=state)
+    with pytest.raises(
+        ValueError, match=r"has read \d+ tokens, the inputs have \d+ .*nothing is left to read"
+    ):
+        short = processor.apply_chat_template(
+            [user("What is it?", "red"), assistant("A dot.")],
+            tokenize=True, return_dict=True, return_tensors="pt",
+        )  # fmt: skip
+        model.generate(**short, **GREEDY, past_key_values=state)
+
+
+def test_a_text_whose_picture_is_not_given_is_refused(rwkv7, rwkv7_processor):
+    state = rwkv7.read(rwkv7_processor, [user(None, "red")])
+    inputs = inputs_of(rwkv7_processor, user("What?", "red"))
+    with pytest.raises(ValueError, match="17 image placeholders, but no pixel_values were given"):
+        rwkv7.generate(inputs["input_ids"], **GREEDY, past_key_values=state)
+
+
+@pytest.mark.parametrize(
+    "option", [dict(prefill_chunk_size=4), dict(use_cache=False), dict(cache_implementation="static")]
+)
+def test_options_that_need_the_whole_prompt_are_refused(rwkv7, rwkv7_processor, option):
+    state = rwkv7.read(rwkv7_processor, [user("What?"), assistant("That.")])
+    inputs = inputs_of(rwkv7_processor, user("What?"), assistant("That."), user("Why?"))
+    with pytest.raises(ValueError, match=f"A kept state cannot go on with {next(iter(option))}"):
+        rwkv7.generate(**inputs, **GREEDY, **option, past_key_values=state)
+
+
+def test_another_model_is_refused_in_memory(rwkv7, rwkv7_processor):
+    state = rwkv7.read(rwkv7_processor, [user("What?")])
+    other = tiny_model(**MODELS["rwkv5"])
+    inputs = inputs_of(rwkv7_processor, user("What?"))
+    with pytest.raises(ValueError, match="The state was read by another model: rwkv_version 7 there, 5 here"):
+        other.generate(**inputs, **GREEDY, past_key_values=state)
+
+
+# --- copies, batches, places --------------------------------------------------------------------------
+
+
+def test_a_branch_does_not_disturb_its_stem(model, processor):
+    state = model.read(processor, [user("What is it?", "red")])
+    branch = state.copy()
+    before = tensors_of(state)
+    with torch.no_grad():
+        model(torch.tensor([[70, 71]]), past_key_values=branch)
+    assert branch.get_seq_length() == state.get_seq_length() + 2
+    assert not branch.contents, "ids that nobody named were read"
+    assert all(map(torch.equal, tensors_of(state), before))
+
+
+def test_bytes_do_not_depend_on_length(rwkv7, rwkv7_processor):
+    """Per layer two shifts of 32 values and two heads' 16 x 16 matrices, in float32."""
+    short, long = (
+        rwkv7.read(rwkv7_processor, messages)
+        for messages in ([user("a")], [user("What? " * 30, "red", "blue")])
+    )
+    assert short.nbytes == long.nbytes == 2 * 4 * (2 * 32 + 2 * 16 * 16)
+
+
+def test_states_of_different_lengths_make_a_batch(model, processor):
+    """A row of the batch answers what it answers alone, and can be taken out of it."""
+    chats = [
+        [user("What is it?", "red"), assistant("A dot.")],
+        [user("What are these two?", "blue", "green"), assistant("Dots and dots.")],
+        [user("Hello."), assistant("Hi.")],
+    ]
+    states = [model.read(processor, chat) for chat in chats]
+    batch = VisualRWKVCache.stack(states)
+    assert batch.batch_size == 3 and batch.nbytes == sum(state.nbytes for state in states)
+    question = user("And how big is it?")
+    whole = [[*chat, question] for chat in chats]
+    inputs = processor.apply_chat_template(
+        whole, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )  # fmt: skip
+    with counted_tokens(model) as tokens:
+        together = model.generate(**inputs, **GREEDY, past_key_values=batch)[
+            :, inputs["input_ids"].shape[1] :
+        ]
+    assert tokens[0] < 40, "only the question and the prompt for an answer"
+    for row, (chat, state) in enumerate(zip(whole, states)):
+        alone = inputs_of(processor, *chat)
+        for kept in (state, batch[row]):
+            output = model.generate(**alone, **GREEDY, past_key_values=kept)
+            assert output[0, alone["input_ids"].shape[1] :].tolist() == together[row].tolist()
+        assert batch[row].get_seq_length() == state.get_seq_length()
+    with pytest.raises(IndexError, match="3 samples, asked for 3"):
+        batch[3]
+    assert all(map(torch.equal, tensors_of(batch[-1]), tensors_of(states[-1])))
+
+
+def test_one_picture_many_questions_in_a_batch(rwkv7, rwkv7_processor):
+    state = rwkv7.read(rwkv7_processor, [user(None, "red")])
+    questions = ["What is it?", "How big is the thing in it?"]
+    alone = []
+    for question in questions:
+        inputs = inputs_of(rwkv7_processor, user(question, "red"))
+        alone.append(rwkv7.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :].tolist())
+    inputs = rwkv7_processor.apply_chat_template(
+        [[user(question, "red")] for question in questions], add_generation_prompt=True, tokenize=True,
+        return_dict=True, return_tensors="pt", processor_kwargs={"padding": True},
+    )  # fmt: skip
+    together = rwkv7.generate(**inputs, **GREEDY, past_key_values=state)
+    assert together[:, inputs["input_ids"].shape[1] :].tolist() == alone
+
+
+def test_states_that_do_not_fit_are_not_stacked(rwkv7, rwkv7_processor):
+    other = tiny_model(**{**MODELS["rwkv7"], "vocab_size": 1023})
+    state = rwkv7.read(rwkv7_processor, [user("a")])
+    others = other.read(tiny_processor(other), [user("a")])
+    with pytest.raises(ValueError, match=r"another model: vocab_size 1023 there, 1024 here"):
+        VisualRWKVCache.stack([state, others])
+    coarser = state.copy()
+    coarser.pixel_dtype = torch.bfloat16
+    with pytest.raises(ValueError, match=r"of one dtype .* \['torch.bfloat16', 'torch.float32'\]"):
+        VisualRWKVCache.stack([state, coarser])
+    with pytest.raises(ValueError, match="at least one"):
+        VisualRWKVCache.stack([])
+    with pytest.raises(ValueError, match="The state is of 2 samples, the inputs are of 1"):
+        rwkv7.generate(
+            **inputs_of(rwkv7_processor, user("a")),
+            **GREEDY,
+            past_key_values=VisualRWKVCache.stack([state, state]),
+        )
+
+
+def test_a_state_moves_between_dtypes():
+    """It serves a model of bfloat16 that it was not read by; its recurrence stays in float32, its pixels are compared
+    in the dtype that they were read in."""
+    model = tiny_model(**MODELS["rwkv7"])
+    processor = tiny_processor(model)
+    state = model.read(processor, [user(None, "red")])
+    halved = state.to(dtype=torch.bfloat16)
+    layer = halved.layers[1].tensors()
+    assert layer["wkv"].dtype == torch.float32 and layer["token_shift0"].dtype == torch.bfloat16
+    assert state.layers[1].tensors()["token_shift0"].dtype == torch.float32
+    half = tiny_model(**MODELS["rwkv7"]).to(torch.bfloat16)
+    inputs = inputs_of(processor, user("What is it?", "red"))
+    for kept in (state, halved):
+        output = half.generate(**inputs, **LOGITS, past_key_values=kept)
+        exact = model.generate(**inputs, **LOGITS)
+        # bfloat16 has 8 bits; the layers add up their rounding
+        assert (output.logits[0] - exact.logits[0]).norm() < 0.05 * exact.logits[0].norm()
+    with pytest.raises(ValueError, match=r"torch.bfloat16, the state has read pixels of torch.float32"):
+        half.generate(**inputs.to(dtype=torch.bfloat16), **GREEDY, past_key_values=state)
+
+
+def test_a_state_read_in_bfloat16_takes_pixels_of_either_dtype():
+    model = tiny_model(**MODELS["rwkv7"]).to(torch.bfloat16)
+    processor = tiny_processor(model)
+    state = model.read(processor, [user(None, "red")])
+    inputs = inputs_of(processor, user("What is it?", "red"))
+    cast = inputs_of(processor, user("What is it?", "red")).to(dtype=torch.bfloat16)
+    outputs = [model.generate(**each, **GREEDY, past_key_values=state) for each in (inputs, cast)]
+    assert outputs[0].tolist() == outputs[1].tolist() == model.generate(**cast, **GREEDY).tolist()
+
+
+# --- files --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(rwkv7, rwkv7_processor, tmp_path):
+    path = tmp_path / "cat.safetensors"
+    rwkv7.read(rwkv7_processor, [user(None, "red")]).save(path)
+    return path
+
+
+def test_a_file_is_plain_safetensors_and_loads_without_a_model(saved, rwkv7, rwkv7_processor):
+    assert {"layers.0.wkv", "layers.1.token_shift1", "contents.0"} <= load_file(saved).keys()
+    state = VisualRWKVCache.load(saved)
+    inputs = inputs_of(rwkv7_processor, user("What?", "red"))
+    expected = rwkv7.generate(**inputs, **GREEDY).tolist()
+    assert rwkv7.generate(**inputs, **GREEDY, past_key_values=state).tolist() == expected
+
+
+def test_a_batch_of_states_is_saved_and_loaded(rwkv7, rwkv7_processor, tmp_path):
+    batch = VisualRWKVCache.stack(
+        [rwkv7.read(rwkv7_processor, [user(text, "red")]) for text in ("a", "much longer")]
+    )
+    batch.save(tmp_path / "batch")
+    loaded = VisualRWKVCache.load(tmp_path / "batch", model=rwkv7)
+    assert all(map(torch.equal, tensors_of(loaded), tensors_of(batch)))
+    assert all(map(torch.equal, loaded.contents, batch.contents))
+
+
+def test_a_state_for_another_model_is_refused_by_name(saved, rwkv7):
+    wider = tiny_model(**{**MODELS["rwkv7"], "vocab_size": 1000})
+    with pytest.raises(
+        ValueError, match=r"cat.safetensors was read by another model: vocab_size 1024 there, 1000"
+    ):
+        VisualRWKVCache.load(saved, model=wider)
+    tuned = tiny_model(**MODELS["rwkv7"])
+    tuned.model.multi_modal_projector.load_state_dict(
+        {name: weight * 1.1 for name, weight in tuned.model.multi_modal_projector.state_dict().items()}
+    )
+    with pytest.raises(ValueError, match=r"another model: weights [0-9a-f]{16} there, [0-9a-f]{16} here"):
+        VisualRWKVCache.load(saved, model=tuned)
+    with pytest.raises(ValueError, match="The state was read by another model: weights"):
+        tuned.generate(torch.ones(1, 99, dtype=torch.long), past_key_values=VisualRWKVCache.load(saved))
+
+
+def test_a_state_for_another_processor_is_refused_by_name(saved, rwkv7):
+    processor = tiny_processor(rwkv7)
+    processor.chat_template = processor.chat_template.replace("User:", "Human:")
+    with pytest.raises(ValueError, match=r"another processor: chat_template \w+ there, \w+ here"):
+        VisualRWKVCache.load(saved, processor=processor)
+    processor = tiny_processor(rwkv7)
+    processor.image_processor.image_mean = [0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match=r"another processor: image_processor \w+ there, \w+ here"):
+        VisualRWKVCache.load(saved, processor=processor)
+
+
+def test_a_model_and_a_processor_keep_their_fingerprints_in_a_folder(saved, rwkv7, rwkv7_processor, tmp_path):
+    """In every dtype: bfloat16 is what the fingerprint rounds to."""
+    rwkv7.save_pretrained(tmp_path / "model")
+    rwkv7_processor.save_pretrained(tmp_path / "model")
+    for dtype in (torch.float32, torch.bfloat16):
+        again = type(rwkv7).from_pretrained(tmp_path / "model", dtype=dtype)
+        assert model_fingerprint(again) == model_fingerprint(rwkv7)
+        processor = VisualRWKVProcessor.from_pretrained(tmp_path / "model")
+        state = VisualRWKVCache.load(saved, again, processor)
+        assert state.layers[0].tensors()["token_shift0"].dtype == dtype
+
+
+def test_files_that_are_no_whole_state_are_refused(saved, tmp_path):
+    whole = saved.read_bytes()
+    for length in (0, 7, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="cut is not a whole state of VisualRWKV"):
+            VisualRWKVCache.load(tmp_path / "cut")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match="foreign is a safetensors file, but no state"):
+        VisualRWKVCache.load(tmp_path / "foreign")
+    metadata = {"format": "visualrwkv_hf.state", "version": "9"}
+    save_file({"weight": torch.zeros(2)}, tmp_path / "newer", metadata)
+    with pytest.raises(ValueError, match="state of version 9, this package reads version 1"):
+        VisualRWKVCache.load(tmp_path / "newer")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "bare", metadata | {"version": "1"})
+    with pytest.raises(ValueError, match="bare is not a whole state"):
+        VisualRWKVCache.load(tmp_path / "bare")
+    with pytest.raises(FileNotFoundError):
+        VisualRWKVCache.load(tmp_path / "nothing")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(saved, rwkv7, rwkv7_processor, monkeypatch):
+    before = saved.read_bytes()
+    state = rwkv7.read(rwkv7_processor, [user(None, "blue")])
+    monkeypatch.setattr("os.replace", lambda *names: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        state.save(saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_plain_cache_is_not_saved(rwkv7, tmp_path):
+    with pytest.raises(ValueError, match=r"Only a state that model\.read"):
+        VisualRWKVCache(rwkv7.config).save(tmp_path / "state")

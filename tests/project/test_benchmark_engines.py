@@ -1,0 +1,130 @@
+"""benchmark_prefill.py and benchmark_decode.py with the smallest shape: they run, check before they time, and count."""
+
+import importlib
+import json
+import shutil
+
+import pytest
+import torch
+import typer
+from paths import EXAMPLES
+
+from visualrwkv_hf import VisualRWKVForCausalLM
+from visualrwkv_hf.dispatch import CPU_KERNELS
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="native ops need a C compiler")
+
+
+@pytest.fixture
+def example(monkeypatch, tmp_path):
+    """Imports a script as Python runs it; what it compiles and puts into the process goes with the test."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield importlib.import_module
+    CPU_KERNELS.clear()
+
+
+@pytest.mark.parametrize("name, timed", [("benchmark_prefill", 20), ("benchmark_decode", 1)])
+def test_runs(example, name, timed, tmp_path, capsys):
+    files = dict(json=tmp_path / "table.json", markdown=tmp_path / "table.md")
+    example(name).main(shape="tiny", device="cpu", tokens=20, seconds=0.01, **files)
+    assert files["markdown"].read_text("utf-8") in capsys.readouterr().out
+    read = json.loads(files["json"].read_text("utf-8"))
+    rows = {(row["engine"], row["precision"]): row for row in read["rows"]}
+    assert {"float32", "bfloat16"} <= {precision for _, precision in rows}
+    assert ("visualrwkv-hf, native", "float32") in rows
+    assert (("visualrwkv-hf, native", "int8") in rows) == (timed == 1)
+    for row in rows.values():
+        assert row["seconds"] > 0
+        assert row["tokens_per_second"] == pytest.approx(timed / row["seconds"])
+    assert rows["visualrwkv-hf, native", "float32"]["error"] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["benchmark_prefill", "benchmark_decode"])
+def test_no_time_for_a_wrong_result(example, name, monkeypatch, capsys):
+    def wrong_by_a_percent(model, int8=False):
+        model.lm_head.weight.data.mul_(1.01)
+        return model
+
+    benchmark = example(name)
+    monkeypatch.setattr(example("engines"), "accelerate_on_cpu", wrong_by_a_percent)
+    with pytest.raises(typer.Exit) as left:
+        benchmark.main(shape="tiny", device="cpu", dtype=["float32"], tokens=20, seconds=0.01)
+    said = capsys.readouterr()
+    assert left.value.exit_code == 1
+    assert not said.out
+    assert "visualrwkv-hf, native, float32: error 1.0e-02" in said.err
+
+
+def test_peer_that_is_wrong_is_left_out(example, capsys):
+    engines = example("engines")
+    right = engines.Engine("right", "float32", lambda tokens, state: (torch.ones(3), None), 0)
+    wrong = right._replace(name="wrong", read=lambda tokens, state: (torch.full((3,), 1.1), None))
+    kept, errors = engines.checked([right, wrong], torch.arange(6))
+    assert kept == [right] and errors[wrong] == pytest.approx(0.1)
+    assert "Left out, for it is wrong: wrong" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, prepare", [("benchmark_prefill", "reading"), ("benchmark_decode", "stepping")]
+)
+def test_what_is_called_a_graph_is_one(example, name, prepare, monkeypatch):
+    engines, recorded = example("engines"), []
+
+    def ways(model, device, precisions):
+        yield (plain := engines.ours("plain torch", "float32", model, "torch"))
+        yield plain._replace(name="graph", is_graph=True)
+
+    def captured(function):
+        recorded.append(function)
+        return function
+
+    monkeypatch.setattr(engines, "our_engines", ways)
+    monkeypatch.setattr(engines, "peer_engines", lambda *arguments: ())
+    monkeypatch.setattr(engines, "captured", captured)
+    prepare = getattr(example(name), prepare)
+    engines.compared("tiny", "cpu", ["float32"], 8, 0.01, prepare, 1)
+    assert len(recorded) == 1
+
+
+def test_token_by_token_reads_the_same(example):
+    engines = example("engines")
+    plain = engines.ours("", "float32", engines.random_model("tiny"), "torch")
+    _, errors = engines.checked([plain, engines.token_by_token(plain)], torch.arange(1, 12))
+    assert max(errors.values()) < 1e-5
+
+
+def test_weights_are_counted_once_and_without_embeddings(example):
+    engines = example("engines")
+    model: VisualRWKVForCausalLM = engines.random_model("tiny")
+    table = model.get_input_embeddings().weight
+    assert engines.weight_bytes(model) == 4 * (model.num_parameters() - table.numel())
+    assert engines.weight_bytes(model.bfloat16()) == 2 * (model.num_parameters() - table.numel())
+
+
+def test_gguf_holds_the_original_weights(example, tmp_path):
+    """Under llama.cpp's names and in its shapes; numpy's order of a file's dimensions is the reverse of ggml's."""
+    gguf = pytest.importorskip("gguf")
+    engines, llama_cpp = example("engines"), example("llama_cpp_engine")
+    model = engines.random_model("tiny")
+    original = engines.original_weights(model)
+    llama_cpp.write_gguf(tmp_path / "model.gguf", original, model.config, "float32")
+    found = {
+        tensor.name: torch.from_numpy(tensor.data.copy())
+        for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors
+    }
+    same = {
+        "token_embd.weight": original["emb.weight"],
+        "output.weight": original["head.weight"],
+        "blk.1.time_mix_w1.weight": original["blocks.1.att.w1"].T,
+        "blk.1.time_mix_r_k.weight": original["blocks.1.att.r_k"].flatten(),
+        "blk.1.channel_mix_key.weight": original["blocks.1.ffn.key.weight"],
+    }
+    for name, weight in same.items():
+        torch.testing.assert_close(found[name], weight, atol=0, rtol=0)
+    fused = found["blk.0.time_mix_lerp_fused.weight"].flatten(1)
+    lerps = [original[f"blocks.0.att.x_{which}"].flatten() for which in "rwkvag"]
+    torch.testing.assert_close(fused, torch.stack(lerps), atol=0, rtol=0)
+    values = sum(weight.numel() for weight in original.values())
+    unread = sum(found[f"blk.0.time_mix_v{number}.weight"].numel() for number in range(3))
+    assert sum(weight.numel() for weight in found.values()) == values + unread

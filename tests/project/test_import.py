@@ -1,0 +1,177 @@
+"""What `import visualrwkv_hf` brings and what it leaves for later. A process of its own for each: imports stay."""
+
+import ast
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import visualrwkv_hf
+from visualrwkv_hf.auto_classes import CONFIGS, TABLES
+
+SOURCE = Path(visualrwkv_hf.__file__)
+FOLDER = SOURCE.parent
+
+
+def run(code: str, cwd: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+KNOWS_ALL = """
+import visualrwkv_hf
+from transformers import AutoConfig
+from visualrwkv_hf.auto_classes import CONFIGS, TABLES
+import importlib
+
+for model_type, name in CONFIGS.items():
+    config_class = getattr(visualrwkv_hf, name)
+    assert type(AutoConfig.for_model(model_type)) is config_class
+for auto_class, table in TABLES.items():
+    if auto_class == "AutoConfig":
+        continue
+    module = importlib.import_module(table.module)
+    mapping = getattr(module, table.name.removesuffix("_NAMES"))
+    for model_type, value in table.classes.items():
+        names = value if isinstance(value, dict) else {"": value}
+        found = mapping[getattr(visualrwkv_hf, CONFIGS[model_type])]
+        found = found if isinstance(found, dict) else {"": found}
+        assert found == {key: getattr(visualrwkv_hf, name) for key, name in names.items()}, (auto_class, found)
+        for name in names.values():
+            assert getattr(visualrwkv_hf, name).__module__.startswith("visualrwkv_hf.")
+visualrwkv_hf.register()
+print("all known")
+"""
+
+
+def test_import_loads_nothing_else(tmp_path):
+    before = "import sys, torch, transformers; before = set(sys.modules); import visualrwkv_hf"
+    loaded = run(f"{before}; print(*sorted(set(sys.modules) - before))", tmp_path).split()
+    ours = {"visualrwkv_hf", "visualrwkv_hf.auto_classes"} | {
+        f"transformers.models.{name}" for name in CONFIGS
+    }
+    assert {name for name in loaded if name not in sys.stdlib_module_names} == ours
+
+
+def test_import_needs_neither_torch_nor_transformers(tmp_path):
+    loaded = run("import sys, visualrwkv_hf; print(*sys.modules)", tmp_path).split()
+    assert not {"torch", "transformers", "numpy", "PIL", "torchvision"} & set(loaded)
+
+
+@pytest.mark.parametrize("name", ["wkv7", "SCANS", "VisualRWKVTextConfig"])
+def test_a_name_brings_its_own_file_only(tmp_path, name):
+    loaded = run(f"import sys; from visualrwkv_hf import {name}; print(*sys.modules)", tmp_path).split()
+    assert f"visualrwkv_hf.{visualrwkv_hf.MODULE_OF[name]}" in loaded
+    assert not [module for module in loaded if module.startswith("visualrwkv_hf.modeling")]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "",
+        "from transformers import AutoConfig",
+        "from transformers import AutoTokenizer",
+        "from transformers import AutoProcessor, AutoModelForCausalLM, AutoImageProcessor",
+    ],
+)
+def test_auto_classes_know_the_models_whatever_was_imported_before(tmp_path, first):
+    assert run(f"{first}\n{KNOWS_ALL}", tmp_path).strip() == "all known"
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["AutoProcessor", "GenerationMixin", "LlamaForCausalLM"],
+)
+def test_auto_classes_know_the_models_whatever_is_imported_after(tmp_path, first):
+    """transformers imports its Auto classes amid the import of others: no class of ours may be imported there."""
+    code = f"""
+import sys, visualrwkv_hf
+from transformers import {first}
+loaded = [name for name in sys.modules if name.startswith("visualrwkv_hf.") and name != "visualrwkv_hf.auto_classes"]
+assert not loaded, loaded
+{KNOWS_ALL}"""
+    assert run(code, tmp_path).strip() == "all known"
+
+
+def test_every_model_type_and_class_is_known_by_its_own_name():
+    for model_type, name in CONFIGS.items():
+        assert getattr(visualrwkv_hf, name).model_type == model_type
+    assert all(set(table.classes) <= set(CONFIGS) for table in TABLES.values())
+
+
+def test_registering_again_changes_nothing():
+    finders, before = list(sys.meta_path), dict(sys.modules)
+    visualrwkv_hf.register()
+    assert (finders, before) == (sys.meta_path, sys.modules)
+
+
+def test_star_import_brings_the_public_names(tmp_path):
+    names = run(
+        "from visualrwkv_hf import *; print(*[name for name in dir() if name[0] != '_'])", tmp_path
+    ).split()
+    assert sorted(names) == sorted(visualrwkv_hf.__all__)
+
+
+def test_one_list_of_public_names():
+    """`__all__` and the imports for type checkers are written out, because tools read them without running them."""
+    assert set(visualrwkv_hf.__all__) == {*visualrwkv_hf.MODULE_OF, "bundled_model", "register"}
+    assert set(visualrwkv_hf.__all__) <= set(dir(visualrwkv_hf))
+    for_checkers = {
+        name.name: node.module
+        for branch in ast.parse(SOURCE.read_text("utf-8")).body
+        if isinstance(branch, ast.If)
+        for node in branch.body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
+    assert for_checkers == visualrwkv_hf.MODULE_OF
+
+
+def test_unknown_name_is_refused():
+    with pytest.raises(AttributeError, match="'visualrwkv_hf' has no attribute 'VisualRWKV8'"):
+        visualrwkv_hf.VisualRWKV8  # noqa: B018
+    with pytest.raises(ImportError, match="VisualRWKV8"):
+        from visualrwkv_hf import VisualRWKV8  # noqa: F401
+
+
+@pytest.mark.parametrize("name", [name for name in visualrwkv_hf.__all__ if name.startswith("VisualRWKV")])
+def test_classes_pickle(name):
+    found = getattr(visualrwkv_hf, name)
+    assert pickle.loads(pickle.dumps(found)) is found
+    assert found.__module__ == f"visualrwkv_hf.{visualrwkv_hf.MODULE_OF[name]}"
+
+
+def test_a_pickled_configuration_is_read_in_a_new_process(tmp_path):
+    config = visualrwkv_hf.VisualRWKVTextConfig(num_hidden_layers=3, hidden_size=64)
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
+    code = "import pickle; print(pickle.load(open('config.pickle', 'rb')).num_hidden_layers)"
+    assert run(code, tmp_path).strip() == "3"
+
+
+def test_files_for_the_hub_import_nothing_of_the_package_itself():
+    """Beside a model they lie without `__init__.py` and what it imports."""
+    own = {"__init__", "auto_classes"}
+    shipped = [
+        path for path in FOLDER.glob("*.py") if path.stem not in own and not path.stem.startswith("cli")
+    ]
+    for path in shipped:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.module not in (None, "auto_classes"), f"{path.name}:{node.lineno}"
+    assert shipped
+
+
+def test_help_of_the_command_needs_neither_torch_nor_transformers(tmp_path):
+    code = """
+import sys
+for name in ("torch", "transformers", "numpy", "PIL"):
+    sys.modules[name] = None
+from visualrwkv_hf.cli.app import app
+app(["--help"], standalone_mode=False)
+for command in ("ask", "chat", "caption", "serve", "convert", "info", "show"):
+    app([command, "--help"], standalone_mode=False)
+"""
+    assert "convert" in run(code, tmp_path)

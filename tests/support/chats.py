@@ -1,0 +1,49 @@
+"""Small chats with pictures, the models that answer them, and how many tokens a model has read."""
+
+from contextlib import contextmanager
+
+from PIL import Image, ImageDraw
+
+GREEDY = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+FIRST = dict(scan="unidirectional", image_position="first")
+MODELS = {"rwkv5": dict(version=5, **FIRST), "rwkv6": dict(version=6), "rwkv7": dict(version=7, **FIRST)}
+
+
+def picture(colour: str = "red", width: int = 60) -> Image.Image:
+    image = Image.new("RGB", (width, 56), colour)
+    ImageDraw.Draw(image).ellipse((10, 10, 40, 30), fill="white")
+    return image
+
+
+def user(text: str | None = None, *colours: str) -> dict:
+    content = [{"type": "image", "image": picture(colour)} for colour in colours]
+    return {"role": "user", "content": content + ([{"type": "text", "text": text}] if text else [])}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def inputs_of(processor, *messages, **template_variables):
+    return processor.apply_chat_template(
+        list(messages),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **template_variables,
+    )
+
+
+@contextmanager
+def counted_tokens(model):
+    """The numbers of tokens that the language model reads, one for each forward."""
+    read: list[int] = []
+    language_model = model.model.language_model
+    handle = language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    try:
+        yield read
+    finally:
+        handle.remove()

@@ -1,0 +1,112 @@
+"""A process in which the Hub's client talks to another server: it reads the address when it is imported."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+SECONDS = 60
+LONGEST_WAIT = 0.05
+"""In seconds. The client waits for up to 8 s between tries."""
+
+
+class Answer(NamedTuple):
+    """What a command line gave."""
+
+    code: int
+    out: str
+    err: str
+
+
+def hub_environment(endpoint: str, cache: Path, token: str | None = None) -> dict[str, str]:
+    """Variables for a process whose Hub is at `endpoint`."""
+    ours = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    strange = {"HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE"}
+    kept = {name: value for name, value in os.environ.items() if name not in strange}
+    return kept | ours | ({"HF_TOKEN": token} if token else {})
+
+
+class Client:
+    """Calls functions of this module in the other process."""
+
+    def __init__(self, pool: ProcessPoolExecutor):
+        self._pool = pool
+
+    def __call__(self, function: Callable, *args: Any, token: str | None = None, **kwargs: Any) -> Any:
+        return self._pool.submit(with_token, token, function, args, kwargs).result(timeout=SECONDS)
+
+
+@contextmanager
+def client_process(endpoint: str, cache: Path) -> Iterator[Client]:
+    environment = hub_environment(endpoint, cache)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=hurry) as pool:
+        with mock.patch.dict(os.environ, environment, clear=True):
+            pool.submit(os.getpid).result(timeout=SECONDS)  # starts it, with these variables
+        yield Client(pool)
+
+
+def hurry() -> None:
+    """Makes the client wait less between its tries."""
+    import time
+
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(min(seconds, LONGEST_WAIT))
+
+
+def with_token(token: str | None, function: Callable, args: tuple, kwargs: dict) -> Any:
+    with mock.patch.dict(os.environ, {"HF_TOKEN": token} if token else {}):
+        return function(*args, **kwargs)
+
+
+def convert(*arguments: str | Path) -> Answer:
+    """`visualrwkv convert`."""
+    # Before the runner puts a stream of its own in the place of stderr: they keep the one that they find.
+    import huggingface_hub.utils  # noqa: F401
+    import transformers.utils  # noqa: F401
+    from typer.testing import CliRunner
+
+    from visualrwkv_hf.cli.app import app
+
+    result = CliRunner().invoke(app, ["convert", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Answer(result.exit_code, result.stdout, result.stderr)
+
+
+def push_model(folder: str, repo: str, **kwargs: Any) -> None:
+    """The model and the processor of a folder, each with its own `push_to_hub`."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import visualrwkv_hf  # noqa: F401
+
+    AutoModelForImageTextToText.from_pretrained(folder).push_to_hub(repo, **kwargs)
+    AutoProcessor.from_pretrained(folder).push_to_hub(repo, **kwargs)
+
+
+def save_and_push(folder: str, target: str, name: str, token: str) -> None:
+    """`save_pretrained(push_to_hub=True)` of a model."""
+    from visualrwkv_hf import VisualRWKVForConditionalGeneration
+
+    model = VisualRWKVForConditionalGeneration.from_pretrained(folder)
+    model.save_pretrained(target, push_to_hub=True, repo_id=name, private=True, token=token)
+
+
+def weights_of(name: str, **kwargs: Any) -> dict[str, bytes]:
+    """A model by its name: the bytes of every tensor."""
+    from transformers import AutoModelForImageTextToText
+
+    from visualrwkv_hf.conversion.checkpoint import as_bytes
+
+    model = AutoModelForImageTextToText.from_pretrained(name, **kwargs)
+    return {name: as_bytes(tensor).numpy().tobytes() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,105 @@
+"""Servers for tests: the model's in this process or in one of its own, and one that has pictures."""
+
+import base64
+import io
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from PIL import Image
+
+COMMAND = "import sys; from visualrwkv_hf.inference.server import serve; serve(sys.argv[1], port=0)"
+
+
+@cache
+def png(colour: str, width: int = 60, height: int = 56) -> bytes:
+    """A picture that is red, or `colour`, and in its lower half white."""
+    picture, file = Image.new("RGB", (width, height), colour), io.BytesIO()
+    picture.paste("white", (0, height // 2, width, height))
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(colour: str, **size: int) -> str:
+    return "data:image/png;base64," + base64.b64encode(png(colour, **size)).decode()
+
+
+def user(text: str, *urls: str) -> dict:
+    """A message as OpenAI's clients send it."""
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
+
+
+class PictureHandler(BaseHTTPRequestHandler):
+    """`/COLOUR.png` is a picture, `/slow.png` takes 20 s, anything else is not there."""
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+    def do_GET(self) -> None:
+        colour = self.path.strip("/").removesuffix(".png")
+        if colour == "slow":
+            time.sleep(20)
+        self.send_response(200 if colour in ("red", "green", "blue") else 404)
+        self.end_headers()
+        if colour in ("red", "green", "blue"):
+            self.wfile.write(png(colour))
+
+
+@contextmanager
+def picture_host() -> Iterator[str]:
+    """The address of a web server with pictures."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), PictureHandler)
+    server.daemon_threads = True
+    server.block_on_close = False
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def running(app) -> Iterator[str]:
+    """The address of an ASGI application that runs in a thread of this process."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+@contextmanager
+def served_apart(folder: Path, log: Path) -> Iterator[tuple[subprocess.Popen, str]]:
+    """`serve(folder)` in a process of its own, and its address. What it prints goes to `log`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, str(folder)], stdout=output, stderr=output, env=environment
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not (found := re.search(r"running on (http://[\d.:]+)", log.read_text())):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.wait()
