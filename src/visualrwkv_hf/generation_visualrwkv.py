@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from threading import Lock
 
@@ -38,6 +39,9 @@ PROMPT_INPUTS = (*PICTURE_INPUTS, *PREPARED_PROMPT)
 WHOLE_PROMPT_OPTIONS = ("cache_implementation", "prefill_chunk_size", "token_healing", "is_assistant")
 """Options of `generate()` that need a prompt to be read at once and from its start."""
 
+
+_store_of_call: ContextVar[StateStore | None] = ContextVar("_store_of_call", default=None)
+"""What `generate(..., state_store=...)` was given."""
 
 _advancing: set[int] = set()
 """Caches, by their ids, that some `generate()` is advancing in place."""
@@ -129,9 +133,18 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         return state
 
     @wraps(GenerationMixin.generate)
-    def generate(self, *args, **kwargs):
-        with _alone_with(kwargs.get("past_key_values")):
-            return super().generate(*args, **kwargs)
+    def generate(self, *args, state_store: StateStore | None = None, **kwargs):
+        token = _store_of_call.set(state_store)
+        try:
+            with _alone_with(kwargs.get("past_key_values")):
+                return super().generate(*args, **kwargs)
+        finally:
+            _store_of_call.reset(token)
+
+    @property
+    def _store(self) -> StateStore | None:
+        """The store of this call, or else the model's."""
+        return self.state_store if (store := _store_of_call.get()) is None else store
 
     # --- where generate() starts ------------------------------------------------------------------------
 
@@ -150,7 +163,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         """Puts a copy of the kept state into `model_kwargs`, or of the store's, and takes out the pictures read."""
         given = model_kwargs.get("past_key_values")
         kept = given if getattr(given, "contents", ()) else None
-        store = self.state_store if given is None and len(input_ids) == 1 else None
+        store = self._store if given is None and len(input_ids) == 1 else None
         if kept is None and store is None:
             return
         if hindrances := _hindrances(model_kwargs | {input_name: input_ids}, generation_config):
@@ -364,8 +377,8 @@ class VisualRWKVGenerationMixin(GenerationMixin):
 
     def _leave(self, state: VisualRWKVCache) -> None:
         """Puts a copy of a sample's state into the store, if there is one."""
-        if self.state_store is not None and len(state.contents) == 1:
-            self.state_store.add(state.copy())
+        if self._store is not None and len(state.contents) == 1:
+            self._store.add(state.copy())
 
 
 def _about_to_read(model_kwargs: dict) -> VisualRWKVCache | None:

@@ -1,4 +1,4 @@
-"""States of earlier prompts and answers, so that one that begins alike reads only what is new."""
+"""States of earlier prompts and answers, so that a prompt that begins like one of them reads only what is new."""
 
 from collections import OrderedDict
 from threading import RLock
@@ -9,75 +9,131 @@ from .cache_visualrwkv import VisualRWKVCache
 
 
 class StateStore:
-    """The states used last, found by what they have read. `model.state_store = StateStore()` puts it to use.
+    """The most recently used states, found by what they have read. `model.state_store = StateStore()` turns it on.
 
-    `generate()` then goes on from the longest beginning of its prompt that is in here, and leaves the states behind
-    the last picture, the prompt and the answer. Threads may share it. It does not see a change of the model's
-    weights: `clear()` it then. A copy of it, as `deepcopy(model)` makes one, is empty.
+    `generate()` then continues from the stored state that has read the longest beginning of its prompt, and stores the
+    states after the last picture, after the prompt and after the answer. Threads may share a store. A store does not
+    notice when the model's weights change: call `clear()` then. A copy of a store, as `deepcopy(model)` makes one, is
+    empty.
+
+    A server with several clients gives each its own part, so that no client can tell from the time of an answer
+    whether another one has sent the same picture or text before:
+
+    ```python
+    store = StateStore(max_states=64)
+    model.generate(**inputs, state_store=store.scoped(api_key))
+    ```
 
     Args:
-        max_states: how many are kept; the one used longest ago goes first.
-        max_bytes: how many bytes they may take together; None: no limit.
+        max_states: how many states are kept; the least recently used one is dropped first.
+        max_bytes: how many bytes the states may take together; None means no limit.
 
     Attributes:
-        hits, misses: how often `find` found one, and how often it did not.
+        scope: which states `find` sees and as whose `add` stores; empty for a store that was made directly.
+        hits: how often `find` found a state, in all scopes together.
+        misses: how often it found none.
     """
 
     def __init__(self, max_states: int = 16, max_bytes: int | None = None):
         if max_states < 1:
             raise ValueError(f"max_states must be at least 1, got {max_states}.")
-        self.max_states = max_states
-        self.max_bytes = max_bytes
-        self.hits = self.misses = 0
-        self._states: OrderedDict[bytes, VisualRWKVCache] = OrderedDict()
-        self._lock = RLock()
+        self.scope = ""
+        self._shelf = _Shelf(max_states, max_bytes)
+
+    def scoped(self, scope: str) -> "StateStore":
+        """Return a view of this store that finds only what was added under the same `scope`, e.g. a client's key.
+
+        The views share the limits: the least recently used state of all scopes is dropped first.
+
+        Raises:
+            ValueError: `scope` is empty.
+        """
+        if not scope:
+            raise ValueError("scoped() needs a name that is not empty, for example the key of a client.")
+        view = type(self).__new__(type(self))
+        view.scope, view._shelf = scope, self._shelf
+        return view
 
     def __reduce__(self):
         return type(self), (self.max_states, self.max_bytes)
 
     def __len__(self) -> int:
-        return len(self._states)
+        return len(self._shelf.states)
+
+    @property
+    def max_states(self) -> int:
+        return self._shelf.max_states
+
+    @property
+    def max_bytes(self) -> int | None:
+        return self._shelf.max_bytes
+
+    @property
+    def hits(self) -> int:
+        return self._shelf.hits
+
+    @property
+    def misses(self) -> int:
+        return self._shelf.misses
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the states take."""
-        with self._lock:
-            return sum(state.nbytes for state in self._states.values())
+        """Bytes that the states of all scopes take."""
+        with self._shelf.lock:
+            return self._shelf.nbytes
 
     def add(self, state: VisualRWKVCache) -> None:
-        """Keeps a state, as it is and not as a copy; it must be of one sample and know what it has read.
+        """Store a state itself, not a copy.
 
         Raises:
-            ValueError: if it does not.
+            ValueError: the state is of several samples, or does not know what it has read.
         """
         if len(state.contents) != 1:
             raise ValueError("Only a state of one sample that knows what it has read can be kept.")
-        key = _key(state.contents[0])
-        with self._lock:
-            self._states[key] = state
-            self._states.move_to_end(key)
-            while len(self._states) > self.max_states or (
-                self.max_bytes is not None and self._states and self.nbytes > self.max_bytes
-            ):
-                self._states.popitem(last=False)
+        with self._shelf.lock:
+            self._shelf.put((self.scope, _key(state.contents[0])), state)
 
     def find(self, contents: Tensor) -> VisualRWKVCache | None:
-        """The state that has read most of the beginning of `contents` [T], or None. It is not a copy: see `copy()`."""
-        wanted = _key(contents)
-        with self._lock:
-            for length in sorted({len(key) for key in self._states}, reverse=True):
-                beginning = wanted[:length]
-                if len(beginning) == length and beginning in self._states:
-                    self._states.move_to_end(beginning)
-                    self.hits += 1
-                    return self._states[beginning]
-            self.misses += 1
+        """Return the state that has read the longest beginning of `contents` [T], or None. It is not a copy."""
+        wanted, shelf = _key(contents), self._shelf
+        with shelf.lock:
+            lengths = {len(key) for scope, key in shelf.states if scope == self.scope}
+            for length in sorted(lengths, reverse=True):
+                beginning = (self.scope, wanted[:length])
+                if length <= len(wanted) and beginning in shelf.states:
+                    shelf.states.move_to_end(beginning)
+                    shelf.hits += 1
+                    return shelf.states[beginning]
+            shelf.misses += 1
             return None
 
     def clear(self) -> None:
-        """Forgets all states."""
-        with self._lock:
-            self._states.clear()
+        """Drop all states; a view drops those of its scope."""
+        with self._shelf.lock:
+            for key in [key for key in self._shelf.states if self.scope in ("", key[0])]:
+                del self._shelf.states[key]
+
+
+class _Shelf:
+    """What the views of a store share. Whoever uses it holds `lock`."""
+
+    def __init__(self, max_states: int, max_bytes: int | None):
+        self.max_states, self.max_bytes = max_states, max_bytes
+        self.states: OrderedDict[tuple[str, bytes], VisualRWKVCache] = OrderedDict()
+        self.hits = self.misses = 0
+        self.lock = RLock()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for state in self.states.values())
+
+    def put(self, key: tuple[str, bytes], state: VisualRWKVCache) -> None:
+        self.states[key] = state
+        self.states.move_to_end(key)
+        while len(self.states) > self.max_states or (
+            self.max_bytes is not None and self.states and self.nbytes > self.max_bytes
+        ):
+            self.states.popitem(last=False)
 
 
 def _key(contents: Tensor) -> bytes:

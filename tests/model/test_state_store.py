@@ -137,6 +137,27 @@ def test_threads_share_a_store():
     assert not errors and len(store) <= 4
 
 
+def test_a_scope_finds_only_its_own_states():
+    """Nobody learns from a store whether somebody else has sent the same before."""
+    store = StateStore(max_states=3)
+    one, other = store.scoped("one"), store.scoped("other")
+    one.add(state_of(1, 2))
+    read = torch.tensor([1, 2, 3])
+    assert other.find(read) is None and store.find(read) is None
+    assert store.scoped("one").find(read) is not None
+    other.add(state_of(1, 2))
+    other.clear()
+    assert other.find(read) is None and one.find(read) is not None
+    assert (store.hits, store.misses, len(store)) == (2, 3, 1)
+    for number in range(3):
+        other.add(state_of(number))
+    assert len(store) == 3 and one.find(read) is None, "the scopes share one limit"
+    store.clear()
+    assert not len(one)
+    with pytest.raises(ValueError, match="needs a name that is not empty"):
+        store.scoped("")
+
+
 # --- generate() over a store --------------------------------------------------------------------------
 
 
@@ -324,6 +345,20 @@ def test_other_ways_of_decoding_are_right(model, processor, options):
     assert actual == expected
     again = model.generate(**inputs, **GREEDY)
     assert again.tolist() == without_store(model, **inputs, **GREEDY).tolist()
+
+
+def test_clients_of_a_server_do_not_share_what_they_sent(model, processor):
+    """`generate(state_store=...)` uses that store for this call in the place of the model's."""
+    inputs, store = inputs_of(processor, CHAT[0]), model.state_store
+    read: dict[str, int] = {}
+    for client in ("one", "other", "one"):
+        with counted_tokens(model) as tokens:
+            model.generate(**inputs, **GREEDY, state_store=store.scoped(client))
+        read[client] = max(tokens)
+    assert read["one"] < read["other"]
+    before = store.misses
+    model.generate(**inputs, **GREEDY)
+    assert store.misses == before + 1, "the model's own scope is another one"
 
 
 def test_a_batch_does_without(model, processor):
