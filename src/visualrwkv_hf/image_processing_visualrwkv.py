@@ -11,112 +11,23 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, load_image
+from transformers.image_utils import ChannelDimension
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.processing_utils import ImagesKwargs
 
 from .configuration_visualrwkv import ENCODER_NAMES, VisualRWKVConfig
+from .pictures import open_picture
 from .remote_code import IMAGE_PROCESSOR_CODE, copy_code
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
 
-# Opening: whatever a person may call a picture -> a Pillow picture in RGB.
-
-SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-"""Pillow's modes of grey pictures with 65536 levels ("I" is where Pillow puts such a PGM)."""
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode in RGB, as Pillow's `convert("RGB")` but without clipping.
-
-    Transparency is dropped, not blended (the colour below it shows), palettes are looked up, grey of 16 bits
-    is scaled down by 257.
-
-    Raises:
-        ValueError: if values lie outside the mode's range, or Pillow knows no such conversion.
-    """
-    if image.mode in SIXTEEN_BIT_MODES:
-        return _gray(np.asarray(image), 65535, image.mode)
-    if image.mode == "F":
-        return _gray(np.asarray(image), 255, image.mode)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _gray(values: np.ndarray, white: int, mode: str) -> Image.Image:
-    return Image.fromarray(_to_bytes(values, white, f"A picture of mode {mode!r}")).convert("RGB")
-
-
-def _to_bytes(values: np.ndarray, white: float, what: str) -> np.ndarray:
-    """Values from 0 to `white` as uint8 of the same shape, rounded."""
-    low, high = float(values.min()), float(values.max())
-    if not (low >= 0 and high <= white):  # NaN fails too
-        raise ValueError(f"{what} must have values from 0 to {white}, got {low:g} to {high:g}.")
-    return np.round(values.astype(np.float64) * (255 / white)).astype(np.uint8)
-
-
-WHITE = {"bool": 1, "uint16": 65535}
-"""The largest value of an array's dtype where it is neither 1 (floats) nor 255 (all other integers)."""
-
-
-def _array_to_rgb(array: np.ndarray, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
-    """[H, W], [H, W, c] or [c, H, W] with c = 1, 3 or 4; floats from 0 to 1, bool, uint16 or 0 to 255."""
-    if array.ndim == 2:
-        array = array[..., None]
-    elif array.ndim == 3:
-        axis = input_data_format or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
-        array = np.moveaxis(array, 0, -1) if axis == ChannelDimension.FIRST else array
-    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
-        raise ValueError(f"An array must be [H, W] or have 1, 3 or 4 channels, got shape {array.shape}.")
-    if 0 in array.shape:
-        raise ValueError(f"An array without pixels: shape {array.shape}.")
-    if array.dtype.kind not in "buif":
-        raise ValueError(f"An array must hold bool, integers or floats, got {array.dtype}.")
-    if array.dtype != np.uint8:
-        white = 1 if np.issubdtype(array.dtype, np.floating) else WHITE.get(array.dtype.name, 255)
-        array = _to_bytes(array, white, f"An array of dtype {array.dtype}")
-    if array.shape[-1] == 1:
-        array = np.repeat(array, 3, axis=-1)
-    return Image.fromarray(np.ascontiguousarray(array[..., :3]))
-
-
-def open_picture(source, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
-    """Anything that is a picture, decoded and in RGB.
-
-    Args:
-        source: a Pillow picture, an array or tensor (see `_array_to_rgb`), a path, a URL, or base64 text. Of
-            an animation the first frame. What is opened here is turned upright as its EXIF data says, as
-            transformers does (the original does not look); an opened Pillow picture is taken as it is.
-        input_data_format: "channels_first" or "channels_last", where the shape of an array leaves it open.
-
-    Raises:
-        ValueError: if it is no picture, cannot be decoded, is empty or larger than Pillow allows; it names
-            a path.
-    """
-    name = f"{str(source)[:200]!r}" if isinstance(source, str | os.PathLike) else type(source).__name__
-    try:
-        if isinstance(source, torch.Tensor):
-            source = source.detach().cpu()
-            source = (source.float() if source.is_floating_point() else source).numpy()
-        if isinstance(source, np.ndarray):
-            return _array_to_rgb(source, input_data_format)
-        if isinstance(source, str | os.PathLike):
-            path = os.fspath(source)
-            source = ImageOps.exif_transpose(Image.open(path)) if os.path.isfile(path) else load_image(path)
-        if not isinstance(source, Image.Image):
-            raise ValueError("it must be a Pillow picture, an array, a tensor, a path, a URL or base64 text.")
-        if 0 in source.size:
-            raise ValueError(f"it has no pixels: its size is {source.size[0]} x {source.size[1]}.")
-        source.load()  # decodes: here a truncated file fails
-        return to_rgb(source)
-    except Exception as error:  # decoders raise what they like
-        reason = str(error)[:300]  # base64 text would be quoted in full
-        raise ValueError(f"{name} cannot be read as a picture: {reason}") from error
+# Opening.
 
 
 def _flat(images) -> Iterator:
@@ -132,11 +43,11 @@ def _flat(images) -> Iterator:
 
 def _open_all(images, input_data_format: str | ChannelDimension | None) -> list[Image.Image]:
     pictures = []
-    for index, source in enumerate(_flat(images)):
+    for number, source in enumerate(_flat(images), start=1):
         try:
             pictures.append(open_picture(source, input_data_format))
         except ValueError as error:
-            raise ValueError(f"Picture {index}: {error}") from error
+            raise ValueError(f"Picture {number}: {error}") from error
     if not pictures:
         raise ValueError("No pictures given.")
     return pictures
@@ -437,92 +348,6 @@ def _check_encoder(name: str, fields: Mapping) -> None:
             raise ValueError(f"encoders[{name!r}][{key!r}] must be three numbers, got {fields[key]}.")
     if min(fields["image_std"]) <= 0:
         raise ValueError(f"encoders[{name!r}]['image_std'] must be above 0, got {fields['image_std']}.")
-
-
-# Thin pictures, for transformers' CLIP image processor.
-
-LARGEST_BETWEEN = 2**24
-"""Pixels that a picture may have between being resized and being cut; 336 x 336 are reached at sides of 1 to 148."""
-
-CUTTING_FIELDS = ("do_resize", "size", "resample", "do_center_crop", "crop_size")
-"""Fields of an image processor that say what of a picture it resizes and cuts."""
-
-
-def middle_of_thin(picture: Image.Image, image_processor: BaseImageProcessor) -> Image.Image:
-    """The middle of a thin picture, to the bit what CLIP's image processor resizes and cuts; others as they are.
-
-    CLIP's resizes the shorter edge to S and throws all away but the middle square: of 1 x 5000 pixels it makes S x
-    5000 S in between, which takes gigabytes. What is returned here it leaves as it is.
-
-    Args:
-        picture: RGB.
-        image_processor: any. Only one that resizes and cuts so makes something large in between.
-
-    Returns:
-        S x S pixels for a picture that would have more than `LARGEST_BETWEEN` in between.
-    """
-    side = _side_of_middle(image_processor)
-    short, long = sorted(picture.size)
-    if side is None or short >= side or side * side * long // short <= LARGEST_BETWEEN:
-        return picture
-    resized = int(side * long / short)  # as transformers rounds it
-    first = (resized - side) // 2
-    start = max(0, first * long // resized - BICUBIC_REACH)
-    stop = min(long, -(-(first + side) * long // resized) + BICUBIC_REACH)
-    # Pillow resizes rows first, and rounds what is between to bytes.
-    if picture.size[1] == long:
-        band = picture.crop((0, start, short, stop)).resize((side, stop - start), Image.Resampling.BICUBIC)
-        return Image.fromarray(_enlarged_lines(np.asarray(band), start, long, resized, first, side))
-    columns = np.asarray(picture.crop((start, 0, stop, short))).swapaxes(0, 1)  # uint8 [columns, short, 3]
-    band = _enlarged_lines(columns, start, long, resized, first, side).swapaxes(0, 1)
-    return Image.fromarray(np.ascontiguousarray(band)).resize((side, side), Image.Resampling.BICUBIC)
-
-
-def _side_of_middle(image_processor: BaseImageProcessor) -> int | None:
-    """S of an image processor that resizes the shorter edge to S, bicubic, and cuts S x S; None for all others."""
-    do_resize, size, resample, do_cut, cut = (getattr(image_processor, name, None) for name in CUTTING_FIELDS)
-    if not (do_resize and do_cut and size and cut) or resample != Image.Resampling.BICUBIC:
-        return None
-    side = size.get("shortest_edge")
-    is_middle = not size.get("longest_edge") and (cut.get("height"), cut.get("width")) == (side, side)
-    return side if is_middle else None
-
-
-BICUBIC_REACH = 2
-"""How far, in pixels of the smaller picture, a pixel of an enlarged one looks to each side."""
-
-
-def _enlarged_lines(
-    lines: np.ndarray, start: int, length: int, resized: int, first: int, count: int
-) -> np.ndarray:
-    """Lines `first` to `first + count` of a picture that is enlarged from `length` lines to `resized`.
-
-    As Pillow does: Keys' cubic with a = -1/2 (IEEE Trans. ASSP 29.6, 1981), around the middles of pixels, cut off at
-    the edges and brought to a sum of 1; weights with 22 bits behind the point.
-
-    Args:
-        lines: uint8 [n, m, 3], those of the picture that are looked at.
-        start: which line of the picture the first of them is.
-        length: of the picture.
-        resized: the length that it is enlarged to.
-        first: of the lines that are returned.
-        count: of the lines that are returned.
-
-    Returns:
-        uint8 [count, m, 3].
-    """
-    centers = (first + np.arange(count) + 0.5) * (length / resized)
-    nearest = np.maximum((centers - BICUBIC_REACH + 0.5).astype(np.int64), 0)
-    seen = nearest[:, None] + np.arange(2 * BICUBIC_REACH + 1)  # [count, 5]
-    end = np.minimum((centers + BICUBIC_REACH + 0.5).astype(np.int64), length)[:, None]
-    x = np.abs(seen - centers[:, None] + 0.5)
-    inner, outer = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
-    weights = np.where(seen < end, np.where(x < 1, inner, np.where(x < 2, outer, 0)), 0)
-    weights /= weights.sum(1, keepdims=True)
-    fixed = np.trunc(weights * 2**22 + np.copysign(0.5, weights)).astype(np.int64)
-    values = lines[np.minimum(seen - start, len(lines) - 1)].astype(np.int64)  # [count, 5, m, 3]
-    total = np.einsum("nk,nkmc->nmc", fixed, values)
-    return np.clip((total + 2**21) >> 22, 0, 255).astype(np.uint8)
 
 
 # Which image processor a model needs.

@@ -14,9 +14,10 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .configuration_visualrwkv import VisualRWKVConfig
-from .image_processing_visualrwkv import CUTTING_FIELDS, middle_of_thin, open_picture
+from .pictures import open_picture
 from .remote_code import PROCESSOR_CODE, copy_code
 from .scan_orders import num_directions, sequence_orders
+from .thin_pictures import CUTTING_FIELDS, middle_of_thin
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 
@@ -221,11 +222,11 @@ class VisualRWKVProcessor(ProcessorMixin):
         """Opens the pictures one by one, so that an error can say which one it is; of thin ones what will be seen."""
         if images is not None:
             options = kwargs | (kwargs.get("images_kwargs") or {})
-            number = count()
+            number = count(1)
             images = _map_nested(images, lambda picture: _open_numbered(picture, next(number), options))
             if not options.keys() & set(CUTTING_FIELDS):
                 images = _map_nested(images, self._without_what_is_cut_off)
-            images = images if next(number) else None
+            images = images if next(number) > 1 else None
         return super().prepare_inputs_layout(images=images, text=text, **kwargs)
 
     def _without_what_is_cut_off(self, picture):

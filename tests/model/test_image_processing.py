@@ -1,8 +1,6 @@
 """Pictures to pixels: bit-equal to the original's, every kind of picture, and refusals."""
 
-import base64
 import hashlib
-import io
 import itertools
 import multiprocessing
 import resource
@@ -23,7 +21,7 @@ from visualrwkv_hf import (
     VisualRWKVConfig,
     VisualRWKVImageProcessor,
     VisualRWKVVisionModel,
-    image_processing_visualrwkv,
+    thin_pictures,
 )
 from visualrwkv_hf.image_processing_visualrwkv import (
     HALF,
@@ -31,12 +29,11 @@ from visualrwkv_hf.image_processing_visualrwkv import (
     grid_700,
     grid_boxes,
     image_processor_for,
-    middle_of_thin,
-    open_picture,
     region_grid,
     squash,
-    to_rgb,
 )
+from visualrwkv_hf.pictures import to_rgb
+from visualrwkv_hf.thin_pictures import middle_of_thin
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"rwkv_version": 7, "hidden_size": 64, "num_hidden_layers": 1}
@@ -333,7 +330,7 @@ def test_middle_of_a_thin_picture_is_what_would_be_cut_out(size, short, long, is
     pixels = pixels * (1 if values[1] > 2 else 255)  # black and white: where cubics overshoot most
     image = Image.fromarray(pixels if is_tall else np.ascontiguousarray(pixels.swapaxes(0, 1)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_processing_visualrwkv, "LARGEST_BETWEEN", 0)
+        patch.setattr(thin_pictures, "LARGEST_BETWEEN", 0)
         middle = middle_of_thin(image, clip_processor(size))
     assert middle.size == (size, size) if min(short, long) < size else middle is image
     assert np.array_equal(resized_and_cut(middle, size), resized_and_cut(image, size))
@@ -389,7 +386,7 @@ def test_sizes_of_a_call_are_transformers_own():
     cut = {"height": 28, "width": 28}
     expected = clip_processor(28)(image)["pixel_values"][0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_processing_visualrwkv, "LARGEST_BETWEEN", 1)
+        patch.setattr(thin_pictures, "LARGEST_BETWEEN", 1)
         for options in (
             {"size": small, "crop_size": cut},
             {"images_kwargs": {"size": small, "crop_size": cut}},
@@ -398,182 +395,7 @@ def test_sizes_of_a_call_are_transformers_own():
             assert np.array_equal(pixels, expected)
 
 
-# --- kinds of pictures ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "HSV", "RGBX"])
-def test_mode_is_converted_as_pillow_does(mode):
-    image = picture().convert("L").convert(mode) if mode == "PA" else picture().convert(mode)
-    assert to_rgb(image).mode == "RGB"
-    assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(image.convert("RGB")))
-
-
-def test_transparency_is_dropped_not_blended():
-    image = picture().convert("RGBA")
-    image.putalpha(0)
-    assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(picture()))
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
-def test_grey_of_16_bits_is_scaled_not_clipped(mode):
-    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
-    dtype = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
-    image = Image.frombytes(mode, (16, 16), values.astype(dtype).tobytes())
-    assert np.array_equal(np.asarray(to_rgb(image)), np.repeat(np.arange(256).reshape(16, 16, 1), 3, axis=-1))
-
-
-def test_16_bit_png_is_scaled(tmp_path):
-    Image.fromarray(np.full((4, 4), 32896, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert np.asarray(open_picture(tmp_path / "deep.png")).tolist() == [[[128] * 3] * 4] * 4
-
-
-def test_values_outside_a_modes_range_are_refused():
-    with pytest.raises(ValueError, match="from 0 to 65535, got -1 to 70000"):
-        to_rgb(Image.fromarray(np.array([[-1, 70000]], dtype=np.int32)))
-    with pytest.raises(ValueError, match=r"from 0 to 255, got 0 to 256\.5"):
-        to_rgb(Image.fromarray(np.array([[0, 256.5]], dtype=np.float32)))
-
-
-def test_arrays_and_tensors_are_the_picture():
-    image = picture()
-    pixels = np.asarray(image)
-    same = {
-        "channels last": pixels,
-        "channels first": np.moveaxis(pixels, -1, 0),
-        "tensor": torch.from_numpy(pixels.copy()),
-        "float": pixels / 255,
-        "float16": (pixels / 255).astype(np.float16),
-        "float tensor": torch.from_numpy(pixels / 255).permute(2, 0, 1),
-        "int64": pixels.astype(np.int64),
-        "uint16": pixels.astype(np.uint16) * 257,
-        "alpha": np.dstack([pixels, np.zeros((30, 40), dtype=np.uint8)]),
-    }
-    for name, array in same.items():
-        assert np.array_equal(np.asarray(open_picture(array)), pixels), name
-    grey = pixels[..., 0]
-    for array in (grey, grey[..., None], grey[None], grey / 255):
-        assert np.array_equal(np.asarray(open_picture(array)), np.dstack([grey] * 3))
-    assert np.asarray(open_picture(np.array([[True, False]]))).tolist() == [[[255] * 3, [0] * 3]]
-    batch = one_encoder()(np.stack([pixels, pixels]))["pixel_values"]
-    assert np.array_equal(batch[0], batch[1]) and len(batch) == 2
-
-
-def test_an_array_means_the_same_to_every_tower():
-    """transformers' own processors would take True for 1 of 255, and 0.5 for 0.5 of 255."""
-    processor = tiny_processor(tiny_model())
-    pixels = np.asarray(picture(60, 60))
-
-    def seen(images, **options) -> np.ndarray:
-        return np.stack(processor(images=images, text="<image>", **options)["pixel_values"])
-
-    expected = seen(Image.fromarray(pixels))
-    first = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
-    for array in (
-        pixels,
-        first,
-        pixels / 255,
-        torch.from_numpy(first),
-        pixels[None],
-        pixels.astype(np.int64),
-    ):
-        assert np.array_equal(seen(array), expected)
-    assert np.array_equal(seen(first, input_data_format="channels_first"), expected)
-    assert np.array_equal(seen(pixels / 255, do_rescale=False), seen(first / 255, do_rescale=False))
-    white = seen(Image.new("RGB", (60, 60), "white"))
-    assert np.array_equal(seen(np.full((60, 60), True)), white)
-    for strange in (np.full((9, 9), 1j), np.full((9, 9, 3), "x"), np.full((9, 9, 3), None)):
-        with pytest.raises(ValueError, match=r"Picture 0: .* must hold bool, integers or floats, got"):
-            seen(strange)
-
-
-def test_three_by_three_array_asks_for_its_layout():
-    pixels = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
-    last = open_picture(pixels, "channels_last")
-    first = open_picture(pixels, "channels_first")
-    assert np.array_equal(np.asarray(last), pixels)
-    assert np.array_equal(np.asarray(first), np.moveaxis(pixels, 0, -1))
-
-
-def test_files_paths_and_base64_are_the_picture(tmp_path):
-    image, path = picture(), tmp_path / "a.png"
-    image.save(path)
-    text = base64.b64encode(path.read_bytes()).decode()
-    for source in (path, str(path), text, f"data:image/png;base64,{text}", image):
-        assert np.array_equal(np.asarray(open_picture(source)), np.asarray(image))
-    nested = one_encoder()([[str(path)], [image, path]])["pixel_values"]
-    assert len(nested) == 3 and np.array_equal(nested[0], nested[2])
-
-
-def test_first_frame_of_an_animation(tmp_path):
-    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert open_picture(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
-
-
-def test_a_file_is_turned_upright_and_an_opened_picture_is_not(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    picture(40, 30).save(tmp_path / "turned.png", exif=exif)
-    assert open_picture(tmp_path / "turned.png").size == (30, 40)
-    assert open_picture(Image.open(tmp_path / "turned.png")).size == (40, 30)
-
-
-# --- refusals -------------------------------------------------------------------------------------
-
-
-def truncated_png() -> bytes:
-    buffer = io.BytesIO()
-    picture(100, 100).save(buffer, "PNG")
-    return buffer.getvalue()[:4000]
-
-
-@pytest.mark.parametrize("content", [b"", b"no picture", truncated_png()], ids=["empty", "text", "truncated"])
-def test_file_that_is_no_picture_is_named(tmp_path, content):
-    path = tmp_path / "broken.png"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"Picture 1: '.*broken\.png' cannot be read as a picture"):
-        one_encoder()([picture(), path])
-
-
-def test_enormous_picture_is_refused_in_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    picture(40, 30).save(tmp_path / "big.png")
-    with pytest.raises(ValueError, match=r"big\.png.*1200 pixels.*200 pixels"):
-        open_picture(tmp_path / "big.png")
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (None, "NoneType cannot be read as a picture: it must be a Pillow picture"),
-        ("/no/such/file.png", "'/no/such/file.png' cannot be read"),
-        (b"bytes", "bytes cannot be read"),
-        (Image.new("RGB", (0, 5)), "it has no pixels: its size is 0 x 5"),
-        (np.zeros((0, 4, 3), dtype=np.uint8), r"without pixels: shape \(0, 4, 3\)"),
-        (np.zeros((5, 4, 2), dtype=np.uint8), "channel"),
-        (np.zeros(4), r"got shape \(4,\)"),
-        (np.full((4, 4), 7.5), "dtype float64 must have values from 0 to 1, got 7.5 to 7.5"),
-        (np.full((4, 4), np.nan), "got nan to nan"),
-        (np.full((4, 4), 1j), "must hold bool, integers or floats, got complex128"),
-        (np.full((4, 4, 3), 1, dtype=np.complex64), "got complex64"),
-        (np.full((4, 4), "x"), "got <U1"),
-        (np.full((4, 4), b"x"), r"got \|S1"),
-        (np.full((4, 4), None), "got object"),
-        (np.zeros((4, 4), dtype="datetime64[s]"), r"got datetime64\[s\]"),
-        (np.zeros((4, 4), dtype=[("r", "u1"), ("g", "u1")]), "floats, got"),
-        (torch.zeros(4, 4, dtype=torch.complex64), "got complex64"),
-        (np.full((4, 4), 300), "dtype int64 must have values from 0 to 255, got 300 to 300"),
-    ],
-)
-def test_what_is_no_picture_is_refused(source, message):
-    with pytest.raises(ValueError, match=message):
-        open_picture(source)
-
-
-def test_long_base64_text_is_not_quoted_in_full():
-    with pytest.raises(ValueError) as caught:
-        open_picture("!" * 100_000)
-    assert len(str(caught.value)) < 1000
+# --- refusals ---------------------------------------------------------------------------------------
 
 
 ENCODER = {"size": 16, **HALF}

@@ -510,12 +510,12 @@ def test_unreadable_pictures_are_named(tmp_path, processor):
     (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("half.png", "empty.png", "missing.png"):
-        with pytest.raises(ValueError, match=rf"Picture 1: .*{name}' cannot be read as a picture"):
+        with pytest.raises(ValueError, match=rf"Picture 2: .*{name}' cannot be read as a picture"):
             processor(images=[tmp_path / "whole.png", str(tmp_path / name)], text="<image><image>")
-    with pytest.raises(ValueError, match="Picture 0: PngImageFile cannot be read as a picture"):
+    with pytest.raises(ValueError, match="Picture 1: PngImageFile cannot be read as a picture"):
         processor(images=Image.open(tmp_path / "half.png"), text="<image>")
     chat = [user("a", picture(), {"type": "image", "path": str(tmp_path / "half.png")})]
-    with pytest.raises(ValueError, match=r"Picture 1: .*half\.png' cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"Picture 2: .*half\.png' cannot be read as a picture"):
         encode_chat(processor, chat)
 
 
@@ -523,7 +523,7 @@ def test_unreadable_pictures_are_named(tmp_path, processor):
 def test_empty_pictures_are_named(image, processor):
     with pytest.raises(
         ValueError,
-        match=r"Picture 0(: .* cannot be read as a picture| has no pixels: its shape is \(3, 0, 4\))",
+        match=r"Picture 1(: .* cannot be read as a picture| has no pixels: its shape is \(3, 0, 4\))",
     ):
         processor(images=[image], text="<image>")
 
