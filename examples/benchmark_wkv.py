@@ -36,7 +36,7 @@ from benchmarking import (
 )
 from torch import Tensor
 
-from visualrwkv_hf import build_native_ops, wkv6, wkv7, wkv_backend
+from visualrwkv_hf import build_native_ops, kernel_backend, wkv6, wkv7
 
 HEAD_SIZE = 64
 MIN_LOG_DECAY = -0.6065306597126334
@@ -136,7 +136,7 @@ def ours(op: str) -> Op:
 
 def plain(op: str) -> Op:
     def run(inputs: Inputs) -> tuple[Tensor, Tensor]:
-        with wkv_backend("torch"):
+        with kernel_backend("torch"):
             return ours(op)(inputs)
 
     return Op(run)
@@ -422,9 +422,11 @@ def main(
     """The WKV recurrences against their peers and against what the machine can do at best."""
     device = chosen_device(device, threads)
     chosen: torch.dtype = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
+    backend = "auto"
     if device == "cpu":
         try:
             build_native_ops()
+            backend = "native"
         except RuntimeError as error:
             typer.secho(f"Without native ops: {error}", err=True, fg="yellow")
     cases = [
@@ -434,7 +436,8 @@ def main(
     ]
     rates = copy_bandwidth(device, 2**30 if device == "cuda" else 2**26), matmul_rate(device, chosen)
     try:
-        rows = [row for case in cases for row in measure(case, device, chosen, seconds, rates)]
+        with kernel_backend(backend):
+            rows = [row for case in cases for row in measure(case, device, chosen, seconds, rates)]
     except ArithmeticError as error:
         typer.secho(f"Wrong, so no times: {error}", err=True, fg="red")
         raise typer.Exit(1) from error

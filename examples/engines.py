@@ -15,7 +15,7 @@ import typer
 from benchmarking import Timing, captured, copy_bandwidth, interleaved, machine, markdown_table, readable
 from llama_cpp_engine import reader, write_gguf
 
-from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVTextConfig, accelerate_on_cpu, wkv_backend
+from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVTextConfig, accelerate_on_cpu, kernel_backend
 from visualrwkv_hf.conversion.convert import restore_state_dict
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -59,7 +59,7 @@ def random_model(shape: str) -> VisualRWKVForCausalLM:
 
 def ours(name: str, precision: str, model: VisualRWKVForCausalLM, backend: str = "auto") -> Engine:
     def read(tokens: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
-        with wkv_backend(backend):
+        with kernel_backend(backend):
             out = model(tokens[None], past_key_values=state, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1], out.past_key_values
 

@@ -56,6 +56,7 @@ from visualrwkv_hf import (
     encode_turns,
     exit_together,
     image_processor_for,
+    kernel_backend,
     train_only,
 )
 from visualrwkv_hf.conversion.world_tokenizer import build_world_tokenizer, load_world_vocabulary
@@ -510,15 +511,19 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
     state = PartialState(cpu=True)
+    backend = "native"
     with state.main_process_first():
         try:
             build_native_ops()
         except RuntimeError as error:
-            print(f"{error} It goes on without, several times slower.", file=sys.stderr)
-    if options.ablation:
-        run_ablation(options)
-    else:
-        run_training(options, " ".join([launcher(state.num_processes), "examples/train_tiny.py", *arguments]))
+            print(f"{error} Training uses plain torch, which is several times slower.", file=sys.stderr)
+            backend = "torch"
+    with kernel_backend(backend):
+        if options.ablation:
+            run_ablation(options)
+        else:
+            command = [launcher(state.num_processes), "examples/train_tiny.py", *arguments]
+            run_training(options, " ".join(command))
     exit_together()
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig, VisualRWKVVisionConfig
     from .cpu.layers import accelerate_on_cpu
     from .cpu.ops import build_native_ops
-    from .dispatch import wkv_backend
+    from .dispatch import kernel_backend, wkv_backend
     from .image_processing_visualrwkv import VisualRWKVImageProcessor, image_processor_for
     from .inference.captioning import Captioning, pictures_in
     from .inference.chat import Chat, chat_inputs, stream_answer
@@ -75,6 +75,7 @@ MODULE_OF = {
     "exit_together": "training.trainer",
     "export_onnx": "inference.onnx_export",
     "image_processor_for": "image_processing_visualrwkv",
+    "kernel_backend": "dispatch",
     "learning_rate_at": "training.trainer",
     "load_conversations": "training.collator",
     "lora_config": "training.trainer",
@@ -125,6 +126,7 @@ __all__ = [
     "exit_together",
     "export_onnx",
     "image_processor_for",
+    "kernel_backend",
     "learning_rate_at",
     "load_conversations",
     "lora_config",

@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_visualrwkv import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, VisualRWKVCache, VisualRWKVCacheLayer
 from .configuration_visualrwkv import VisualRWKVTextConfig
-from .dispatch import chosen_backend, kernel, wkv_backend
+from .dispatch import accelerated_ops, chosen_backend, kernel, kernel_backend
 from .generation_visualrwkv import VisualRWKVGenerationMixin
 from .loss_visualrwkv import LateLogits, is_worth_slicing, sliced_loss, visualrwkv_loss
 from .low_rank import low_rank
@@ -558,6 +558,9 @@ CHANNEL_MIX: dict[int, type[ChannelMix]] = {5: Rwkv5ChannelMix, 6: Rwkv6ChannelM
 class RwkvBlock(GradientCheckpointingLayer):
     """One block: x + att(ln1 x), then x + ffn(ln2 x), with the picture read in the block's own order."""
 
+    accelerated = False
+    """Whether "auto" picks native ops for this block on a CPU: `accelerate_on_cpu` sets it."""
+
     def __init__(self, config: VisualRWKVTextConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
@@ -582,15 +585,34 @@ class RwkvBlock(GradientCheckpointingLayer):
         """`hidden_states` [B, T, C] -> the same, and `v_first` [B, T, C].
 
         Only the token shifts and the recurrence look at other tokens, so they alone read in the block's order.
-        `backend` is what `wkv_backend` had chosen, where that may have been in another thread.
+        `backend` is what `kernel_backend` had chosen, which may have been in another thread.
         """
         chosen_elsewhere = backend not in (None, chosen_backend())
         state = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        with wkv_backend(backend) if chosen_elsewhere else nullcontext():
+        with (
+            kernel_backend(backend) if chosen_elsewhere else nullcontext(),
+            accelerated_ops() if self.accelerated else nullcontext(),
+        ):
+            if (decode := self._decode_kernel(hidden_states, state)) and (
+                decoded := decode(self, hidden_states, v_first, state, reading)
+            ):
+                return decoded
             mixed, v_first = self.att(self.ln1(hidden_states), v_first, state, reading)
             hidden_states = hidden_states + mixed
             hidden_states = hidden_states + self.ffn(self.ln2(hidden_states), state, reading)
         return hidden_states, v_first
+
+    @staticmethod
+    def _decode_kernel(
+        hidden_states: torch.Tensor, state: VisualRWKVCacheLayer | None
+    ) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None] | None] | None:
+        """Return the kernel of a whole block for one token that follows others, without gradients, not recorded.
+
+        That kernel returns None where the block or its state is not as it needs them.
+        """
+        if hidden_states.shape[1] != 1 or state is None or state.record_past or torch.is_grad_enabled():
+            return None
+        return kernel("block_decode", hidden_states) if state.wkv_state() is not None else None
 
 
 class VisualRWKVPreTrainedModel(PreTrainedModel):

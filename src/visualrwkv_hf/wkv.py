@@ -67,7 +67,7 @@ def wkv6(
 
     Raises:
         ValueError: shapes that do not fit, T = 0, a state of another dtype, a chunk size not a power of two.
-        RuntimeError: `wkv_backend("triton")` is in force and there is no such kernel.
+        RuntimeError: `kernel_backend("triton")` is in force and there is no such kernel.
     """
     w = _check(r, w, k, v, initial_state, order, cu_seqlens, chunk_size)
     if u.shape != r.shape[2:]:
@@ -125,7 +125,7 @@ def wkv7(
 
     Raises:
         ValueError: shapes that do not fit, T = 0, a state of another dtype, a chunk size not a power of two.
-        RuntimeError: `wkv_backend("triton")` is in force and there is no such kernel.
+        RuntimeError: `kernel_backend("triton")` is in force and there is no such kernel.
     """
     w = _check(r, w, k, v, initial_state, order, cu_seqlens, chunk_size)
     for name, x in (("a", a), ("b", b)):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from visualrwkv_hf import VisualRWKVForCausalLM
 from visualrwkv_hf.cpu import layers as native_layers
 from visualrwkv_hf.cpu import ops as native
-from visualrwkv_hf.dispatch import CPU_KERNELS, wkv_backend
+from visualrwkv_hf.dispatch import chosen_backend, kernel_backend, wkv_backend
 from visualrwkv_hf.wkv import wkv6, wkv7
 
 TOLERANCE = 1e-5
@@ -33,12 +33,11 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def built(cache, monkeypatch):
-    """The library in a folder of its own, and no native op left behind in the process."""
+    """The library in a folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(native, "_failure", "")
     native.build_native_ops()
-    yield
-    CPU_KERNELS.clear()
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -58,9 +57,9 @@ def recurrence_inputs(version: int, B: int, T: int, H: int, K: int, V: int, dtyp
 
 def both(version: int, **arguments) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
     op = {6: wkv6, 7: wkv7}[version]
-    with torch.no_grad():
+    with torch.no_grad(), kernel_backend("native"):
         fast = op(**arguments)
-        with wkv_backend("torch"):
+        with kernel_backend("torch"):
             return fast, op(**arguments)
 
 
@@ -99,21 +98,22 @@ def test_recurrence_of_packed_sequences(version):
     assert error(out, plain_out) < TOLERANCE and error(state, plain_state) < TOLERANCE
 
 
-def gradients(op, inputs: dict, **options) -> dict[str, torch.Tensor]:
-    """Of every floating-point input, from random gradients of the output and of the last state."""
+def gradients(op, inputs: dict, backend: str = "native", **options) -> dict[str, torch.Tensor]:
+    """Return the gradient of every input, from random gradients of the output and of the last state."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    outs = op(**leaves, **options)
-    torch.manual_seed(1)
-    weights = [torch.randn(x.shape).to(outs[0].dtype) for x in outs]
-    total = sum((x.double() * weight.double()).sum() for x, weight in zip(outs, weights))
-    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()))))
+    with kernel_backend(backend):
+        outs = op(**leaves, **options)
+        torch.manual_seed(1)
+        weights = [torch.randn(x.shape).to(outs[0].dtype) for x in outs]
+        total = sum((x.double() * weight.double()).sum() for x, weight in zip(outs, weights))
+        return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()))))
 
 
 def assert_gradients(version: int, inputs: dict, tolerance: float = TOLERANCE, **options) -> None:
     """Those of the native op are those of the plain one in float64, each in its input's dtype."""
     op = {6: wkv6, 7: wkv7}[version]
     found = gradients(op, inputs, **options)
-    exact = gradients(op, {name: x.double() for name, x in inputs.items()}, **options)
+    exact = gradients(op, {name: x.double() for name, x in inputs.items()}, "torch", **options)
     for name, dx in found.items():
         assert dx.dtype == inputs[name].dtype and dx.isfinite().all(), name
         if exact[name].any():
@@ -187,7 +187,9 @@ def test_gradient_of_what_is_broadcast_or_laid_out_otherwise(version):
 def test_gradients_are_asked_for_once_only():
     inputs = recurrence_inputs(7, 1, 5, 1, 16, 16, torch.float32)
     r = inputs["r"].requires_grad_()
-    (dr,) = torch.autograd.grad(wkv7(**inputs)[0].square().sum(), r, create_graph=True)
+    with kernel_backend("native"):
+        out = wkv7(**inputs)[0]
+    (dr,) = torch.autograd.grad(out.square().sum(), r, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dr.sum().backward()
 
@@ -226,7 +228,7 @@ def ids_and_mask(rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 
 def assert_accelerated_equals_plain(model: VisualRWKVForCausalLM) -> None:
     """The model becomes an accelerated one."""
-    with wkv_backend("torch"):
+    with kernel_backend("torch"):
         expected = step_by_step(model, *ids_and_mask())
     assert native_layers.accelerate_on_cpu(model) is model
     assert error(step_by_step(model, *ids_and_mask()), expected) < TOLERANCE
@@ -243,15 +245,56 @@ def test_accelerated_model_equals_plain(version, head_dim):
     assert list(model.state_dict()) == names
 
 
-@pytest.mark.parametrize("version, ops", [(6, {"wkv"}), (7, {"wkv", "rwkv7_decode"})])
-def test_native_ops_are_called(version, ops, called):
-    step_by_step(causal_lm(version), torch.randint(1, 320, (1, 7)), torch.ones(1, 7, dtype=torch.long))
-    assert called == ops
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_accelerating_a_model_changes_that_model_only(version, called):
+    accelerated, other = native_layers.accelerate_on_cpu(causal_lm(version)), causal_lm(version)
+    step_by_step(other, *ids_and_mask())
+    assert not called
+    step_by_step(accelerated, *ids_and_mask())
+    assert called == AFTER_OTHERS
+
+
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_native_backend_serves_any_model(version, called):
+    """Recurrences only: the linear layers of a model that is not accelerated are torch's."""
+    with kernel_backend("torch"):
+        expected = step_by_step(causal_lm(version), *ids_and_mask())
+    with kernel_backend("native"):
+        assert error(step_by_step(causal_lm(version), *ids_and_mask()), expected) < TOLERANCE
+    assert called == {"wkv"}
+
+
+def refused(tensors: dict, match: str) -> None:
+    with kernel_backend("native"), pytest.raises(RuntimeError, match=match):
+        wkv6(**tensors)
+
+
+def test_native_backend_says_why_it_refuses(monkeypatch):
+    inputs = recurrence_inputs(6, 1, 2, 1, 16, 16, torch.float32)
+    said = r'kernel_backend\("native"\) is in force, but there is no wkv6 kernel: '
+    refused({name: x.double() for name, x in inputs.items()}, said + "native ops compute in float32")
+    refused(
+        {name: x.to("meta") for name, x in inputs.items()},
+        said + "native ops need tensors on a CPU, not on meta",
+    )
+    refused(
+        recurrence_inputs(6, 1, 2, 1, 300, 4, torch.float32),
+        said + "keys of 300 elements are larger than 256",
+    )
+    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nowhere")
+    refused(inputs, said + "Native ops need a C compiler")
+
+
+def test_the_former_name_of_the_backend_warns():
+    with pytest.warns(DeprecationWarning, match="kernel_backend"), wkv_backend("torch"):
+        assert chosen_backend() == "torch"
 
 
 # --- a token's whole layer ---------------------------------------------------------------------------------
 
-BEHIND_OTHERS = {"wkv", "linear", "rwkv_layer"}
+AFTER_OTHERS = {"wkv", "linear", "rwkv_layer"}
 """What a prompt and tokens behind it call in an accelerated model."""
 
 WIDTHS = {  # those of a low-rank map are computed 128 at once, those of a register 16, 8 or 4
@@ -266,13 +309,13 @@ WIDTHS = {  # those of a low-rank map are computed 128 at once, those of a regis
 @pytest.mark.parametrize("version", [5, 6, 7])
 def test_layer_of_a_token_equals_plain(version, widths, called):
     assert_accelerated_equals_plain(causal_lm(version, **WIDTHS[widths]))
-    assert called == BEHIND_OTHERS
+    assert called == AFTER_OTHERS
 
 
 @pytest.mark.parametrize("version", [5, 6])
 def test_layer_with_a_time_mix_narrower_than_the_model(version, called):
     assert_accelerated_equals_plain(causal_lm(version, hidden_size=64, attention_size=32))
-    assert called == BEHIND_OTHERS
+    assert called == AFTER_OTHERS
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -289,13 +332,13 @@ def test_layer_of_bfloat16_rounds_no_more_than_torch(version, int8, called):
     called.clear()
     native_layers.accelerate_on_cpu(model, int8)
     assert error(step_by_step(model, *ids_and_mask()), expected) < (1.5 if int8 else 1.1) * plain
-    assert called == BEHIND_OTHERS
+    assert called == AFTER_OTHERS
 
 
 @pytest.mark.parametrize("version", [5, 6, 7])
 def test_layer_writes_the_state_as_plain_does(version):
     model, (ids, mask) = causal_lm(version), ids_and_mask()
-    with torch.no_grad(), wkv_backend("torch"):
+    with torch.no_grad(), kernel_backend("torch"):
         prompt = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).past_key_values
         expected, state = prompt.copy(), prompt.copy()
         model(ids[:, 6:7], attention_mask=mask[:, :7], past_key_values=expected)
@@ -347,7 +390,7 @@ def test_layers_that_do_not_suit_are_computed_part_by_part(version, case, called
     change, fields, rows, still_called = OTHERWISE[case]
     model = native_layers.accelerate_on_cpu(causal_lm(version, **fields))
     change(model)
-    with wkv_backend("torch"):
+    with kernel_backend("torch"):
         expected = step_by_step(model, *ids_and_mask(rows))
     assert not called
     assert error(step_by_step(model, *ids_and_mask(rows)), expected) < TOLERANCE
@@ -377,7 +420,7 @@ def test_state_of_others_is_refused(fields, rows):
     """As without native ops, and before a byte of it is read."""
     model, (ids, _) = native_layers.accelerate_on_cpu(causal_lm(7)), ids_and_mask()
     state = causal_lm(7, **fields)(ids[:rows], use_cache=True).past_key_values
-    with pytest.raises(RuntimeError, match=r"size|shape"):
+    with pytest.raises((RuntimeError, ValueError), match=r"size|shape|initial_state must be"):
         model(ids[:, :1], past_key_values=state)
 
 
@@ -523,7 +566,7 @@ def test_training_step_equals_plain(version, checkpointing, called):
     ids = torch.randint(1, 320, (2, 40))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    with wkv_backend("torch"):
+    with kernel_backend("torch"):
         plain(ids, attention_mask=mask, labels=ids).loss.backward()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -546,8 +589,6 @@ def test_built_once(cache):
 
 
 def test_refusals(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="keys of size 256 at most, got 300"):
-        wkv6(**recurrence_inputs(6, 1, 2, 1, 300, 4, torch.float32))
     with pytest.raises(ValueError, match="Linear has no RWKV block"):
         native_layers.accelerate_on_cpu(nn.Linear(2, 2))
     monkeypatch.setattr(native, "FLAGS", ("-no-such-flag",))

@@ -5,7 +5,7 @@ import torch
 from tiny import awake, text_config
 from torch.nn.functional import normalize
 
-from visualrwkv_hf import VisualRWKVForCausalLM, wkv6, wkv7, wkv_backend
+from visualrwkv_hf import VisualRWKVForCausalLM, kernel_backend, wkv6, wkv7
 
 DEVICE = "cuda"
 
@@ -35,7 +35,7 @@ def inputs_of(op, B, T, H, K, dtype):
 def run(op, inputs, backend, order):
     inputs = [x.detach().requires_grad_() for x in inputs]
     options = {} if op is wkv6 else {"min_log_decay": -0.6065306597126334}
-    with wkv_backend(backend):
+    with kernel_backend(backend):
         y, state = op(*inputs, order=order, **options)
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
     total = (y.double() * weights.double()).sum() + state.double().square().sum()
@@ -61,7 +61,7 @@ def test_op_equals_float64(op, shape, dtype):
 
 def logits_and_gradients(model, ids, backend):
     model.zero_grad()
-    with wkv_backend(backend):
+    with kernel_backend(backend):
         logits = model(ids, use_cache=False).logits.float()
         logits.square().mean().backward()
     return [logits.detach(), *(weight.grad.float() for weight in model.parameters())]
@@ -96,9 +96,9 @@ def test_generate_with_the_static_cache_equals_plain_torch(version):
     model = awake(VisualRWKVForCausalLM(text_config(version, head_dim=64, hidden_size=256)))
     model = model.to(DEVICE).float().eval()
     ids = torch.randint(1, 300, (2, 50), device=DEVICE)
-    with wkv_backend("torch"):
+    with kernel_backend("torch"):
         expected = model.generate(ids, max_new_tokens=20, do_sample=False)
-    with wkv_backend("triton"):
+    with kernel_backend("triton"):
         for cache in ("dynamic", "static"):
             actual = model.generate(ids, max_new_tokens=20, do_sample=False, cache_implementation=cache)
             assert torch.equal(actual, expected)

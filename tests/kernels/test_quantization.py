@@ -10,8 +10,6 @@ from tiny import pixels, prompt, tiny_vlm
 from tiny_training import save_tiny_model
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
-from visualrwkv_hf.dispatch import CPU_KERNELS
-
 
 def torchao_config():
     return TorchAoConfig(importlib.import_module("torchao.quantization").Int8WeightOnlyConfig())
@@ -122,8 +120,7 @@ def test_int8_weights_of_quanto_are_saved_by_quanto(tmp_path, version):
 def benchmark(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield importlib.import_module("benchmark_quantization")
-    CPU_KERNELS.clear()
+    return importlib.import_module("benchmark_quantization")
 
 
 def test_the_benchmark_has_a_row_for_every_engine(benchmark, tmp_path, capsys):

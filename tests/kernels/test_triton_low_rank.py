@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from triton_interpreter import launches
 
-from visualrwkv_hf import wkv_backend
+from visualrwkv_hf import kernel_backend
 from visualrwkv_hf.low_rank import FEW_ROWS, FUNCTIONS
 from visualrwkv_hf.low_rank import low_rank as plain
 from visualrwkv_hf.triton_kernels.low_rank import FUNCTIONS as OF_KERNEL
@@ -73,9 +73,9 @@ def test_layouts_do_not_matter():
 @pytest.mark.parametrize("B, T, launched", [(1, 1, 2), (FEW_ROWS, 1, 2), (FEW_ROWS + 1, 1, 0), (1, 2, 0)])
 def test_the_kernel_serves_few_rows_of_one_token(B, T, launched):
     x, down, up, names = inputs("tiny", B, time=(T,))
-    with wkv_backend("torch"):
+    with kernel_backend("torch"):
         expected = plain(x, down, up, names)
-    with wkv_backend("triton"), launches() as seen:
+    with kernel_backend("triton"), launches() as seen:
         actual = plain(x, down, up, names)
     assert len(seen) == launched
     for ours, theirs in zip(actual, expected):
@@ -85,7 +85,7 @@ def test_the_kernel_serves_few_rows_of_one_token(B, T, launched):
 def test_with_gradients_plain_torch_computes():
     x, down, up, names = inputs("tiny", 1)
     down[0].requires_grad_()
-    with wkv_backend("triton"), launches() as seen:
+    with kernel_backend("triton"), launches() as seen:
         plain(x, down, up, names)[0].sum().backward()
     assert not seen and down[0].grad.any()
     with pytest.raises(RuntimeError, match="low_rank has no gradient"):

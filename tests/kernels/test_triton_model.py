@@ -8,7 +8,13 @@ import torch
 from tiny import awake, text_config
 from triton_interpreter import launches
 
-from visualrwkv_hf import VisualRWKVCache, VisualRWKVForCausalLM, VisualRWKVStaticCache, dispatch, wkv_backend
+from visualrwkv_hf import (
+    VisualRWKVCache,
+    VisualRWKVForCausalLM,
+    VisualRWKVStaticCache,
+    dispatch,
+    kernel_backend,
+)
 
 B, T = 2, 37
 SCANNED = slice(8, 30)
@@ -44,7 +50,7 @@ def test_logits_and_gradients_equal_plain_torch(model, batch):
 
     def run(backend):
         model.zero_grad()
-        with wkv_backend(backend):
+        with kernel_backend(backend):
             logits = model(**batch, use_cache=False).logits[real]
             logits.square().mean().backward()
         return logits.detach(), {name: weight.grad.clone() for name, weight in model.named_parameters()}
@@ -69,7 +75,7 @@ def test_steps_equal_plain_torch(model, batch, cache):
 
     def run(backend):
         state, steps = cache(model.config), []
-        with wkv_backend(backend):
+        with kernel_backend(backend):
             model(**batch, past_key_values=state)
             for token in batch["input_ids"][:, :3].split(1, 1):
                 address = state.layers[0].recurrent_states[0].data_ptr()
@@ -92,7 +98,7 @@ def test_steps_equal_plain_torch(model, batch, cache):
 @torch.no_grad()
 def test_a_step_passes_over_pads(model, batch):
     """A finished row of a batch gets pads: its state stays as it is."""
-    with wkv_backend("triton"):
+    with kernel_backend("triton"):
         state = VisualRWKVCache(model.config)
         model(**batch, past_key_values=state)
         before = [layer.recurrent_states[0].clone() for layer in state.layers]
@@ -107,7 +113,7 @@ def test_generate_equals_plain_torch(model, batch):
     prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
     answers = []
     for backend in ("torch", "triton"):
-        with wkv_backend(backend):
+        with kernel_backend(backend):
             answers.append(model.generate(**prompt, max_new_tokens=4, do_sample=False))
     assert torch.equal(*answers)
 
@@ -120,7 +126,7 @@ def test_gradient_checkpointing_runs_the_kernels_again(model, batch):
         model(**batch, use_cache=False).logits[real].square().mean().backward()
         return [weight.grad.clone() for weight in model.parameters()]
 
-    with wkv_backend("triton"):
+    with kernel_backend("triton"):
         expected = gradients()
         model.train()
         model.activation_checkpointing_enable()
@@ -133,11 +139,11 @@ def test_gradient_checkpointing_runs_the_kernels_again(model, batch):
 
 
 def test_a_checkpoint_in_a_thread_of_autograd_computes_as_it_did(model, batch):
-    """On a GPU that is where the backward runs, and `wkv_backend` is of one thread."""
+    """On a GPU that is where the backward runs, and `kernel_backend` is of one thread."""
     model.train()
     model.activation_checkpointing_enable()
     try:
-        with wkv_backend("triton"), launches() as seen:
+        with kernel_backend("triton"), launches() as seen:
             loss = model(**batch, use_cache=False).logits.square().mean()
             forwards = len(seen)
             backward = threading.Thread(target=loss.backward)
@@ -168,7 +174,7 @@ def test_a_step_and_a_training_pass_compile_in_one_graph(batch):
 
     torch.compiler.reset()
     compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
-    with wkv_backend("triton"):
+    with kernel_backend("triton"):
         assert torch.equal(steps(compiled), steps(model.forward))
         assert all(torch.equal(*pair) for pair in zip(gradients(compiled), gradients(model.forward)))
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from visualrwkv_hf import dispatch, scan_orders, wkv
-from visualrwkv_hf.dispatch import wkv_backend
+from visualrwkv_hf.dispatch import kernel_backend
 from visualrwkv_hf.wkv import wkv6, wkv7
 
 OPS = {"wkv6": (wkv6, oracle.wkv6), "wkv7": (wkv7, oracle.wkv7)}
@@ -507,18 +507,18 @@ def no_kernels(monkeypatch):
 def test_triton_where_there_is_none_says_so(op, no_kernels):
     inputs = make_inputs(op, 5)
     with (
-        pytest.raises(RuntimeError, match=rf'wkv_backend\("triton"\) .* no {op} kernel'),
-        wkv_backend("triton"),
+        pytest.raises(RuntimeError, match=rf'kernel_backend\("triton"\) .* no {op} kernel'),
+        kernel_backend("triton"),
     ):
         OPS[op][0](*inputs)
-    with wkv_backend("auto"):
+    with kernel_backend("auto"):
         assert torch.is_tensor(OPS[op][0](*inputs)[0])
 
 
 def test_kernels_are_told_all(fake_kernels):
     order, cu_seqlens = torch.arange(5).flip(0)[None], torch.tensor([0, 2, 5])
     packed = dict(order=order, cu_seqlens=cu_seqlens)
-    with wkv_backend("triton"):
+    with kernel_backend("triton"):
         *inputs, _ = make_inputs("wkv6", 5, B=1)
         assert wkv6(*inputs, **packed)[1][5:] == (None, order, cu_seqlens)
         *inputs, _ = make_inputs("wkv7", 5, B=1)
@@ -528,11 +528,11 @@ def test_kernels_are_told_all(fake_kernels):
 @pytest.mark.parametrize("op", OPS)
 def test_backend_is_chosen_per_block(op, fake_kernels):
     *inputs, state = make_inputs(op, 5)
-    with wkv_backend("triton"):
+    with kernel_backend("triton"):
         name, given = OPS[op][0](*inputs, state)
         assert name == f"triton {op}"
         assert all(torch.equal(x, y) for x, y in zip(given, [*inputs, state]))
-        with wkv_backend("torch"):
+        with kernel_backend("torch"):
             assert torch.is_tensor(OPS[op][0](*inputs, state)[0])
         assert OPS[op][0](*inputs, state)[0] == f"triton {op}"
     assert torch.is_tensor(OPS[op][0](*inputs, state)[0]), "auto on a CPU is torch"
@@ -540,7 +540,7 @@ def test_backend_is_chosen_per_block(op, fake_kernels):
 
 def test_kernel_is_given_w_in_full(fake_kernels):
     r, w, k, v, u, state = make_inputs("wkv6", 5)
-    with wkv_backend("triton"):
+    with kernel_backend("triton"):
         _, given = wkv6(r, w[0, 0], k, v, u, state)
     assert given[1].shape == r.shape
 
@@ -556,7 +556,7 @@ def test_kernel_is_given_w_in_full(fake_kernels):
 )
 def test_choice_by_device(fake_kernels, backend, device, dtype, expected):
     r = types.SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 1, 1, 4))
-    with wkv_backend(backend):
+    with kernel_backend(backend):
         assert (dispatch.kernel("wkv7", r) is None) == (expected == "torch")
 
 
@@ -570,13 +570,13 @@ def test_what_no_kernel_serves_runs_as_torch_and_says_so_once(fake_kernels, dtyp
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert dispatch.kernel("wkv7", r) is None
-    with wkv_backend("triton"), pytest.raises(RuntimeError, match=reason):
+    with kernel_backend("triton"), pytest.raises(RuntimeError, match=reason):
         dispatch.kernel("wkv7", r)
 
 
 def test_backend_of_one_thread_is_not_that_of_another():
     seen = []
-    with wkv_backend("torch"):
+    with kernel_backend("torch"):
         thread = threading.Thread(target=lambda: seen.append(dispatch._chosen.backend))
         thread.start()
         thread.join()
@@ -585,14 +585,14 @@ def test_backend_of_one_thread_is_not_that_of_another():
 
 
 def test_backend_is_restored_after_an_error():
-    with pytest.raises(KeyError), wkv_backend("torch"):
+    with pytest.raises(KeyError), kernel_backend("torch"):
         raise KeyError
     assert dispatch._chosen.backend == "auto"
 
 
 def test_refuses_an_unknown_backend():
-    message = "Unknown WKV backend 'cuda': choose from auto, torch, triton"
-    with pytest.raises(ValueError, match=message), wkv_backend("cuda"):
+    message = "Unknown kernel backend 'cuda': choose from auto, torch, triton, native"
+    with pytest.raises(ValueError, match=message), kernel_backend("cuda"):
         pass
 
 

@@ -10,18 +10,16 @@ import typer
 from paths import EXAMPLES
 
 from visualrwkv_hf import VisualRWKVForCausalLM
-from visualrwkv_hf.dispatch import CPU_KERNELS
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="native ops need a C compiler")
 
 
 @pytest.fixture
 def example(monkeypatch, tmp_path):
-    """Imports a script as Python runs it; what it compiles and puts into the process goes with the test."""
+    """Import a script as Python runs it; the library that it compiles goes with the test."""
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield importlib.import_module
-    CPU_KERNELS.clear()
+    return importlib.import_module
 
 
 @pytest.mark.parametrize("name, timed", [("benchmark_prefill", 20), ("benchmark_decode", 1)])

@@ -12,15 +12,12 @@ import typer
 from paths import EXAMPLES
 
 from visualrwkv_hf import VisualRWKVCache, wkv7
-from visualrwkv_hf.dispatch import CPU_KERNELS
 
 
 @pytest.fixture(autouse=True)
 def native_ops(monkeypatch, tmp_path):
-    """What is compiled and put into the process goes with the test."""
+    """The compiled library goes with the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield
-    CPU_KERNELS.clear()
 
 
 @pytest.fixture

@@ -32,8 +32,6 @@ import yaml
 from hub_server import Hub
 from workplace import ROOT, TOKEN, USER, Workplace
 
-from visualrwkv_hf.dispatch import CPU_KERNELS
-
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("*/*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
@@ -197,7 +195,6 @@ def run(tmp_path, monkeypatch, hub) -> Iterator[Run]:
     monkeypatch.setattr(sys, "argv", ["page"])
     with ExitStack() as cleanup:
         yield Run(Workplace(tmp_path, hub), cleanup)
-    CPU_KERNELS.clear()
 
 
 @pytest.mark.parametrize("page", [name for name in NAMES if blocks_of(name)])

@@ -29,6 +29,8 @@ PARTS = {
 """Package -> its folder."""
 TEST_MODULES = {path.stem for path in TESTS.rglob("*.py")} | {"tests", "oracles", "support"}
 KERNELS = "visualrwkv_hf.triton_kernels"
+KERNEL_PACKAGES = (KERNELS, "visualrwkv_hf.cpu.kernels")
+"""Packages of kernels: `dispatch.py` alone imports them, late."""
 
 
 class Import(NamedTuple):
@@ -47,7 +49,7 @@ class Import(NamedTuple):
 
     @property
     def is_kernel(self) -> bool:
-        return self._is_below(KERNELS)
+        return any(self._is_below(package) for package in KERNEL_PACKAGES)
 
     @property
     def is_conversion(self) -> bool:

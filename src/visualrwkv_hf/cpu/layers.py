@@ -18,14 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
 from ..cache_visualrwkv import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, VisualRWKVCacheLayer
-from ..dispatch import native_serves
+from ..dispatch import chosen_backend
 from ..modeling_rwkv import CHANNEL_MIX, DECAY_SCALE, TIME_MIX, RwkvBlock
-from ..token_order import AS_IT_COMES, Reading
-from .ops import MAX_ROWS, build_native_ops, call, is_built, linear, pointers
+from ..token_order import Reading
+from .ops import MAX_ROWS, build_native_ops, call, linear, pointers, unsupported
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Of models that have native ops."""
@@ -46,7 +45,11 @@ def is_plain(weight: Tensor) -> bool:
 
 def _serves(x: Tensor) -> bool:
     """Whether `linear` computes x W^T: it has few rows."""
-    return is_built() and native_serves(x) and x.numel() <= MAX_ROWS * x.shape[-1]
+    return (
+        chosen_backend() in ("auto", "native")
+        and x.numel() <= MAX_ROWS * x.shape[-1]
+        and not unsupported("linear", x, gradient=torch.is_grad_enabled())
+    )
 
 
 class NativeLinear(nn.Linear):
@@ -145,39 +148,37 @@ _LINEAR_OF_TIME_MIX = ("receptance", "key", "value", "gate", "output")
 _LINEAR_OF_CHANNEL_MIX = ("key", "value", "receptance")
 
 
-class NativeBlock(RwkvBlock):
-    """A block that reads a token behind others in one call, in float32 whatever the dtype of its weights.
+def decode_block(
+    block: RwkvBlock,
+    hidden_states: Tensor,
+    v_first: Tensor | None,
+    state: VisualRWKVCacheLayer,
+    reading: Reading,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Compute `RwkvBlock.forward` of one token in one call, in float32 whatever the dtype of the weights.
 
-    It does so while its parts are those that `accelerate_on_cpu` left: not replaced (LoRA), nor watched by hooks.
+    Args:
+        block: the block.
+        hidden_states: x, [B, 1, C].
+        v_first: layer 0's values [B, 1, A] (RWKV-7), None in layer 0.
+        state: what the block has read before, which is written in place.
+        reading: its `order` [B, 1] is negative at pads.
+
+    Returns:
+        What the block returns, or None where its parts have to compute it one by one: they have been replaced (LoRA)
+        or are watched by hooks, there are too many rows, or a weight or a state is not as ops.c reads it.
     """
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        v_first: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        reading: Reading = AS_IT_COMES,
-        backend: str | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See [`RwkvBlock.forward`]."""
-        state = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        if _is_next_token(hidden_states, state) and _has_native_parts(self):
-            weights = _Weights.of(self)
-            states = (
-                *(state.conv_states[which] for which in (TIME_MIX_SHIFT, CHANNEL_MIX_SHIFT)),
-                state.wkv_state(),
-            )
-            if weights.suit(hidden_states, states):
-                mask = None if reading.order is None else reading.order >= 0
-                return _read(self, weights, hidden_states, v_first, states, mask)
-        return super().forward(hidden_states, v_first, past_key_values, reading, backend)
-
-
-def _is_next_token(hidden_states: Tensor, state: VisualRWKVCacheLayer | None) -> bool:
-    """Whether `hidden_states` [B, T, C] are of one token, behind others, in a state that may be written to."""
-    if hidden_states.shape[1] != 1 or state is None or state.record_past:
-        return False
-    return state.wkv_state() is not None and _serves(hidden_states)
+    if not _serves(hidden_states) or not _has_native_parts(block):
+        return None
+    weights = _Weights.of(block)
+    states = (
+        *(state.conv_states[which] for which in (TIME_MIX_SHIFT, CHANNEL_MIX_SHIFT)),
+        state.wkv_state(),
+    )
+    if not weights.suit(hidden_states, states):
+        return None
+    mask = None if reading.order is None else reading.order >= 0
+    return _read(block, weights, hidden_states, v_first, states, mask)
 
 
 def _has_native_parts(block: RwkvBlock) -> bool:
@@ -294,7 +295,7 @@ def accelerate_on_cpu(model: PreTrainedModel, int8: bool = False) -> PreTrainedM
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no RWKV block to accelerate.")
     for block in blocks:
-        block.__class__ = NativeBlock  # in place: its hooks stay
+        block.accelerated = True
         for part in (block.att, block.ffn):
             for name, module in part.named_children():
                 if type(module) is nn.Linear:

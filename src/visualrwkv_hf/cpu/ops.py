@@ -22,9 +22,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import CPU_KERNELS
-from ..modeling_rwkv import DECAY_SCALE
-
 SOURCE = Path(__file__).with_name("ops.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC")
@@ -41,6 +38,8 @@ COLUMNS, MAX_KEYS = 64, 256
 SEGMENT = 16
 """Tokens whose states a thread holds in the backward: 256 KB for a head of 64."""
 
+RECURRENCES = ("wkv6", "wkv7")
+
 MAX_ROWS = 8
 """Up to here a product takes as long as its weights take from memory."""
 
@@ -48,13 +47,13 @@ _ADDRESS, _NUMBER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 ARGUMENTS = {
     "wkv": [ctypes.c_int, *[_NUMBER] * 4, *[_ADDRESS] * 11],
     "wkv_backward": [ctypes.c_int, *[_NUMBER] * 6, *[_ADDRESS] * 20],
-    "rwkv7_decode": [ctypes.c_int, *[_NUMBER] * 3, *[_FLOAT] * 2, *[_ADDRESS] * 19],
     "linear": [ctypes.c_int, *[_NUMBER] * 4, *[_ADDRESS] * 4],
     "rwkv_layer": [ctypes.c_int, *[_FLOAT] * 3, *[_ADDRESS] * 9],
 }
 """Of the functions in ops.c."""
 
 _library: ctypes.CDLL | None = None
+_failure = ""
 
 
 def build_native_ops(folder: str | Path | None = None) -> Path:
@@ -79,7 +78,6 @@ def build_native_ops(folder: str | Path | None = None) -> Path:
     for name, arguments in ARGUMENTS.items():
         function = getattr(_library, name)
         function.argtypes, function.restype = arguments, None
-    CPU_KERNELS.update(wkv6=wkv6, wkv7=wkv7, rwkv7_decode=rwkv7_decode)
     return path
 
 
@@ -159,8 +157,6 @@ class WkvFunction(Function):
         order: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        if r.shape[-1] > MAX_KEYS:
-            raise ValueError(f"Native ops serve keys of size {MAX_KEYS} at most, got {r.shape[-1]}.")
         ctx.save_for_backward(r, w, k, v, a, b, u, initial_state, order, cu_seqlens)
         begin, tokens = _tokens(r, order, cu_seqlens)
         state = _state(r, v, begin, initial_state)
@@ -208,39 +204,6 @@ def _state(r: Tensor, v: Tensor, begin: Tensor, initial_state: Tensor | None) ->
     return initial_state.clone(memory_format=torch.contiguous_format)
 
 
-def rwkv7_decode(
-    r: Tensor,
-    decay: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rate: Tensor,
-    gate: Tensor,
-    state: Tensor,
-    w0: Tensor,
-    a0: Tensor,
-    k_k: Tensor,
-    k_a: Tensor,
-    r_k: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    value_gate: Tensor | None = None,
-    v_first: Tensor | None = None,
-    v0: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """One token of RWKV-7, from the matrix products to what `output` reads; `state` is written in place.
-
-    Arguments and result: see `triton_kernels.decode.rwkv7_decode`.
-    """
-    B, H, K, _ = state.shape
-    out = torch.empty(r.shape)
-    tokens = (_floats(x) for x in (r, decay, k, v, rate, gate, value_gate, v_first))
-    weights = (_floats(x) for x in (w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias))
-    call("rwkv7_decode", B, H, K, eps, DECAY_SCALE, *tokens, *weights, mask, state, out)
-    return out.to(r.dtype)
-
-
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """scale * (x W^T), in float32 but for W, for a few rows x.
 
@@ -283,9 +246,38 @@ def pointers(*tensors: Tensor | None) -> ctypes.Array:
     return (_ADDRESS * len(tensors))(*[x if x is None else x.data_ptr() for x in tensors])
 
 
-def is_built() -> bool:
-    """Whether this process has the library."""
-    return _library is not None
+def unsupported(op: str, *tensors: Tensor, gradient: bool) -> str:
+    """Return why the native op cannot be used for these tensors; empty if it can.
+
+    Args:
+        op: "wkv6" or "wkv7" with r and v; "linear" or "block_decode" with x.
+        tensors: see `op`.
+        gradient: whether the op's gradient will be needed. Only the recurrences have one.
+    """
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot trace native ops"
+    for x in tensors:
+        if x.device.type != "cpu":
+            return f"native ops need tensors on a CPU, not on {x.device.type}"
+        if x.dtype == torch.float64:
+            return "native ops compute in float32, not in float64"
+    if op in RECURRENCES:
+        if tensors[0].shape[-1] > MAX_KEYS:
+            return f"keys of {tensors[0].shape[-1]} elements are larger than {MAX_KEYS}"
+    elif gradient:
+        return f"{op} has no gradient"
+    return unusable()
+
+
+def unusable() -> str:
+    """Return why no native op can run in this process; empty if the library is loaded, which this tries first."""
+    global _failure
+    if _library is None and not _failure:
+        try:
+            build_native_ops()
+        except RuntimeError as error:
+            _failure = str(error)
+    return _failure
 
 
 __all__ = ["build_native_ops"]

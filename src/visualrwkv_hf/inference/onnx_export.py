@@ -21,7 +21,7 @@ from torch import nn
 from torch.export import Dim
 from torch.nn import functional as F
 
-from ..dispatch import wkv_backend
+from ..dispatch import kernel_backend
 from ..image_processing_visualrwkv import GRIDS_700, VisualRWKVImageProcessor
 from ..modeling_visualrwkv import VisualRWKVForConditionalGeneration, VisualTokenCompressor, is_trivial
 from ..processing_visualrwkv import SHORT_ANSWER, TURN_END, VisualRWKVProcessor
@@ -194,7 +194,7 @@ def export_onnx(
     if model.dtype != torch.float32:
         raise ValueError(f"The model must be loaded with dtype=torch.float32 for ONNX, got {model.dtype}.")
     chat = chat_description(model, processor)
-    with torch.no_grad(), wkv_backend("torch"):
+    with torch.no_grad(), kernel_backend("torch"):
         graphs = {name: trace(model) for name, trace in GRAPHS.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_graphs(graphs, folder)
