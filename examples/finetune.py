@@ -1,15 +1,15 @@
-"""Fine-tunes a VisualRWKV on pictures and conversations: transformers' Trainer with the original's recipe.
+"""Fine-tune a VisualRWKV on pictures and conversations, with transformers' Trainer and the original's recipe.
 
     python examples/finetune.py --model MODEL --data train.json --image-folder pictures --output-dir out --preset stage2
 
-MODEL is a folder or a Hub id; train.json holds LLaVA conversations or chat messages (JSON or JSON lines). A preset is
-a YAML file of options, of `examples/presets` by its name or by its path; options on the command line come on top.
-Every option of transformers' TrainingArguments is one, for example:
+MODEL is a folder or a Hub id. train.json holds LLaVA conversations or chat messages, as JSON or JSON lines. A preset is
+a YAML file of options: a name from `examples/presets` or a path. Options on the command line override the preset.
+Every field of transformers' TrainingArguments is an option, for example:
 
-    --eval-data val.json --eval-strategy steps --eval-steps 200     the loss on other data, while training
-    --resume-from-checkpoint last                                   go on behind the newest checkpoint, if there is one
-    --bf16 --gradient-checkpointing                                 on a GPU
-    --push-to-hub --hub-model-id me/my-model                        with a card that says what it was trained on
+    --eval-data val.json --eval-strategy steps --eval-steps 200     evaluate the loss on other data during training
+    --resume-from-checkpoint last                                   continue from the newest checkpoint, if there is one
+    --bf16 --activation-checkpointing                               compute in bfloat16 and save memory, on a GPU
+    --push-to-hub --hub-model-id me/my-model                        upload, with a card that says how it was trained
 
 On several GPUs: `accelerate launch --config_file examples/accelerate/ddp.yaml examples/finetune.py ...`.
 """
@@ -17,7 +17,7 @@ On several GPUs: `accelerate launch --config_file examples/accelerate/ddp.yaml e
 import argparse
 import hashlib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -47,52 +47,69 @@ def described(text: str) -> dict[str, str]:
 
 @dataclass
 class FinetuneArguments:
-    """What is trained, and on what."""
+    """Which model and parts are trained, and on which data."""
 
     model: str = field(metadata=described("Folder or Hub id of the model to start from."))
-    data: str = field(metadata=described("LLaVA conversations or chat messages: .json or .jsonl."))
+    data: str = field(metadata=described("File of LLaVA conversations or chat messages, .json or .jsonl."))
     image_folder: str | None = field(
-        default=None, metadata=described("Where the pictures' paths start; by default beside the data.")
+        default=None,
+        metadata=described("Folder that relative picture paths start from. Default: the folder of the data."),
     )
     eval_data: str | None = field(
-        default=None, metadata=described("Data to evaluate on; at the end, or as --eval-strategy says.")
+        default=None,
+        metadata=described("Data to evaluate on, once at the end unless --eval-strategy says otherwise."),
     )
     preset: str | None = field(
-        default=None, metadata=described("stage1, stage2, lora or a YAML file of options.")
+        default=None, metadata=described("stage1, stage2, lora, or the path of a YAML file of options.")
     )
     train: list[str] = field(
         default_factory=lambda: ["projector", "language_model"],
         metadata=described("Parts to train: projector, language_model, embeddings, vision_tower."),
     )
     prompt_format: str | None = field(
-        default=None, metadata=described("A release's way to write a conversation, e.g. v6.0.")
+        default=None,
+        metadata=described("Release whose prompt format to use, for example v6.0. Default: the model's."),
     )
     max_length: int | None = field(
-        default=None, metadata=described("Longest sequence in tokens, pictures included; text behind is cut.")
+        default=None,
+        metadata=described("Maximum number of tokens in a sequence, pictures included. Longer text is cut."),
     )
     on_bad_sample: Literal["raise", "skip"] = field(
-        default="raise", metadata=described("What to do with a sample that cannot be read.")
+        default="raise",
+        metadata=described(
+            "Whether a sample that cannot be read ends the training or is skipped with a warning."
+        ),
     )
     loss_reduction: Literal["sample", "token"] | None = field(
-        default=None, metadata=described("By default the model's own.")
+        default=None,
+        metadata=described(
+            "Average the loss within each sample first, or over all tokens. Default: the model's setting."
+        ),
     )
     dtype: str = field(
-        default="float32", metadata=described("Of the weights; computation in bfloat16 is --bf16.")
+        default="float32",
+        metadata=described(
+            "Data type of the weights. Use --bf16 to compute in bfloat16 with float32 weights."
+        ),
     )
     lora: bool = field(
-        default=False, metadata=described("Train LoRA adapters of the language model (needs peft).")
+        default=False, metadata=described("Train LoRA adapters in the language model (requires peft).")
     )
-    lora_r: int = field(default=16, metadata=described("Rank."))
-    lora_alpha: int = field(default=32, metadata=described("Scale."))
-    lora_dropout: float = field(default=0.0, metadata=described("Dropout in front of the adapters."))
+    lora_r: int = field(default=16, metadata=described("Rank of the adapters."))
+    lora_alpha: int = field(
+        default=32, metadata=described("Scale: the adapters' output is multiplied by alpha / r.")
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata=described("Dropout probability of the adapters' input.")
+    )
     merge_lora: bool = field(
         default=False,
-        metadata=described("Save the whole model with the adapters merged, in place of adapters."),
+        metadata=described("Merge the adapters into the weights and save the whole model."),
     )
 
 
 def parse(arguments: list[str]) -> tuple[FinetuneArguments, VisualRWKVTrainingArguments]:
-    """Options: the command line's, else the preset's, else the defaults."""
+    """Parse the command line. An option that it does not give comes from the preset, or else is the default."""
     parser = HfArgumentParser((FinetuneArguments, VisualRWKVTrainingArguments), description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(report_to="tensorboard" if is_tensorboard_available() else "none")
@@ -103,16 +120,24 @@ def parse(arguments: list[str]) -> tuple[FinetuneArguments, VisualRWKVTrainingAr
         if unknown := set(options) - {action.dest for action in parser._actions}:
             parser.error(f"{preset} has unknown options: {', '.join(sorted(unknown))}.")
         parser.set_defaults(**options)
-    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    try:
+        return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    except ValueError as refusal:  # by the training arguments
+        parser.error(str(refusal))
 
 
 def read_preset(name: str) -> dict:
+    """Read the options of a preset. Older versions of transformers have the old name of activation checkpointing."""
     named = PRESETS / f"{name}.yaml"
-    return yaml.safe_load((named if named.exists() else Path(name)).read_text(encoding="utf-8"))
+    options = yaml.safe_load((named if named.exists() else Path(name)).read_text(encoding="utf-8"))
+    known = {option.name for option in fields(VisualRWKVTrainingArguments)}
+    if "activation_checkpointing" in options and "activation_checkpointing" not in known:
+        options["gradient_checkpointing"] = options.pop("activation_checkpointing")
+    return options
 
 
 def load_model(options: FinetuneArguments) -> torch.nn.Module:
-    """The model with its frozen parts, and with adapters where asked for."""
+    """Load the model, freeze the parts that are not trained, and add adapters if asked to."""
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=options.dtype)
     if options.loss_reduction:
         model.config.text_config.loss_reduction = options.loss_reduction
@@ -131,16 +156,14 @@ def load_model(options: FinetuneArguments) -> torch.nn.Module:
 
 
 def card_of(options: FinetuneArguments, trainer: VisualRWKVTrainer) -> str:
-    """The model card: what it was trained on and how."""
+    """Return the model card: what the model was trained on and how."""
     arguments, data = trainer.args, Path(options.data)
-    is_folder = Path(options.model).exists()
     facts = {
-        "base model": f"`{Path(options.model).name if is_folder else options.model}`",
         "data": f"`{data.name}`, sha256 `{hashlib.sha256(data.read_bytes()).hexdigest()}`",
         "samples": len(trainer.train_dataset),
         "preset": options.preset or "none",
         "trained parts": ", ".join(options.train)
-        + (f" (LoRA of rank {options.lora_r})" if options.lora else ""),
+        + (f" (LoRA, rank {options.lora_r})" if options.lora else ""),
         "epochs": f"{trainer.state.epoch:.2f}",
         "steps": trainer.state.global_step,
         "batch": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
@@ -152,7 +175,7 @@ def card_of(options: FinetuneArguments, trainer: VisualRWKVTrainer) -> str:
     return training_card(
         title,
         facts,
-        base_model=None if is_folder else options.model,
+        base_model=options.model,
         is_adapter=options.lora and not options.merge_lora,
     )
 

@@ -336,7 +336,7 @@ class VisualRWKVConfig(PreTrainedConfig):
 
     model_type = "visualrwkv"
     sub_configs = {"text_config": VisualRWKVTextConfig, "vision_config": VisualRWKVVisionConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]  # so that predictions are logits
 
     text_config: PartConfig = None
     vision_config: PartConfig = None

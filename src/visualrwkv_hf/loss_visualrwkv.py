@@ -40,6 +40,7 @@ class _Targets(NamedTuple):
     ids: torch.Tensor  # [B T] the label of the position behind it, -100: none
     weights: torch.Tensor  # [B T] share of its cross entropy in the loss, float32
     pull: float  # strength of L2Wrap per position
+    smoothing: float  # share of a uniform distribution in each target
 
 
 def visualrwkv_loss(
@@ -47,6 +48,7 @@ def visualrwkv_loss(
     labels: torch.Tensor,
     config: PreTrainedConfig,
     num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """The training loss of `logits` [B, T, vocab_size] for `labels` [B, T], as a scalar.
 
@@ -56,6 +58,8 @@ def visualrwkv_loss(
         config: the language model's; `loss_reduction` and `l2_wrap` are read.
         num_items_in_batch: with `loss_reduction="token"`, the number of labels that the sum is divided by
             (gradient accumulation); by default those of this batch.
+        label_smoothing: epsilon of smoothed targets, (1 - epsilon) one-hot + epsilon / vocab_size (Szegedy et al.
+            2016, section 7).
 
     Raises:
         ValueError: if the shapes differ.
@@ -64,7 +68,7 @@ def visualrwkv_loss(
         raise ValueError(
             f"logits are for {tuple(logits.shape[:2])} positions, labels for {tuple(labels.shape)}."
         )
-    targets = _targets(labels.to(logits.device), config, num_items_in_batch)
+    targets = _targets(labels.to(logits.device), config, num_items_in_batch, label_smoothing)
     return _weighted_loss(logits.flatten(0, 1), *targets)
 
 
@@ -74,6 +78,7 @@ def sliced_loss(
     labels: torch.Tensor,
     config: PreTrainedConfig,
     num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """`visualrwkv_loss(lm_head(hidden_states), ...)`, with at most `LOGITS_AT_ONCE` logits held at a time.
 
@@ -86,29 +91,42 @@ def sliced_loss(
         labels: token ids, -100 where there is none, [B, T].
         config: the language model's.
         num_items_in_batch: see [`visualrwkv_loss`].
+        label_smoothing: see [`visualrwkv_loss`].
     """
-    ids, weights, pull = _targets(labels.to(hidden_states.device), config, num_items_in_batch)
+    ids, weights, pull, smoothing = _targets(
+        labels.to(hidden_states.device), config, num_items_in_batch, label_smoothing
+    )
     positions = max(1, LOGITS_AT_ONCE // config.vocab_size)
 
     def loss_of(hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return _weighted_loss(lm_head(hidden_states), ids, weights, pull)
+        return _weighted_loss(lm_head(hidden_states), ids, weights, pull, smoothing)
 
     slices = (x.split(positions) for x in (hidden_states.flatten(0, 1), ids, weights))
     return torch.stack([checkpoint(loss_of, *parts, use_reentrant=False) for parts in zip(*slices)]).sum()
 
 
+def loss_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return those keyword arguments of a model's `forward` that its loss reads."""
+    return {name: kwargs[name] for name in ("num_items_in_batch", "label_smoothing") if name in kwargs}
+
+
 def _targets(
-    labels: torch.Tensor, config: PreTrainedConfig, num_items_in_batch: torch.Tensor | int | None
+    labels: torch.Tensor,
+    config: PreTrainedConfig,
+    num_items_in_batch: torch.Tensor | int | None,
+    label_smoothing: float,
 ) -> _Targets:
     ids = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # [B, T]
     weights = REDUCTIONS[config.loss_reduction](ids != IGNORE_INDEX, num_items_in_batch)
-    return _Targets(ids.flatten(), weights.flatten(), config.l2_wrap / ids.numel())
+    return _Targets(ids.flatten(), weights.flatten(), config.l2_wrap / ids.numel(), label_smoothing)
 
 
 def _weighted_loss(
-    logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, pull: float
+    logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, pull: float, smoothing: float
 ) -> torch.Tensor:
-    losses = F.cross_entropy(logits.float(), ids, ignore_index=IGNORE_INDEX, reduction="none")  # [N]
+    losses = F.cross_entropy(  # [N]
+        logits.float(), ids, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=smoothing
+    )
     loss = (losses * weights).sum()
     return L2Wrap.apply(loss, logits, pull) if pull else loss
 

@@ -29,7 +29,7 @@ from .cache_visualrwkv import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, VisualRWKVCache
 from .configuration_visualrwkv import VisualRWKVTextConfig
 from .dispatch import accelerated_ops, chosen_backend, kernel, kernel_backend
 from .generation_visualrwkv import VisualRWKVGenerationMixin
-from .loss_visualrwkv import LateLogits, is_worth_slicing, sliced_loss, visualrwkv_loss
+from .loss_visualrwkv import LateLogits, is_worth_slicing, loss_options, sliced_loss, visualrwkv_loss
 from .low_rank import low_rank
 from .remote_code import ship_remote_code
 from .token_order import AS_IT_COMES, Reading, last_token, readings_of, token_shift
@@ -674,13 +674,29 @@ class VisualRWKVPreTrainedModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
     ) -> None:
-        """As [`~transformers.PreTrainedModel.save_pretrained`], with the code that loads it anywhere."""
+        """Save as [`~transformers.PreTrainedModel.save_pretrained`] does, with the code that loads the model anywhere.
+
+        A model with adapters (`add_adapter`, `load_adapter`) saves these alone, as transformers does: their folder
+        has no `config.json` and needs no code.
+        """
         if push_to_hub:  # by way of `push_to_hub()`, which saves the code before it uploads
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
             kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
+        make_base_paths_absolute(self)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
+        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
             ship_remote_code(save_directory)
+
+
+def make_base_paths_absolute(model: nn.Module) -> None:
+    """Make the folder that a model's adapters name as their base model absolute, if it is a folder.
+
+    A relative path would be written into `adapter_config.json` and found from one working directory only.
+    """
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        folder = getattr(config, "base_model_name_or_path", None)
+        if folder and Path(folder).is_dir():
+            config.base_model_name_or_path = str(Path(folder).resolve())
 
 
 def _refuse_misfit(model_name: str, source: object, info: dict) -> None:
@@ -880,13 +896,13 @@ class VisualRWKVForCausalLM(VisualRWKVPreTrainedModel, VisualRWKVGenerationMixin
             hidden_states=outputs.hidden_states,
         )
         if is_worth_slicing(hidden_states, labels, config.vocab_size):
-            loss = sliced_loss(hidden_states, self.lm_head, labels, config, kwargs.get("num_items_in_batch"))
+            loss = sliced_loss(hidden_states, self.lm_head, labels, config, **loss_options(kwargs))
             return LateCausalLMOutputWithPast(loss=loss, **rest).computing(
                 partial(self.lm_head, hidden_states)
             )
         logits, loss = self.lm_head(kept_positions(hidden_states, logits_to_keep)), None
         if labels is not None:
-            loss = visualrwkv_loss(logits, labels, config, kwargs.get("num_items_in_batch"))
+            loss = visualrwkv_loss(logits, labels, config, **loss_options(kwargs))
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
 

@@ -16,7 +16,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 from .configuration_visualrwkv import VisualRWKVConfig
 from .generation_visualrwkv import VisualRWKVGenerationMixin
-from .loss_visualrwkv import LateLogits, is_worth_slicing, sliced_loss, visualrwkv_loss
+from .loss_visualrwkv import LateLogits, is_worth_slicing, loss_options, sliced_loss, visualrwkv_loss
 from .modeling_rwkv import (
     RwkvBlock,
     VisualRWKVPreTrainedModel,
@@ -401,13 +401,13 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, VisualRWKVGe
             image_hidden_states=outputs.image_hidden_states,
         )
         if is_worth_slicing(hidden_states, labels, config.vocab_size):
-            loss = sliced_loss(hidden_states, self.lm_head, labels, config, kwargs.get("num_items_in_batch"))
+            loss = sliced_loss(hidden_states, self.lm_head, labels, config, **loss_options(kwargs))
             return LateVisualRWKVCausalLMOutputWithPast(loss=loss, **rest).computing(
                 partial(self.lm_head, hidden_states)
             )
         logits, loss = self.lm_head(kept_positions(hidden_states, logits_to_keep)), None
         if labels is not None:
-            loss = visualrwkv_loss(logits, labels, config, kwargs.get("num_items_in_batch"))
+            loss = visualrwkv_loss(logits, labels, config, **loss_options(kwargs))
         return VisualRWKVCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
 

@@ -13,6 +13,7 @@ import pytest
 import tiny_training
 import torch
 import transformers
+import yaml
 from hub_client import client_process, weights_of
 from hub_server import Hub
 from PIL import Image
@@ -38,7 +39,9 @@ from visualrwkv_hf import (
     learning_rate_at,
     load_conversations,
     train_only,
+    training_card,
 )
+from visualrwkv_hf.training.card import base_model_of
 from visualrwkv_hf.training.conversations import sample_order
 
 STEPS = 6
@@ -190,7 +193,9 @@ def test_the_command_line_comes_on_top_of_a_preset(command):
     options, arguments = finetune_module().parse([*map(str, command), "--train", "vision_tower"])
     assert (arguments.learning_rate, arguments.learning_rate_final) == (1e-3, 1.5e-5)
     assert (
-        options.train == ["vision_tower"] and options.max_length == 2048 and arguments.gradient_checkpointing
+        options.train == ["vision_tower"]
+        and options.max_length == 2048
+        and arguments.activation_checkpointing
     )
 
 
@@ -199,6 +204,28 @@ def test_presets_are_options(preset, command):
     options, arguments = finetune_module().parse([*map(str, command), "--preset", preset])
     assert options.preset == preset and arguments.learning_rate_final < arguments.learning_rate
     assert arguments.weight_decay == 0 and arguments.max_grad_norm == 1
+    assert bool(arguments.activation_checkpointing) == (preset == "stage2")
+
+
+def test_a_refused_option_is_a_sentence_of_the_command_line(command, capsys):
+    with pytest.raises(SystemExit):
+        finetune_module().parse([*map(str, command), "--use-liger-kernel"])
+    assert "error: use_liger_kernel: the Liger kernels do not support" in capsys.readouterr().err
+
+
+def test_a_card_names_the_base_model_and_never_its_path(tmp_path):
+    folder = tmp_path / "colours"
+    folder.mkdir()
+    assert base_model_of("me/colours-base") == "me/colours-base"
+    assert base_model_of(str(folder)) == "colours"
+    (folder / "README.md").write_text("---\nlicense: mit\nbase_model: me/first\n---\n# Colours\n")
+    assert base_model_of(str(folder)) == "me/first"
+    for broken in ("---\nbase_model: [\n---\n", "# no metadata", f"---\nbase_model: {tmp_path}\n---\n"):
+        (folder / "README.md").write_text(broken)
+        assert base_model_of(str(folder)) == "colours"
+    card = training_card("a title", {"steps": 2}, base_model="me/first", is_adapter=True)
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "me/first"
+    assert 'base, adapter = "me/first"' in card and "PeftModel.from_pretrained(model, adapter)" in card
 
 
 def test_evaluation_while_training(command, data, tmp_path):

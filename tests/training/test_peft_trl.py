@@ -107,7 +107,8 @@ def test_finetune_with_lora_saves_adapters_or_the_merged_model(data, tmp_path):
     expected = logits(adapted, batch)
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged, batch), expected, atol=1e-4, rtol=1e-4)
-    assert "library_name: peft" in (tmp_path / "adapter" / "README.md").read_text()
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "library_name: peft" in card and "base_model: base" in card
     assert "library_name: transformers" in (tmp_path / "merged" / "README.md").read_text()
     trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all("lora_" in name or "multi_modal_projector" in name for name in trained)

@@ -1,209 +1,84 @@
-"""The original's training recipe on transformers' Trainer: what is trained, how fast, and whole checkpoints."""
+"""transformers' Trainer with the original's recipe, whole checkpoints and losses that the model itself computes."""
 
-import math
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from .conversations import sample_order
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
-
-TRAINABLE_PARTS = {
-    "vision_tower": ("model.vision_tower.",),
-    "projector": ("model.multi_modal_projector.", "model.compressor."),
-    "embeddings": ("model.language_model.embed_tokens.",),
-    "language_model": ("model.language_model.", "lm_head."),
-}
-"""Part of a model -> how its parameters' names begin; the first that fits counts. Stage 1 of the original trains
-"projector", stage 2 "projector" and "language_model"; embeddings are never trained there."""
-
-LORA_TARGETS = r".*language_model\.layers\.\d+\..*\.(receptance|key|value|gate|output)"
-"""The matrices of the time mix and of the channel mix."""
-
-WARM_UP_START = 0.1
-"""Share of the learning rate at which the original's warm-up starts."""
-
-UNFINISHED = "_unfinished"
-"""Where a checkpoint stands while it is written. What begins with "_" is not pushed to the Hub."""
-
-
-def part_of(name: str) -> str:
-    """The part that a parameter belongs to, by its name in [`VisualRWKVForConditionalGeneration`]."""
-    return next(part for part, starts in TRAINABLE_PARTS.items() if name.startswith(starts))
-
-
-def train_only(model: nn.Module, parts: Collection[str]) -> int:
-    """Freezes all but these parts of a [`VisualRWKVForConditionalGeneration`].
-
-    A head that is tied to the embedding is a part of the embedding.
-
-    Args:
-        model: the model.
-        parts: names in `TRAINABLE_PARTS`.
-
-    Returns:
-        How many parameters are trained.
-
-    Raises:
-        ValueError: a part is unknown, or none is given.
-    """
-    if not parts or not set(parts) <= set(TRAINABLE_PARTS):
-        raise ValueError(
-            f"The parts to train must be some of {', '.join(TRAINABLE_PARTS)}, got {list(parts)}."
-        )
-    for name, weight in model.named_parameters():
-        weight.requires_grad_(part_of(name) in parts)
-    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-
-
-def lora_config(train_projector: bool = True, **kwargs: Any) -> "LoraConfig":
-    """PEFT's configuration for the language model's matrices.
-
-    Args:
-        train_projector: whether the projector is trained too, as a whole.
-        kwargs: fields of `peft.LoraConfig`, e.g. `r`, `lora_alpha`, `lora_dropout`; `target_modules` replaces ours.
-    """
-    from peft import LoraConfig
-
-    defaults = {
-        "target_modules": LORA_TARGETS,
-        "modules_to_save": ["multi_modal_projector"] if train_projector else None,
-    }
-    return LoraConfig(**{**defaults, **kwargs})
-
-
-def learning_rate_at(
-    step: int,
-    *,
-    initial: float,
-    final: float,
-    total_steps: int,
-    warmup_steps: int = 0,
-    accumulation: int = 1,
-) -> float:
-    r"""The original's learning rate of an optimizer step.
-
-    $lr = final + (initial - final) \cdot \frac{1 + \cos \pi p}{2}$ with $p = \frac{s - w + 1/a}{t - w}$ in [0, 1];
-    the original counts micro-batches, hence 1/a. During warm-up times $0.1 + 0.9 s / w$.
-
-    Args:
-        step: s, from 0.
-        initial: at the start.
-        final: at the end.
-        total_steps: t.
-        warmup_steps: w.
-        accumulation: a, micro-batches of a step.
-    """
-    progress = (step - warmup_steps + 1 / accumulation) / max(1, total_steps - warmup_steps)
-    progress = min(1.0, max(0.0, progress))
-    rate = final + (initial - final) * (1 + math.cos(math.pi * progress)) / 2
-    if step < warmup_steps:
-        rate *= WARM_UP_START + (1 - WARM_UP_START) * step / warmup_steps
-    return rate
-
-
-class OriginalOrder(Sampler):
-    """The original's order of the samples: cubes modulo a prime, counted on from epoch to epoch.
-
-    An optimizer step reads the samples of the original's step, whatever share of them each process takes.
-
-    Args:
-        num_samples: in the data, at least 3.
-        batch_size: samples of an optimizer step over all processes. An epoch is whole steps: the rest of the data
-            has its turn in the next one.
-        repeat: how the data is read again, see [`sample_order`].
-    """
-
-    def __init__(self, num_samples: int, batch_size: int, repeat: Literal["reversed", "permuted"]):
-        self.num_samples, self.repeat, self.epoch = num_samples, repeat, 0
-        self.length = max(1, num_samples // batch_size) * batch_size
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(sample_order(self.num_samples, self.epoch, self.length, 1, repeat=self.repeat))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Trainer says which epoch begins."""
-        self.epoch = epoch
-
-
-ORIGINAL_ORDERS: dict[str, Literal["reversed", "permuted"]] = {
-    "original": "reversed",
-    "original_v7.01": "permuted",
-}
-"""Sampling strategy -> how the data is read again."""
-
-SAMPLING_STRATEGIES = ["random", "sequential", "group_by_length", "batch_rebalance", *ORIGINAL_ORDERS]
-
-
-@dataclass
-class VisualRWKVTrainingArguments(TrainingArguments):
-    """Trainer's arguments with the original's betas, and its schedule where `learning_rate_final` is given.
-
-    The defaults that differ: `adam_beta2` 0.99; no column of a row is removed (the collator reads them); evaluation
-    keeps the loss and no logits; a loss that is NaN is no longer hidden from the log, for it stops the training.
-    """
-
-    learning_rate_final: float | None = field(
-        default=None,
-        metadata={
-            "help": "Where the original's cosine ends; the same as learning_rate: constant. None: the schedule "
-            "is lr_scheduler_type's."
-        },
-    )
-    train_sampling_strategy: str = field(
-        default="random",
-        metadata={
-            "help": "Order of the samples: Trainer's random, sequential, group_by_length or batch_rebalance; original "
-            "(v6.0, v7.00) or original_v7.01 (v7.01 to v7.04): cubes modulo a prime.",
-            "choices": SAMPLING_STRATEGIES,
-        },
-    )
-    adam_beta2: float = field(default=0.99, metadata={"help": "The beta2 of AdamW."})
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Whether to remove the columns that the model does not read."}
-    )
-    prediction_loss_only: bool = field(
-        default=True, metadata={"help": "Whether evaluation keeps the loss alone."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Whether to leave NaN and infinite losses out of the log."}
-    )
+from ..modeling_rwkv import make_base_paths_absolute
+from .arguments import VisualRWKVTrainingArguments
+from .card import training_card
+from .files import UNFINISHED, checkpoints_to_discard, discard, move_into
+from .recipe import (
+    ORIGINAL_ORDERS,
+    TRAINABLE_PARTS,
+    OriginalOrder,
+    learning_rate_at,
+    lora_config,
+    train_only,
+)
 
 
 class VisualRWKVTrainer(Trainer):
-    """Trainer with the original's schedule and weight-decay groups.
+    """Trainer with the original's learning-rate schedule, weight-decay groups and sample order.
 
-    A folder `checkpoint-*` is a whole one: it is written under another name and renamed. So a full disk or a kill
-    leaves the checkpoint before, and `train(resume_from_checkpoint=True)` goes on from there. A loss that is NaN or
-    infinite ends the training with the step's number.
+    Folders are written under another name and then renamed or moved, so that after a kill or with a full disk every
+    `checkpoint-*` is complete and `train(resume_from_checkpoint=True)` continues from the last one. A loss that is
+    NaN or infinite ends the training with an error that names the step.
 
-    card:
-        Text of the model card that `create_model_card` and `push_to_hub` write; None: Trainer's own.
+    `label_smoothing_factor` is applied inside the model's loss, where each position is compared with the next token.
+    transformers' own Trainer shifts the labels only for classes whose names it knows, and would compare each
+    position with itself.
+
+    Attributes:
+        card: Text of the model card that `create_model_card` and `push_to_hub` write; None writes Trainer's own.
+
+    Raises:
+        TypeError: If the arguments are not [`VisualRWKVTrainingArguments`].
+        ValueError: If both `compute_loss_func` and `label_smoothing_factor` are given.
     """
 
     card: str | None = None
+    args: VisualRWKVTrainingArguments
     lr_scheduler: Any
     _writing_checkpoint = False
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, VisualRWKVTrainingArguments):
+            raise TypeError(
+                f"args must be VisualRWKVTrainingArguments, got {type(self.args).__name__}: the schedule and the "
+                "order of the samples are read from it."
+            )
+        if self.args.label_smoothing_factor and self.compute_loss_func is not None:
+            raise ValueError(
+                f"label_smoothing_factor ({self.args.label_smoothing_factor}) has no effect with compute_loss_func: "
+                "smooth the labels in that function, or leave one of the two out."
+            )
+        self.label_smoother = None  # the model's loss smooths
+        make_base_paths_absolute(self.model)
+        for theirs, ours in ((PrinterCallback, NumberPrinter), (ProgressCallback, NumberProgress)):
+            if any(type(callback) is theirs for callback in self.callback_handler.callbacks):
+                self.pop_callback(theirs)
+                self.add_callback(ours)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss as Trainer does, with smoothed labels if `label_smoothing_factor` is set."""
+        if self.args.label_smoothing_factor and "labels" in inputs:
+            inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
-        """Trainer's, or the original's order."""
+        """Return a sampler in the original's order if the arguments ask for it, otherwise Trainer's."""
         repeat = ORIGINAL_ORDERS.get(self.args.train_sampling_strategy)
         if repeat is None:
             return super()._get_train_sampler(train_dataset)
@@ -212,12 +87,15 @@ class VisualRWKVTrainer(Trainer):
         return OriginalOrder(len(data), batch_size, repeat)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The matrices: parameters of two or more dimensions, those of size 1 not counted."""
+        """Return the names of the matrices: parameters with at least two dimensions larger than 1."""
         shapes = {name: weight.shape for name, weight in model.named_parameters()}
         return [name for name, shape in shapes.items() if sum(size > 1 for size in shape) >= 2]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """See `learning_rate_at`; every group follows it (the original forgets those with weight decay)."""
+        """Create the schedule of `learning_rate_at` for all parameter groups, or Trainer's schedule.
+
+        The original forgets to schedule the group with weight decay; here it follows the schedule too.
+        """
         arguments = self.args
         if arguments.learning_rate_final is None:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -239,30 +117,33 @@ class VisualRWKVTrainer(Trainer):
         return self.lr_scheduler
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
-        """As Trainer's.
+        """Run one training step as Trainer does.
 
         Raises:
-            FloatingPointError: the loss is NaN or infinite.
+            FloatingPointError: If the loss is NaN or infinite.
         """
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss.item()} in step {self.state.global_step + 1} (learning rate "
                 f"{self._get_learning_rate():g}). The weights are those of step {self.state.global_step}; the last "
-                f"checkpoint stands in {self.args.output_dir}."
+                f"checkpoint is in {self.args.output_dir}."
             )
         return loss
+
+    # Checkpoints and the final model.
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, UNFINISHED) if self._writing_checkpoint else folder
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Not before the checkpoint has its name: the upload goes on behind the training's back."""
+        """Push only a checkpoint that has its final name, because the upload runs in the background."""
         if not self._writing_checkpoint:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """Write a checkpoint into `UNFINISHED` and rename it when it is complete."""
         folder = Path(self._get_output_dir(trial))
         unfinished, name = folder / UNFINISHED, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._remove(unfinished)
@@ -271,20 +152,18 @@ class VisualRWKVTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except BaseException:
-            self._remove(unfinished)  # a full disk needs the room
+            self._remove(unfinished)  # if the disk is full, the space is needed
             raise
         finally:
             self._writing_checkpoint = False
-        self.accelerator.wait_for_everyone()  # each process has written its own random state
+        self.accelerator.wait_for_everyone()  # every process has now written its own random state
         if self.args.should_save:
             self._name_best_checkpoint(folder)
             self.state.save_to_json(str(unfinished / name / "trainer_state.json"))
-            shutil.rmtree(folder / name, ignore_errors=True)  # of an earlier training in this folder
+            discard(folder / name)  # left by an earlier training in this folder
             (unfinished / name).rename(folder / name)
-            unfinished.rmdir()
-            rotate_checkpoints(
-                str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
+            self._discard_beyond_limit(folder)
+            self._remove(unfinished)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))
@@ -294,14 +173,54 @@ class VisualRWKVTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _name_best_checkpoint(self, folder: Path) -> None:
-        """Trainer looked for the best checkpoint among the unfinished."""
+        """Correct the path of the best checkpoint: Trainer looked for it in the folder of unfinished ones."""
         if step := self.state.best_global_step:
             best = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
             if best.exists() or step == self.state.global_step:
                 self.state.best_model_checkpoint = str(best)
 
+    def _discard_beyond_limit(self, folder: Path) -> None:
+        checkpoints = sort_checkpoints(str(folder), use_mtime=True)
+        best = self.state.best_model_checkpoint
+        for checkpoint in checkpoints_to_discard(checkpoints, self.args.save_total_limit, best):
+            discard(checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint and, with `save_total_limit=1`, discard the others.
+
+        Trainer would delete them next, file by file, and a kill would leave half of the newest one.
+        """
+        super()._load_best_model()
+        if self.args.should_save and self.args.save_total_limit == 1:
+            best = Path(self.state.best_model_checkpoint)
+            for checkpoint in map(Path, sort_checkpoints(self.args.output_dir)):
+                if checkpoint.resolve() != best.resolve():
+                    discard(checkpoint)
+            self._remove(best.parent / UNFINISHED)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save model and processor; outside of a checkpoint, write all files before the first one is replaced."""
+        if self._writing_checkpoint or not self.args.should_save:
+            return super()._save(output_dir, state_dict)
+        target = Path(output_dir or self.args.output_dir)
+        unfinished = target / UNFINISHED
+        shutil.rmtree(unfinished, ignore_errors=True)
+        super()._save(str(unfinished), state_dict)
+        move_into(unfinished, target)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load a checkpoint; for adapters of `model.add_adapter`, which Trainer saves but does not load, by PEFT."""
+        loaded = self.model if model is None else model
+        if not _has_own_adapters(loaded):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        from peft import set_peft_model_state_dict
+        from peft.utils import load_peft_weights
+
+        weights = load_peft_weights(resume_from_checkpoint, device="cpu")
+        set_peft_model_state_dict(loaded, weights, adapter_name=loaded.active_adapters()[0])
+
     def create_model_card(self, *args, **kwargs) -> None:
-        """Writes `card` as README.md of the output folder, if there is one; else as Trainer."""
+        """Write `card` as README.md of the output folder if it is set, otherwise Trainer's card."""
         if self.card is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
@@ -309,52 +228,43 @@ class VisualRWKVTrainer(Trainer):
             Path(self.args.output_dir, "README.md").write_text(self.card, encoding="utf-8")
 
 
-def training_card(
-    title: str, facts: Mapping[str, Any], base_model: str | None = None, is_adapter: bool = False
-) -> str:
-    """README.md of a fine-tuned model.
+def _has_own_adapters(model: nn.Module) -> bool:
+    """Return whether adapters were added by `model.add_adapter` or `load_adapter` and not by `get_peft_model`."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False)) and hasattr(model, "active_adapters")
 
-    Args:
-        title: its first line.
-        facts: what it was trained on and how: the rows of a table.
-        base_model: id of the model that it started from, if that is on the Hub.
-        is_adapter: whether the folder holds an adapter of PEFT and not the whole model.
-    """
-    library = "peft" if is_adapter else "transformers"
-    metadata = [
-        f"library_name: {library}",
-        "pipeline_tag: image-text-to-text",
-        "tags:",
-        "- rwkv",
-        "- visualrwkv",
-    ]
-    if base_model:
-        metadata.append(f"base_model: {base_model}")
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return "\n".join(
-        [
-            "---",
-            *metadata,
-            "---",
-            "",
-            f"# {title}",
-            "",
-            "Fine-tuned with `visualrwkv-hf`.",
-            "",
-            "## Training",
-            "",
-        ]
-        + ["| | |", "|---|---|", rows, ""]
-    )
+
+def _rounded(logs: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers of a log with four significant digits, as numbers."""
+    return {
+        name: float(f"{value:.4g}") if isinstance(value, float) else value
+        for name, value in logs.items()
+        if name != "total_flos"
+    }
+
+
+class NumberPrinter(PrinterCallback):
+    """Print logs as numbers, where transformers' callback prints strings."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_local_process_zero and logs:
+            print(_rounded(logs))
+
+
+class NumberProgress(ProgressCallback):
+    """Show progress bars and write logs above them as numbers, where transformers' callback writes strings."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            self.training_bar.write(str(_rounded(logs)))
 
 
 def exit_together() -> None:
-    """Ends this process when all of a distributed run are here; does nothing where there is one.
+    """End this process once all processes of a distributed run have arrived; do nothing in a run of one process.
 
-    A process that ends while another still talks to it may make that one abort. And the interpreter's own way out may
-    wait forever with gloo: it frees the process group while it holds its lock, and waits for a thread that may need
-    the lock to free the tensors of the last collective. So this is the last call of a script: what is registered with
-    `atexit` does not run.
+    A process that ends while another still communicates with it can make that one abort. The interpreter's normal exit
+    can hang with gloo: it frees the process group while it holds the interpreter lock, and waits for a thread that
+    may need the lock to free the tensors of the last collective. So call this last in a script: functions registered
+    with `atexit` do not run.
     """
     state = PartialState()
     if state.num_processes == 1:
