@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from visualrwkv_hf import VisualRWKVForCausalLM
+from visualrwkv_hf.cpu import block, formats, library
 from visualrwkv_hf.cpu import layers as native_layers
 from visualrwkv_hf.cpu import ops as native
 from visualrwkv_hf.dispatch import chosen_backend, kernel_backend, wkv_backend
@@ -22,7 +23,7 @@ TOLERANCE = 1e-5
 """Relative, float32: sums of some hundred terms in another order."""
 
 pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, native.COMPILERS)), reason="native ops need a C compiler"
+    not any(map(shutil.which, library.COMPILERS)), reason="native ops need a C compiler"
 )
 
 
@@ -125,9 +126,10 @@ def assert_gradients(version: int, inputs: dict, tolerance: float = TOLERANCE, *
 @pytest.fixture
 def called(monkeypatch) -> set[str]:
     """Functions of the library that are called: without it plain might be compared with plain."""
-    names, call = set(), native.call
-    for module in (native, native_layers):
-        monkeypatch.setattr(module, "call", lambda name, *x: (names.add(name), call(name, *x))[1])
+    names, call = set(), library.Library.call
+    monkeypatch.setattr(
+        library.Library, "call", lambda self, name, *x: (names.add(name), call(self, name, *x))[1]
+    )
     return names
 
 
@@ -294,7 +296,7 @@ def test_the_former_name_of_the_backend_warns():
 
 # --- a token's whole layer ---------------------------------------------------------------------------------
 
-AFTER_OTHERS = {"wkv", "linear", "rwkv_layer"}
+AFTER_OTHERS = {"wkv", "linear", "block"}
 """What a prompt and tokens behind it call in an accelerated model."""
 
 WIDTHS = {  # those of a low-rank map are computed 128 at once, those of a register 16, 8 or 4
@@ -394,7 +396,7 @@ def test_layers_that_do_not_suit_are_computed_part_by_part(version, case, called
         expected = step_by_step(model, *ids_and_mask(rows))
     assert not called
     assert error(step_by_step(model, *ids_and_mask(rows)), expected) < TOLERANCE
-    assert ("rwkv_layer" in called) == still_called
+    assert ("block" in called) == still_called
 
 
 @torch.no_grad()
@@ -411,7 +413,7 @@ def test_recorded_past_can_be_taken_back(called):
     for layer, before in zip(state.layers, expected.layers):
         for name, tensor in before.tensors().items():
             assert torch.equal(layer.tensors()[name], tensor)
-    assert "rwkv_layer" not in called
+    assert "block" not in called
 
 
 @torch.no_grad()
@@ -445,7 +447,7 @@ def test_changing_the_dtype_afterwards(int8, called):
     expected = step_by_step(model, *inputs)
     called.clear()
     assert error(step_by_step(model.bfloat16(), *inputs), expected) < 0.05
-    assert "linear" in called and ("rwkv_layer" in called) == (not int8)
+    assert "linear" in called and ("block" in called) == (not int8)
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -508,7 +510,7 @@ def test_int8_linear_rounds_the_weight_only():
             assert error(rounded(x), x.double() @ weight.double().T) < TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_linear_multiplies(rows, dtype):
     torch.manual_seed(0)
@@ -516,14 +518,14 @@ def test_linear_multiplies(rows, dtype):
     assert error(native.linear(x, weight), x.double() @ weight.double().T) < TOLERANCE
 
 
-@pytest.mark.parametrize("for_this_cpu", [(), ("-mavx2", "-mfma")])
+@pytest.mark.parametrize("for_this_cpu", [(), ("-mavx2", "-mfma"), ("-mavx2", "-mfma", "-mf16c")])
 def test_each_width_of_a_register(for_this_cpu, monkeypatch, tmp_path, called):
-    """They have loads of their own in native.c. There is no OpenMP in these, either."""
+    """They have loads of their own in registers.h. Neither of these is compiled with OpenMP."""
     if for_this_cpu and not torch.cpu._is_avx2_supported():
         pytest.skip("the CPU has no AVX2")
-    monkeypatch.setattr(native, "FOR_THIS_CPU", (for_this_cpu,))
+    monkeypatch.setattr(library, "FOR_THIS_CPU", (for_this_cpu,))
     native.build_native_ops(tmp_path)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in formats.FLOAT_DTYPES:
         test_linear_multiplies(2, dtype)
     for version in (6, 7):
         assert_gradients(version, recurrence_inputs(version, 2, 20, 2, 20, 70, torch.float32))
@@ -533,10 +535,16 @@ def test_each_width_of_a_register(for_this_cpu, monkeypatch, tmp_path, called):
         test_layer_of_a_token_equals_plain(version, "wide", called)
 
 
-def test_sizes_that_do_not_suit_stay_plain():
-    assert type(native_layers._accelerated(linear := nn.Linear(72, 8, bias=False), int8=True)) is nn.Linear
-    assert native_layers._accelerated(linear, int8=False) is linear
-    assert type(native_layers._accelerated(nn.Linear(64, 8), int8=True)) is nn.Linear  # a bias
+def test_layers_that_c_cannot_multiply_are_torchs(called):
+    """Columns that are no multiple of 16, and a bias."""
+    x = torch.randn(2, 72)
+    for int8 in (False, True):
+        layer = native_layers.accelerated_linear(nn.Linear(72, 8, bias=False), int8)
+        with torch.no_grad():
+            weight = layer.state_dict()["weight"].double()
+            assert error(layer(x), x.double() @ weight.T) < TOLERANCE
+        assert type(native_layers.accelerated_linear(nn.Linear(64, 8), int8)) is nn.Linear
+    assert not called
 
 
 class Wrapped(torch.Tensor):
@@ -556,7 +564,7 @@ def test_weights_of_another_kind_are_not_read(when, called):
         native_layers.accelerate_on_cpu(model)
         assert type(model.lm_head) is nn.Linear
     assert error(step_by_step(model, *inputs), expected) < TOLERANCE
-    assert "linear" in called and "rwkv_layer" not in called  # `linear` by the plain weights alone
+    assert "linear" in called and "block" not in called  # `linear` by the plain weights alone
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -591,10 +599,62 @@ def test_built_once(cache):
 def test_refusals(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="Linear has no RWKV block"):
         native_layers.accelerate_on_cpu(nn.Linear(2, 2))
-    monkeypatch.setattr(native, "FLAGS", ("-no-such-flag",))
+    monkeypatch.setattr(library, "FLAGS", ("-no-such-flag",))
     with pytest.raises(RuntimeError, match="no-such-flag"):
         native.build_native_ops(tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"a C compiler \(cc, gcc, clang\)"):
         native.build_native_ops(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+# --- what C and Python agree on ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", block.SLOTS)
+def test_slots_are_in_the_order_of_c(name):
+    assert tuple(slot.name for slot in block.SLOTS[name]) == native.library().contract[name]
+
+
+def test_formats_and_sizes_are_in_the_order_of_c():
+    contract = native.library().contract
+    assert tuple(row.tag for row in formats.FORMATS) == contract["FORMATS"]
+    assert tuple(row.tag for row in formats.FORMATS if not row.scaled) == contract["FLOAT_FORMATS"]
+    assert all(row.bits == 8 * row.dtype.itemsize for row in formats.FORMATS)
+    assert block._Sizes._fields == contract["SIZES"]
+
+
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_every_parameter_of_a_block_has_one_slot(version):
+    layer = causal_lm(version).model.layers[1]
+    paths = block._PATHS[version]
+    slots = [f"{module}.{name}" for module, name in (*paths.vectors, *paths.low_rank) if name]
+    slots += [f"{module}.{name}.weight" for module, name in paths.linear if name]
+    assert sorted(slots) == sorted(name for name, _ in layer.named_parameters())
+
+
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_layer_of_float16_equals_plain(version, called):
+    """The states that layers keep are rounded to float16, and what one hands to the next."""
+    model = causal_lm(version, hidden_size=128).half()
+    exact = causal_lm(version, hidden_size=128)
+    exact.load_state_dict({name: x.float() for name, x in model.state_dict().items()})
+    with kernel_backend("torch"):
+        expected = step_by_step(exact, *ids_and_mask())
+        plain = error(step_by_step(model, *ids_and_mask()), expected)
+    native_layers.accelerate_on_cpu(model)
+    assert error(step_by_step(model, *ids_and_mask()), expected) < 1.1 * plain
+    assert called == AFTER_OTHERS
+
+
+def test_float16_is_read_and_written_as_torch_does(monkeypatch, tmp_path):
+    """All numbers of the format, by the conversion that is used where the CPU has no instruction for it."""
+    monkeypatch.setattr(library, "FOR_THIS_CPU", ((),))
+    native.build_native_ops(tmp_path)
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
+    weight = torch.zeros(len(numbers), 16, dtype=torch.float16)
+    weight[:, 0] = numbers
+    one = torch.zeros(1, 16)
+    one[0, 0] = 1
+    found, finite = native.linear(one, weight)[0], numbers.isfinite()
+    assert torch.equal(found[finite], numbers[finite].float())

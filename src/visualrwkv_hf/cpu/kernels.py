@@ -1,6 +1,6 @@
 """The native kernels of the ops in `dispatch.OPS`."""
 
-from .layers import decode_block
+from .block import decode_block
 from .ops import unsupported, wkv6, wkv7
 
 KERNELS = {"wkv6": wkv6, "wkv7": wkv7, "block_decode": decode_block}

@@ -1,0 +1,288 @@
+"""One token through a whole block in one call of C: which parameter fills which slot, and when that is possible.
+
+Letters: B batch, H heads, K key and value size of a head, A = H K, C hidden size, F width of the channel mix.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..cache_visualrwkv import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, VisualRWKVCacheLayer
+from ..modeling_rwkv import CHANNEL_MIX, DECAY_SCALE, TIME_MIX, RwkvBlock
+from ..token_order import Reading
+from .formats import FLOAT_DTYPES, FORMAT_OF, SCALED_DTYPES
+from .layers import NATIVE_LINEARS, is_plain, serves
+from .ops import library
+
+
+class Slot(NamedTuple):
+    """A place in ops.c's `Weights`, and what fills it in each generation, as a path from the block. Empty: nothing."""
+
+    name: str
+    v5: str
+    v6: str
+    v7: str
+
+
+def _in_all(name: str, path: str) -> Slot:
+    return Slot(name, path, path, path)
+
+
+VECTORS_OF_C = (
+    _in_all("LN1_WEIGHT", "ln1.weight"),
+    _in_all("LN1_BIAS", "ln1.bias"),
+    _in_all("LN2_WEIGHT", "ln2.weight"),
+    _in_all("LN2_BIAS", "ln2.bias"),
+    Slot("FFN_SHIFT_K", v5="ffn.time_mix_k", v6="ffn.time_maa_k", v7="ffn.x_k"),
+    Slot("FFN_SHIFT_R", v5="ffn.time_mix_r", v6="ffn.time_maa_r", v7=""),
+    Slot("SHIFT_X", v5="", v6="att.time_maa_x", v7=""),
+    Slot("SHIFT_R", v5="att.time_mix_r", v6="att.time_maa_r", v7="att.x_r"),
+    Slot("SHIFT_K", v5="att.time_mix_k", v6="att.time_maa_k", v7="att.x_k"),
+    Slot("SHIFT_V", v5="att.time_mix_v", v6="att.time_maa_v", v7="att.x_v"),
+    Slot("SHIFT_G", v5="att.time_mix_g", v6="att.time_maa_g", v7="att.x_g"),
+    Slot("SHIFT_W", v5="", v6="att.time_maa_w", v7="att.x_w"),
+    Slot("SHIFT_A", v5="", v6="", v7="att.x_a"),
+)
+VECTORS_OF_A = (
+    Slot("W0", v5="att.time_decay", v6="att.time_decay", v7="att.w0"),
+    Slot("A0", v5="", v6="", v7="att.a0"),
+    Slot("V0", v5="", v6="", v7="att.v0"),
+    Slot("K_K", v5="", v6="", v7="att.k_k"),
+    Slot("K_A", v5="", v6="", v7="att.k_a"),
+    Slot("R_K", v5="", v6="", v7="att.r_k"),
+    Slot("U", v5="att.time_faaaa", v6="att.time_faaaa", v7=""),
+    _in_all("NORM_WEIGHT", "att.ln_x.weight"),
+    _in_all("NORM_BIAS", "att.ln_x.bias"),
+)
+LOW_RANKS = (  # each path stands for two parameters: path + "1" is `down`, path + "2" is `up`
+    Slot("LOW_SHIFT", v5="", v6="att.time_maa_w", v7=""),
+    Slot("LOW_W", v5="", v6="att.time_decay_w", v7="att.w"),
+    Slot("LOW_A", v5="", v6="", v7="att.a"),
+    Slot("LOW_V", v5="", v6="", v7="att.v"),
+    Slot("LOW_G", v5="", v6="", v7="att.g"),
+)
+LINEARS = (
+    _in_all("RECEPTANCE", "att.receptance"),
+    _in_all("KEY", "att.key"),
+    _in_all("VALUE", "att.value"),
+    Slot("GATE", v5="att.gate", v6="att.gate", v7=""),
+    _in_all("OUTPUT", "att.output"),
+    _in_all("FFN_KEY", "ffn.key"),
+    _in_all("FFN_VALUE", "ffn.value"),
+    Slot("FFN_RECEPTANCE", v5="ffn.receptance", v6="ffn.receptance", v7=""),
+)
+SLOTS = {
+    "VECTORS_OF_C": VECTORS_OF_C,
+    "VECTORS_OF_A": VECTORS_OF_A,
+    "LOW_RANKS": LOW_RANKS,
+    "LINEARS": LINEARS,
+}
+"""Lists of ops.c -> their slots, in the same order: a test compares them."""
+
+
+class _Paths(NamedTuple):
+    """A generation's column of the slots, each path as the module's and the parameter's name."""
+
+    vectors: tuple[tuple[str, str], ...]
+    low_rank: tuple[tuple[str, str], ...]  # down and up of each map
+    linear: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, version: int) -> _Paths:
+        def column(*tables: Sequence[Slot]) -> list[str]:
+            return [getattr(slot, f"v{version}") for table in tables for slot in table]
+
+        def split(paths: Sequence[str]) -> tuple[tuple[str, str], ...]:
+            return tuple((module, name) for module, _, name in (path.rpartition(".") for path in paths))
+
+        halves = [path and path + half for path in column(LOW_RANKS) for half in "12"]
+        return cls(split(column(VECTORS_OF_C, VECTORS_OF_A)), split(halves), split(column(LINEARS)))
+
+
+_PATHS = {version: _Paths.of(version) for version in TIME_MIX}
+
+
+class _Weights(NamedTuple):
+    """What fills ops.c's `Weights`; None where the block has nothing."""
+
+    vectors: list[Tensor | None]
+    low_rank: list[Tensor | None]  # down and up of each map
+    linear: list[tuple[Tensor, Tensor | None] | None]  # weight [out, in] and scale [out]
+
+    @classmethod
+    def of(cls, block: RwkvBlock, version: int) -> _Weights:
+        # From the modules' dictionaries: an attribute of a module takes ten times as long, for each token.
+        parts = block._modules
+        att, ffn = parts["att"], parts["ffn"]
+        parameters = {name: part._parameters for name, part in parts.items()}
+        parameters |= {"att.ln_x": att._modules["ln_x"]._parameters, "": {}}
+        layers = {"att": att._modules, "ffn": ffn._modules, "": {}}
+        paths = _PATHS[version]
+        linear = [layers[module].get(name) for module, name in paths.linear]
+        return cls(
+            [parameters[module].get(name) for module, name in paths.vectors],
+            [parameters[module].get(name) for module, name in paths.low_rank],
+            [layer and layer.tensors() for layer in linear],
+        )
+
+    @property
+    def ranks(self) -> list[int]:
+        """The columns of each map's `down`, 0 where there is no map."""
+        return [0 if down is None else down.shape[1] for down in self.low_rank[::2]]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are there."""
+        linear = (x for pair in self.linear if pair for x in pair)
+        return [x for x in (*self.vectors, *self.low_rank, *linear) if x is not None]
+
+    def pointers(self) -> ctypes.Array:
+        """Return `Weights` of ops.c: addresses, and after those of each linear layer the tag of its format."""
+        words: list[int | None] = [
+            None if x is None else x.data_ptr() for x in (*self.vectors, *self.low_rank)
+        ]
+        for pair in self.linear:
+            weight, scale = pair or (None, None)
+            words += [None if x is None else x.data_ptr() for x in (weight, scale)]
+            words.append(None if weight is None else FORMAT_OF[weight.dtype])
+        return (ctypes.c_void_p * len(words))(*words)
+
+
+class _Sizes(NamedTuple):
+    """`Sizes` of ops.c, without the ranks; a test compares the names."""
+
+    version: int
+    B: int
+    C: int
+    A: int
+    F: int
+    H: int
+    format: int
+
+
+def decode_block(
+    block: RwkvBlock,
+    hidden_states: Tensor,
+    v_first: Tensor | None,
+    state: VisualRWKVCacheLayer,
+    reading: Reading,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Compute `RwkvBlock.forward` of one token in one call, in float32 whatever the format of the weights.
+
+    Args:
+        block: the block.
+        hidden_states: x, [B, 1, C].
+        v_first: layer 0's values [B, 1, A] (RWKV-7), None in layer 0.
+        state: what the block has read before, which is updated in place.
+        reading: its `order` [B, 1] is negative at pads.
+
+    Returns:
+        What the block returns, or None where its parts have to compute it one by one: because they have been replaced
+        (LoRA) or have hooks, because there are too many rows, or because a weight or a state is not as ops.c reads it.
+    """
+    if not serves(hidden_states) or not has_native_parts(block):
+        return None
+    version = block.att.config.rwkv_version
+    weights = _Weights.of(block, version)
+    shifts = [state.conv_states[which] for which in (TIME_MIX_SHIFT, CHANNEL_MIX_SHIFT)]
+    wkv_state = state.wkv_state()
+    sizes = _sizes(block, weights, hidden_states)
+    if not _suits(sizes, weights, hidden_states, shifts, wkv_state):
+        return None
+    mask = None if reading.order is None else reading.order >= 0
+    x = hidden_states.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    v_first = x.new_empty(sizes.B, 1, sizes.A) if v_first is None else v_first.float().contiguous()
+    numbers = (*sizes, *weights.ranks)
+    library().call(
+        "block",
+        *(block.ln1.eps, block.att.ln_x.eps, DECAY_SCALE),
+        (ctypes.c_int64 * len(numbers))(*numbers),
+        weights.pointers(),
+        *(*shifts, wkv_state, mask, v_first, x),
+    )
+    dtype = hidden_states.dtype
+    return x.to(dtype), v_first.to(dtype) if version == 7 else None
+
+
+def has_native_parts(block: RwkvBlock) -> bool:
+    """Return whether calling the block's parts one by one would compute what ops.c does, and nothing besides."""
+    parts = (*block._modules.values(), *block.att._modules.values(), *block.ffn._modules.values())
+    return all(
+        type(part) in _NATIVE_PARTS
+        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
+        for part in parts
+    )
+
+
+_NATIVE_PARTS = {nn.LayerNorm, nn.GroupNorm, *NATIVE_LINEARS, *TIME_MIX.values(), *CHANNEL_MIX.values()}
+
+
+def _sizes(block: RwkvBlock, weights: _Weights, hidden_states: Tensor) -> _Sizes:
+    (B, _, C), config = hidden_states.shape, block.att.config
+    A, F = (weights.linear[_INDEX[name]][0].shape[0] for name in ("RECEPTANCE", "FFN_KEY"))
+    tag = FORMAT_OF.get(hidden_states.dtype, -1)
+    return _Sizes(config.rwkv_version, B, C, A, F, config.num_attention_heads, tag)
+
+
+_INDEX = {slot.name: index for index, slot in enumerate(LINEARS)}
+
+
+def _suits(
+    sizes: _Sizes, weights: _Weights, hidden_states: Tensor, shifts: Sequence[Tensor], wkv_state: Tensor
+) -> bool:
+    """Return whether all that ops.c will read is what `sizes` says.
+
+    All but the linear layers must have the dtype of `hidden_states` [B, 1, C]. A linear layer's weight must have it
+    too, for torch would refuse to multiply the two, or be int8 with float32 scales. `shifts` are the previous tokens of
+    both token shifts, [B, C, 1] each, and `wkv_state` is [B, H, K, K].
+    """
+    _, B, C, A, _, H, _ = sizes
+    dtype = hidden_states.dtype
+    return (
+        dtype in FLOAT_DTYPES
+        and all(x.dtype == dtype for x in (*weights.vectors, *weights.low_rank, *shifts) if x is not None)
+        and _have_their_sizes(sizes, weights)
+        and all(is_stored_well(*pair, dtype) for pair in weights.linear if pair)
+        and wkv_state.shape == (B, H, A // H, A // H)
+        and wkv_state.dtype == torch.float32
+        and all(x.shape == (B, C, 1) for x in shifts)
+        and all(map(is_plain, (*weights.tensors, *shifts, wkv_state)))
+    )
+
+
+def _have_their_sizes(sizes: _Sizes, weights: _Weights) -> bool:
+    """Return whether ops.c takes such sizes, and whether every weight has as many elements as it will read."""
+    version, _, C, A, F, H, _ = sizes
+    contract, of_C = library().contract, len(VECTORS_OF_C)
+    widths = [C if slot.name == "LOW_SHIFT" else A for slot in LOW_RANKS]  # columns of each `up`
+    maps = zip(weights.low_rank[::2], weights.low_rank[1::2], widths)
+    ranks = [weights.ranks[0] // 5, *weights.ranks] if version == 6 else weights.ranks
+    others = {"OUTPUT": (C, A), "FFN_KEY": (F, C), "FFN_VALUE": (C, F), "FFN_RECEPTANCE": (C, C)}
+    return (
+        A % H == 0
+        and contract["MAX_KEYS"] >= A // H
+        and not any(size % contract["COLUMN_MULTIPLE"] for size in (C, A, F))
+        and not any(rank % contract["LOW_RANK_MULTIPLE"] for rank in ranks)
+        and all(x is None or x.numel() == C for x in weights.vectors[:of_C])
+        and all(x is None or x.numel() == A for x in weights.vectors[of_C:])
+        and all(
+            down is None or (down.shape[0] == C and up.numel() == down.shape[1] * width)
+            for down, up, width in maps
+        )
+        and all(
+            pair is None or pair[0].shape == others.get(slot.name, (A, C))
+            for slot, pair in zip(LINEARS, weights.linear)
+        )
+    )
+
+
+def is_stored_well(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> bool:
+    """Return whether a linear layer's weight and scale are of a format that multiplies inputs of `dtype`."""
+    if scale is None:
+        return weight.dtype == dtype
+    return weight.dtype in SCALED_DTYPES and scale.dtype == torch.float32

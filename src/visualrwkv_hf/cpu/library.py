@@ -1,0 +1,202 @@
+"""Compile the C ops for the CPU at hand, keep the library in the user's cache folder, and load it from there.
+
+A cached library is code. So it is loaded only from a folder that nobody else can write to, and only if its contents
+have the SHA-256 that its name gives.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("ops.c", "registers.h", "recurrences.h", "products.h")
+)
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC")
+FOR_THIS_CPU = (
+    ("-march=native", "-fopenmp"),
+    ("-march=native",),  # Apple's compiler has no OpenMP
+    ("-mcpu=native",),
+)
+"""Flags that are tried in turn until the compiler accepts them."""
+
+_ADDRESS, _NUMBER, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+ARGUMENTS = {
+    "wkv": [_INT, *[_NUMBER] * 5, *[_ADDRESS] * 11],
+    "wkv_backward": [_INT, *[_NUMBER] * 5, *[_ADDRESS] * 19],
+    "linear": [_INT, *[_NUMBER] * 4, *[_ADDRESS] * 4],
+    "block": [_INT, *[_FLOAT] * 3, *[_ADDRESS] * 8],
+}
+"""Types of the arguments of the functions visualrwkv_... in ops.c, the number of threads first."""
+
+
+class Library:
+    """The compiled ops.
+
+    Args:
+        path: the shared library.
+
+    Attributes:
+        contract: constants (int) and orders of names (tuple of str) that ops.c defines, by name.
+
+    Raises:
+        OSError: if the system cannot load it, such as from a file system that forbids execution.
+    """
+
+    def __init__(self, path: Path):
+        self._library = ctypes.CDLL(str(path))
+        for name, arguments in ARGUMENTS.items():
+            function = getattr(self._library, f"visualrwkv_{name}")
+            function.argtypes, function.restype = arguments, _INT
+        self._library.visualrwkv_contract.restype = ctypes.c_char_p
+        self.contract = _parse(self._library.visualrwkv_contract().decode())
+        self.threads = torch.get_num_threads
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._use_one_thread)
+
+    def call(self, name: str, *arguments: Tensor | ctypes.Array | float | None) -> None:
+        """Call a function of ops.c. A tensor is passed by address, None as a null pointer.
+
+        Raises:
+            RuntimeError: if the function refuses its arguments.
+        """
+        addresses = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
+        if error := getattr(self._library, f"visualrwkv_{name}")(self.threads(), *addresses):
+            raise RuntimeError(
+                f"The native op {name} refused its arguments: {self.contract['ERRORS'][error]}."
+            )
+
+    def _use_one_thread(self) -> None:
+        """Compute with one thread from now on: OpenMP's threads do not survive a fork, and waiting for them hangs."""
+        self.threads = _one
+
+
+def _one() -> int:
+    return 1
+
+
+def _parse(contract: str) -> dict[str, int | tuple[str, ...]]:
+    rows = (line.split() for line in contract.splitlines())
+    return {name: int(words[0]) if words[0].isdigit() else tuple(words) for name, *words in rows}
+
+
+# --- the cache --------------------------------------------------------------------------------------------
+
+
+def load_library(folder: str | Path | None = None) -> tuple[Library, Path]:
+    """Load the library from a folder, and compile it first if it is not there or damaged.
+
+    Args:
+        folder: where the library is kept; None is `visualrwkv_hf` in the user's cache folder, which is
+            `$XDG_CACHE_HOME` if that is an absolute path, otherwise `~/.cache`.
+
+    Raises:
+        RuntimeError: if there is no C compiler, it fails, the folder cannot be written to or belongs to somebody else,
+            or the system cannot load what is in it.
+    """
+    try:
+        folder = _safe_folder(Path(folder) if folder else cache_folder())
+        path = _find(folder) or _compile(folder)
+        return Library(path), path
+    except OSError as error:
+        raise RuntimeError(f"Native ops cannot be built or loaded: {error}.") from error
+
+
+def cache_folder() -> Path:
+    """Return the folder of compiled libraries. The specification of XDG has relative paths ignored."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "visualrwkv_hf"
+
+
+def _safe_folder(folder: Path) -> Path:
+    """Return the folder, created with mode 0700 if it is missing.
+
+    Raises:
+        RuntimeError: if somebody else owns it or may write to it, so could exchange the library.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours_alone(folder.stat()):
+        raise RuntimeError(
+            f"Native ops are not loaded from {folder}: another user owns it or may write to it. Change that with "
+            f"chmod 700, or remove it."
+        )
+    return folder
+
+
+def _is_ours_alone(found: os.stat_result) -> bool:
+    """Whether this user owns a file or folder, and nobody else may write to it."""
+    if not hasattr(os, "getuid"):  # Windows, where the user's folders have access lists
+        return True
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _find(folder: Path) -> Path | None:
+    """Return the library for these sources and this CPU if its contents are whole; remove damaged ones."""
+    for path in folder.glob(f"native-{_fingerprint()}-*.so"):
+        found = path.lstat()
+        is_safe = stat.S_ISREG(found.st_mode) and _is_ours_alone(found)
+        if is_safe and path.name == _name_of(path.read_bytes()):
+            return path
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _name_of(contents: bytes) -> str:
+    return f"native-{_fingerprint()}-{hashlib.sha256(contents).hexdigest()}.so"
+
+
+def _fingerprint() -> str:
+    """Return a hash of the sources, the flags and the CPU: several machines may share a home folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        cpu = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        cpu = platform.processor()
+    sources = b"".join(path.read_bytes() for path in SOURCES)
+    return hashlib.sha256(sources + f"{FLAGS}{FOR_THIS_CPU}{platform.machine()}{cpu}".encode()).hexdigest()[
+        :16
+    ]
+
+
+def _compile(folder: Path) -> Path:
+    """Compile the library and put it into `folder` whole or not at all: other processes may do the same at once."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise RuntimeError(f"Native ops need a C compiler ({', '.join(COMPILERS)}), and none was found.")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        library = Path(scratch) / "native.so"
+        for for_this_cpu in FOR_THIS_CPU:
+            command = [compiler, *FLAGS, *for_this_cpu, str(SOURCES[0]), "-o", str(library), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                return _publish(library, folder)
+    raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+
+
+def _publish(library: Path, folder: Path) -> Path:
+    """Move a finished library to the name of its contents, after both are on the disk."""
+    library.chmod(0o700)
+    target = folder / _name_of(library.read_bytes())
+    _sync(library)
+    library.replace(target)
+    _sync(folder)
+    return target
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
