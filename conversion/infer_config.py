@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from visualrwkv_hf.configuration_visualrwkv import (
-    ENCODER_NAMES,
     VisualRWKVConfig,
     VisualRWKVTextConfig,
     VisualRWKVVisionConfig,
 )
+from visualrwkv_hf.encoders import ENCODERS
 
 from .key_map import ConversionError, canonical_name
 
@@ -269,7 +269,7 @@ def encoders_in(shapes: Shapes) -> tuple[str, ...]:
         )
     if HF_SIGLIP_MARK in shapes:
         found.add("siglip")
-    return tuple(name for name in ENCODER_NAMES if name in found)
+    return tuple(name for name in ENCODERS if name in found)
 
 
 def as_fields(config: VisualRWKVVisionConfig | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -301,7 +301,7 @@ def family_to_start(version: int, vision: Mapping[str, Any], asked: str | None =
 
 
 def _encoders_of(vision: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(name for name in ENCODER_NAMES if vision.get(f"{name}_config") is not None)
+    return tuple(name for name in ENCODERS if vision.get(f"{name}_config") is not None)
 
 
 def _refuse_family(asked: str | None, fitting: Sequence[str], told: str) -> None:

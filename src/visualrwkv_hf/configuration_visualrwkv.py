@@ -1,23 +1,14 @@
 """Configuration of VisualRWKV: a release is a configuration, never a branch in the code."""
 
-import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
-from transformers.configuration_utils import PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig, classproperty
 
+from .encoders import ENCODERS, pixel_inputs
+from .image_tokens import ImageTokens, class_token_places, num_views
 from .scan_orders import SCANS
-
-ENCODER_NAMES = ("clip", "dinov2", "siglip", "sam")
-"""Encoders in the order in which their features stand side by side in the channels."""
-
-ENCODER_MODEL_TYPES = {
-    "clip": "clip_vision_model",
-    "dinov2": "dinov2_with_registers",
-    "siglip": "siglip_vision_model",
-    "sam": "sam_vision_model",
-}
 
 SIZES = (
     "vocab_size",
@@ -41,9 +32,6 @@ if TYPE_CHECKING:
     )
 else:
     PartConfig = dict | PreTrainedConfig | None
-
-SAM_UNSHUFFLE = 2
-"""SAM's feature map is folded 2 x 2 into channels, without loss, to the grid of the other encoders."""
 
 
 def _low_rank(hidden_size: int, factor: float, exponent: float) -> int:
@@ -176,53 +164,53 @@ class VisualRWKVVisionConfig(PreTrainedConfig):
 
     clip_config, dinov2_config, siglip_config, sam_config (`dict` or `PreTrainedConfig`, *optional*):
         The encoders, as configurations of transformers' `CLIPVisionModel`, `Dinov2WithRegistersModel`,
-        `SiglipVisionModel` and `SamVisionModel`. At least one; none given means a SigLIP base. Features of several
-        encoders stand side by side in the channels, in this order.
+        `SiglipVisionModel` and `SamVisionModel`: one `{name}_config` for each row of `encoders.ENCODERS`. At least
+        one; none given means a SigLIP base. Features of several encoders are concatenated along the channels, in
+        the order of the table.
     feature_layer (`int`, defaults to -1):
-        -1: what the encoder gives as its last hidden state. -2: what its last block reads, without final norm and
-        without class and register tokens (SAM always gives its neck's output).
+        -1: what the encoder gives as its last hidden state. -2: what its last block reads, without the final norm
+        and without class and register tokens (SAM always gives its neck's output).
     class_token (`"first"`, `"last"` or `"none"`, defaults to `"none"`):
-        Where CLIP's class token stands among the tokens of a picture.
+        Whether CLIP's class token is kept, and on which side of the patches.
     tile_grid (`int`, defaults to 1):
         n > 1: a picture is seen as a whole and as n x n tiles; the tiles' maps are averaged down, put together to
-        one map and stand behind the whole view's in the channels (UHD, arXiv 2410.11665: n = 2).
+        one map and concatenated to the whole view's along the channels (UHD, arXiv 2410.11665: n = 2).
 
     Raises `StrictDataclassError` of huggingface_hub, naming the numbers, if a field has another type, the encoders'
-    grids differ or an option does not fit the encoders; `ValueError` if an encoder has another `model_type`.
+    grids differ or an option does not fit the encoders; `ValueError` if an encoder's configuration has another type
+    or another `model_type`.
     """
 
     model_type = "visualrwkv_vision"
     base_config_key = "vision_config"
-    sub_configs = {f"{name}_config": AutoConfig for name in ENCODER_NAMES}
 
-    clip_config: PartConfig = None
-    dinov2_config: PartConfig = None
-    siglip_config: PartConfig = None
-    sam_config: PartConfig = None
     feature_layer: Literal[-1, -2] = -1
     class_token: Literal["first", "last", "none"] = "none"
     tile_grid: int = 1
 
+    @classproperty
+    def sub_configs(cls) -> dict[str, type]:
+        """The encoders' configurations: transformers hands options such as the attention down to them."""
+        return {f"{name}_config": AutoConfig for name in ENCODERS}
+
     def __post_init__(self, **kwargs):
-        if not any(getattr(self, f"{name}_config") is not None for name in ENCODER_NAMES):
-            self.siglip_config = {"image_size": 256}
-        for name in ENCODER_NAMES:
-            given = getattr(self, f"{name}_config")
-            if isinstance(given, dict):
-                model_type = ENCODER_MODEL_TYPES[name]
-                if given.get("model_type", model_type) != model_type:
-                    raise ValueError(
-                        f"{name}_config must have model_type {model_type!r}, got {given['model_type']!r}."
-                    )
-                fields = {key: value for key, value in given.items() if key != "model_type"}
-                setattr(self, f"{name}_config", AutoConfig.for_model(model_type, **fields))
+        given = {name: kwargs.pop(f"{name}_config", None) for name in ENCODERS}
+        if all(config is None for config in given.values()):
+            given["siglip"] = {"image_size": 256}
+        for name, config in given.items():
+            setattr(self, f"{name}_config", _encoder_config(name, config))
         super().__post_init__(**kwargs)
 
     @property
     def encoders(self) -> dict[str, PreTrainedConfig]:
         """The configured encoders by name, in channel order."""
-        configs = {name: getattr(self, f"{name}_config") for name in ENCODER_NAMES}
+        configs = {name: getattr(self, f"{name}_config") for name in ENCODERS}
         return {name: config for name, config in configs.items() if config is not None}
+
+    @property
+    def pixel_inputs(self) -> dict[str, str]:
+        """The name of each encoder's input, in channel order: `pixel_values` for the first."""
+        return pixel_inputs(self.encoders)
 
     @property
     def image_sizes(self) -> dict[str, int]:
@@ -232,8 +220,10 @@ class VisualRWKVVisionConfig(PreTrainedConfig):
     @property
     def grid_sizes(self) -> dict[str, int]:
         """Side of each encoder's patch grid."""
-        fold = {"sam": SAM_UNSHUFFLE}
-        return {name: c.image_size // c.patch_size // fold.get(name, 1) for name, c in self.encoders.items()}
+        return {
+            name: config.image_size // config.patch_size // ENCODERS[name].fold
+            for name, config in self.encoders.items()
+        }
 
     @property
     def grid_size(self) -> int:
@@ -242,21 +232,18 @@ class VisualRWKVVisionConfig(PreTrainedConfig):
 
     @property
     def num_class_tokens(self) -> int:
-        return 0 if self.class_token == "none" else 1
+        return sum(class_token_places(self.class_token))
 
     @property
     def hidden_size(self) -> int:
         """D, the channels of a patch in the tower's output."""
-        widths = {
-            name: c.output_channels * SAM_UNSHUFFLE**2 if name == "sam" else c.hidden_size
-            for name, c in self.encoders.items()
-        }
-        return sum(widths.values()) * (2 if self.tile_grid > 1 else 1)
+        widths = [ENCODERS[name].width(config) for name, config in self.encoders.items()]
+        return sum(widths) * (2 if self.tile_grid > 1 else 1)
 
     @property
     def num_views(self) -> int:
         """Pictures that the encoders read for one picture: the whole and its tiles."""
-        return 1 if self.tile_grid == 1 else 1 + self.tile_grid**2
+        return num_views(self.tile_grid)
 
     def validate_architecture(self):
         """Refuses encoders that do not fit together."""
@@ -266,9 +253,11 @@ class VisualRWKVVisionConfig(PreTrainedConfig):
             raise ValueError(
                 f"The patch grid is empty: image sizes {self.image_sizes}, grid sides {self.grid_sizes}."
             )
-        if self.class_token != "none" and list(self.encoders) != ["clip"]:
+        with_class_token = [name for name, encoder in ENCODERS.items() if encoder.has_class_token]
+        if self.class_token != "none" and list(self.encoders) not in [[name] for name in with_class_token]:
             raise ValueError(
-                f"class_token={self.class_token!r} needs CLIP as the only encoder, got {list(self.encoders)}."
+                f"class_token={self.class_token!r} needs {' or '.join(with_class_token)} as the only encoder, "
+                f"got {list(self.encoders)}."
             )
         if self.tile_grid < 1:
             raise ValueError(f"tile_grid must be at least 1, got {self.tile_grid}.")
@@ -277,13 +266,29 @@ class VisualRWKVVisionConfig(PreTrainedConfig):
                 f"A picture has no one class token with tile_grid {self.tile_grid}: class_token must be 'none', "
                 f"got {self.class_token!r}."
             )
-        depths = {name: c.num_hidden_layers for name, c in self.encoders.items() if name != "sam"}
+        depths = {
+            name: config.num_hidden_layers
+            for name, config in self.encoders.items()
+            if ENCODERS[name].has_feature_layer
+        }
         if min(depths.values(), default=1) < -1 - self.feature_layer:
             raise ValueError(f"feature_layer={self.feature_layer} needs encoders with a block, got {depths}.")
         if self.grid_size % self.tile_grid:
             raise ValueError(
                 f"The patch grid's side ({self.grid_size}) must be a multiple of tile_grid ({self.tile_grid})."
             )
+
+
+def _encoder_config(name: str, given: Any) -> PreTrainedConfig | None:
+    """Return an encoder's configuration, made from a dict if that is what was given."""
+    if given is None or isinstance(given, PreTrainedConfig):
+        return given
+    if not isinstance(given, dict):
+        raise ValueError(f"{name}_config must be a dict or a configuration, got {type(given).__name__}.")
+    model_type = ENCODERS[name].model_type
+    if given.get("model_type", model_type) != model_type:
+        raise ValueError(f"{name}_config must have model_type {model_type!r}, got {given['model_type']!r}.")
+    return AutoConfig.for_model(model_type, **_without_model_type(given))
 
 
 @strict
@@ -295,24 +300,24 @@ class VisualRWKVConfig(PreTrainedConfig):
     vision_config (`dict` or [`VisualRWKVVisionConfig`], *optional*):
         The vision tower.
     image_token_id (`int`, defaults to 65535):
-        The placeholder that stands in `input_ids` once for every token of a picture.
+        The placeholder: `input_ids` holds it once for every token of a picture.
     scan (`str`, defaults to `"unidirectional"`):
         In which order the layers read the patches; a name of `scan_orders.SCANS`.
     image_position (`"first"`, `"middle"` or `"last"`, defaults to `"first"`):
-        Where the picture stands in a turn; "middle" is the sandwich: question, picture, question.
+        Where the chat template puts the picture in a turn; "middle" is the sandwich: question, picture, question.
     pooling (`str`, defaults to `"none"`):
-        What makes fewer tokens of the h x h patches, with g = `pooled_grid_size`:
+        How the h x h patches are reduced to fewer tokens, with g = `pooled_grid_size`:
         `"none"`; `"average"` (stride and window h // g, class token kept); `"adaptive"` (exactly g x g);
         `"mean"` (one token: the mean over everything); `"class_token"` (only the class token).
     pooled_grid_size (`int`, *optional*):
         g, for `"average"` and `"adaptive"`.
     projector (`str`, defaults to `"gated_norm"`):
-        A name of `modeling_vision.PROJECTORS`: `"linear"`; `"linear_flip"` (v6.01: a token beside the one
-        that stands as far from the other end); `"gated"` (HD); `"relu"` (UHD); `"gated_norm"` (v7).
+        A name of `modeling_vision.PROJECTORS`: `"linear"`; `"linear_flip"` (v6.01: each token is concatenated with
+        its mirror image in the sequence); `"gated"` (HD); `"relu"` (UHD); `"gated_norm"` (v7).
     compressor_num_layers (`int`, defaults to 0):
         Blocks of the Visual Token Compressor (v7.03, v7.04); 0: none.
     compressor_num_tokens (`int`, *optional*):
-        Tokens that it leaves, of a picture or of a tile.
+        Tokens that the compressor leaves, of a picture or of a tile.
     compressor_per_tile (`bool`, defaults to `False`):
         Whether `compressor_num_tokens` counts per tile (v7.04) or per picture (v7.03).
     compressor_reduction (`"pool"` or `"step"`, defaults to `"pool"`):
@@ -361,7 +366,7 @@ class VisualRWKVConfig(PreTrainedConfig):
 
     @property
     def pooled_grid(self) -> tuple[int, int]:
-        """Height and width of the grid of patch tokens behind the pooling; (0, 0) where none is left."""
+        """Height and width of the grid of patch tokens after the pooling; (0, 0) where none is left."""
         side = self.vision_config.grid_size
         if self.pooling == "average":
             window = side // self.pooled_grid_size
@@ -376,31 +381,33 @@ class VisualRWKVConfig(PreTrainedConfig):
 
     @property
     def class_token(self) -> str:
-        """Where the class token stands behind the pooling: "first", "last" or "none"."""
+        """Where the class token is after the pooling: "first", "last" or "none"."""
         return "none" if self.pooling == "mean" else self.vision_config.class_token
 
     @property
     def num_tile_tokens(self) -> int:
-        """Tokens of one tile in front of the compressor."""
+        """Tokens of one tile before the compressor."""
         height, width = self.pooled_grid
-        return height * width + (self.class_token != "none")
+        return height * width + sum(class_token_places(self.class_token))
 
     @property
     def num_image_tokens(self) -> int:
         """Tokens of a picture that is read as one tile."""
         return self.num_image_tokens_of(1)
 
+    @property
+    def image_tokens(self) -> ImageTokens:
+        """What decides how many tokens a picture takes."""
+        return ImageTokens(
+            tokens_per_tile=self.num_tile_tokens,
+            kept=self.compressor_num_tokens if self.compressor_num_layers else None,
+            per_tile=self.compressor_per_tile,
+            reduction=self.compressor_reduction,
+        )
+
     def num_image_tokens_of(self, num_tiles: int) -> int:
         """Tokens of a picture that the image processor cut into `num_tiles` tiles."""
-        if not self.compressor_num_layers:
-            return self.num_tile_tokens * num_tiles
-        kept = self.compressor_num_tokens * (num_tiles if self.compressor_per_tile else 1)
-        if self.compressor_reduction == "pool":
-            return kept
-        length = self.num_tile_tokens * num_tiles
-        if self.compressor_per_tile:
-            return math.ceil(length / (self.num_tile_tokens // self.compressor_num_tokens))
-        return min(kept, math.ceil(length / max(1, length // kept)))
+        return self.image_tokens.count(num_tiles)
 
     def validate_architecture(self):
         """Refuses parts that do not fit together."""

@@ -15,11 +15,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .cache_visualrwkv import VisualRWKVCache, VisualRWKVStaticCache
 from .prompt_identity import (
-    PICTURE_INPUTS,
-    PIXEL_INPUTS,
     Pictures,
     Prompt,
+    picture_inputs_of,
     piece_ends,
+    pixel_inputs_of,
     read_prompt,
     refuse_other_beginning,
     stable_length,
@@ -34,7 +34,7 @@ CACHES: dict[str | None, Callable] = {
 }
 
 PREPARED_PROMPT = ("scan_orders", "mm_encoder_outputs")
-PROMPT_INPUTS = (*PICTURE_INPUTS, *PREPARED_PROMPT)
+
 
 WHOLE_PROMPT_OPTIONS = ("cache_implementation", "prefill_chunk_size", "token_healing", "is_assistant")
 """Options of `generate()` that need a prompt to be read at once and from its start."""
@@ -115,8 +115,12 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         )
         length = stable_length(processor, messages, inputs["input_ids"].shape[1], **template_variables)
         ids, mask = inputs["input_ids"][:, :length], inputs["attention_mask"][:, :length]
-        tensors = {name: inputs[name].to(self.device) for name in PICTURE_INPUTS if name in inputs}
-        tensors |= {name: tensors[name].to(self.dtype) for name in PIXEL_INPUTS if name in tensors}
+        tensors = {
+            name: inputs[name].to(self.device) for name in picture_inputs_of(self.config) if name in inputs
+        }
+        tensors |= {
+            name: tensors[name].to(self.dtype) for name in pixel_inputs_of(self.config) if name in tensors
+        }
         pictures = Pictures.of(tensors, self.config)
         prompt = read_prompt(self.config, ids, mask, pictures, self.dtype)
 
@@ -183,7 +187,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         state = self._about_to_read(prompt, kept)
         for row, (read, whole) in enumerate(zip(state.contents, prompt.contents)):
             refuse_other_beginning(read, whole, row)
-        for name in PICTURE_INPUTS:
+        for name in picture_inputs_of(self.config):
             model_kwargs.pop(name, None)
         model_kwargs |= pictures.chosen(_unread_pictures(state, prompt))
         model_kwargs["past_key_values"] = state
@@ -269,7 +273,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and inputs.get("use_cache", True):
-            for name in PROMPT_INPUTS:
+            for name in (*picture_inputs_of(self.config), *PREPARED_PROMPT):
                 inputs.pop(name, None)
             if inputs["input_ids"].shape[1] == 1:
                 inputs.pop("attention_mask", None)  # a new token is no pad
@@ -320,16 +324,27 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         return not _hindrances(model_kwargs | {"mm_encoder_outputs": None}, generation_config)
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
-        """As the stock method; on a CPU one picture after the other: none is rounded otherwise for its neighbours."""
+        """Encode the pictures before the prompt is read, as the stock method does.
+
+        That method knows a model's inputs from a signature; ours depend on the configuration's encoders. On a CPU
+        pictures are encoded one at a time, so that a picture's features do not depend on how many others are in the
+        batch (a matrix product may round differently for another number of rows).
+        """
         pictures = Pictures.of(model_kwargs, self.config)
-        count = len(pictures.tiles)
-        if count < 2 or self.device.type != "cpu" or _encoded(model_kwargs) is not None:
+        if not pictures.tiles or _encoded(model_kwargs) is not None:
             return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
-        tokens: list[Tensor] = []
-        for number in range(count):
-            picture = pictures.chosen([other == number for other in range(count)])
-            tokens += self.get_image_features(**picture, return_dict=True).pooler_output
-        left = {name: value for name, value in model_kwargs.items() if name not in PICTURE_INPUTS}
+        count = len(pictures.tiles)
+        groups = [[True] * count]
+        if self.device.type == "cpu":
+            groups = [[other == number for other in range(count)] for number in range(count)]
+        outputs = [
+            self.get_image_features(**pictures.chosen(group), return_dict=True).pooler_output
+            for group in groups
+        ]
+        tokens: list[Tensor] = [features for output in outputs for features in output]
+        left = {
+            name: value for name, value in model_kwargs.items() if name not in picture_inputs_of(self.config)
+        }
         return left | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens)}}
 
     def _read_pieces(self, ids: Tensor, state: VisualRWKVCache, model_kwargs: dict, ends: list[int]) -> None:

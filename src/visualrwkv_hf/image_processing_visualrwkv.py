@@ -16,11 +16,10 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import ChannelDimension
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.processing_utils import ImagesKwargs
 
-from .configuration_visualrwkv import ENCODER_NAMES, VisualRWKVConfig
+from .configuration_visualrwkv import VisualRWKVConfig
+from .encoders import ENCODERS, pixel_inputs
 from .pictures import open_picture
 from .remote_code import IMAGE_PROCESSOR_CODE, copy_code
 
@@ -167,15 +166,6 @@ TILINGS = {
 
 # Pixels.
 
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-CLIP = {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
-STATISTICS = {"clip": CLIP, "dinov2": IMAGENET, "siglip": HALF, "sam": IMAGENET}
-"""Mean and standard deviation by encoder. SAM is given ImageNet's, as in the original."""
-
 
 def squash(image: Image.Image, size: int, image_mean: list[float], image_std: list[float]) -> np.ndarray:
     """A picture as an encoder reads it: bicubic to a square whatever its shape; (x / 255 - mean) / std.
@@ -219,7 +209,7 @@ class VisualRWKVImageProcessor(PilBackend):
 
     valid_kwargs = VisualRWKVImagesKwargs
     encoders = {
-        name: {"size": size, **STATISTICS[name]}
+        name: {"size": size, **ENCODERS[name].statistics}
         for name, size in (("dinov2", 448), ("siglip", 448), ("sam", 1024))
     }
     tiling = "none"
@@ -232,7 +222,7 @@ class VisualRWKVImageProcessor(PilBackend):
 
     @property
     def model_input_names(self) -> list[str]:
-        names = [_pixel_name(name, self.encoders) for name in ENCODER_NAMES if name in self.encoders]
+        names = list(pixel_inputs(self.encoders).values())
         return names + ["num_tiles"] * TILINGS[self.tiling].has_tokens
 
     def preprocess(self, images, **kwargs) -> BatchFeature:
@@ -256,11 +246,8 @@ class VisualRWKVImageProcessor(PilBackend):
         pictures = _open_all(images, kwargs.get("input_data_format"))
         pieces = [_cut(picture, _lay_out(picture.size, encoders, tiling, tile_grid)) for picture in pictures]
         data = {
-            _pixel_name(name, encoders): np.stack(
-                [squash(piece, **encoders[name]) for cut in pieces for piece in cut]
-            )
-            for name in ENCODER_NAMES
-            if name in encoders
+            argument: np.stack([squash(piece, **encoders[name]) for cut in pieces for piece in cut])
+            for name, argument in pixel_inputs(encoders).items()
         }
         if TILINGS[tiling].has_tokens:
             data["num_tiles"] = np.array([len(cut) for cut in pieces], dtype=np.int64)
@@ -302,13 +289,8 @@ def _refuse_options(names: Iterable[str]) -> None:
         )
 
 
-def _pixel_name(encoder: str, encoders: Mapping[str, dict]) -> str:
-    first = next(name for name in ENCODER_NAMES if name in encoders)
-    return "pixel_values" if encoder == first else f"pixel_values_{encoder}"
-
-
 def _lay_out(size: Size, encoders: Mapping[str, dict], tiling: str, tile_grid: int) -> Layout:
-    first = next(name for name in ENCODER_NAMES if name in encoders)
+    first = next(iter(pixel_inputs(encoders)))
     return TILINGS[tiling].lay_out(size, encoders[first]["size"], tile_grid)
 
 
@@ -319,9 +301,9 @@ def _cut(picture: Image.Image, layout: Layout) -> list[Image.Image]:
 
 
 def _check_fields(encoders: Mapping[str, dict], tiling: str, tile_grid: int) -> None:
-    if not encoders or (unknown := sorted(set(encoders) - set(ENCODER_NAMES))):
+    if not encoders or (unknown := sorted(set(encoders) - set(ENCODERS))):
         raise ValueError(
-            f"encoders must be some of {', '.join(ENCODER_NAMES)}, got {unknown if encoders else 'none'}."
+            f"encoders must be some of {', '.join(ENCODERS)}, got {unknown if encoders else 'none'}."
         )
     for name, fields in encoders.items():
         _check_encoder(name, fields)
@@ -353,20 +335,6 @@ def _check_encoder(name: str, fields: Mapping) -> None:
 # Which image processor a model needs.
 
 
-def _clip_processor(size: int) -> BaseImageProcessor:
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **CLIP
-    )
-
-
-def _siglip_processor(size: int) -> BaseImageProcessor:
-    return SiglipImageProcessorPil(size={"height": size, "width": size}, **HALF)
-
-
-STOCK_PROCESSORS = {"clip": _clip_processor, "siglip": _siglip_processor}
-"""transformers' own, for towers of this one encoder: CLIP's resizes the shorter edge and crops the centre."""
-
-
 def image_processor_for(config: VisualRWKVConfig, tiling: str = "none") -> BaseImageProcessor:
     """The image processor that a model's tower was made for.
 
@@ -385,9 +353,9 @@ def image_processor_for(config: VisualRWKVConfig, tiling: str = "none") -> BaseI
                 f"A tower with tile_grid {vision.tile_grid} makes its views itself: no tiling {tiling!r}."
             )
         tiling = "views"
-    if tiling == "none" and len(sizes) == 1 and (stock := STOCK_PROCESSORS.get(*sizes)):
+    if tiling == "none" and len(sizes) == 1 and (stock := ENCODERS[next(iter(sizes))].image_processor):
         return stock(*sizes.values())
-    encoders = {name: {"size": size, **STATISTICS[name]} for name, size in sizes.items()}
+    encoders = {name: {"size": size, **ENCODERS[name].statistics} for name, size in sizes.items()}
     return VisualRWKVImageProcessor(encoders=encoders, tiling=tiling, tile_grid=vision.tile_grid)
 
 

@@ -5,6 +5,7 @@ Letters: N pictures, L tokens of a picture, D channels of the vision tower, B ba
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 from .configuration_visualrwkv import VisualRWKVConfig
 from .generation_visualrwkv import VisualRWKVGenerationMixin
+from .image_tokens import class_token_places
 from .loss_visualrwkv import LateLogits, is_worth_slicing, loss_options, sliced_loss, visualrwkv_loss
 from .modeling_rwkv import (
     RwkvBlock,
@@ -86,13 +88,11 @@ class VisualTokenCompressor(nn.Module):
 
     def reduce(self, tokens: torch.Tensor, num_tiles: int) -> torch.Tensor:
         """[N, L, C] -> [N, L', C], L' as the configuration's `num_image_tokens_of(num_tiles)`."""
-        config, length = self.config, tokens.shape[1]
-        kept = config.compressor_num_tokens * (num_tiles if config.compressor_per_tile else 1)
-        if config.compressor_reduction == "pool":
-            return F.adaptive_avg_pool1d(tokens.transpose(1, 2), kept).transpose(1, 2)
-        if config.compressor_per_tile:
-            return tokens[:, :: length // num_tiles // config.compressor_num_tokens]
-        return tokens[:, :: max(1, length // kept)][:, -kept:]
+        rule = self.config.image_tokens
+        if rule.reduction == "pool":
+            return F.adaptive_avg_pool1d(tokens.transpose(1, 2), rule.count(num_tiles)).transpose(1, 2)
+        positions = rule.positions(num_tiles)
+        return tokens[:, positions.start : positions.stop : positions.step]
 
 
 class VisualRWKVModel(VisualRWKVPreTrainedModel):
@@ -140,29 +140,29 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor,
-        pixel_values_siglip: torch.FloatTensor | None = None,
-        pixel_values_sam: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
         num_tiles: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """Pictures as the language model reads them.
+        """Return pictures as the language model reads them.
 
         Args:
             pixel_values: [views, 3, S, S] for the first encoder of the tower.
-            pixel_values_siglip: the same pictures for a further encoder, in a tower that has it.
-            pixel_values_sam: likewise.
             num_tiles: [N] tiles of each picture, where the image processor tiles.
-            kwargs: `return_dict`.
+            kwargs: of [`VisualRWKVVisionModel.forward`]: `pixel_values_{name}` for every further encoder,
+                `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            `last_hidden_state` [views or pictures, L, D] of the tower, and `pooler_output`: a list of N projected
-            pictures [L', C].
+            `last_hidden_state` [views or pictures, L, D] of the tower, `pooler_output`: a list of N projected
+            pictures [L', C], and what was asked for of the tower's `hidden_states` and `attentions`.
         """
-        outputs = self.vision_tower(pixel_values, pixel_values_siglip, pixel_values_sam)
+        outputs = self.vision_tower(pixel_values, **(kwargs | {"return_dict": True}))
         features = outputs.last_hidden_state
         return BaseModelOutputWithPooling(
-            last_hidden_state=features, pooler_output=self.compress(self.project(features), num_tiles)
+            last_hidden_state=features,
+            pooler_output=self.compress(self.project(features), num_tiles),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     def get_placeholder_mask(
@@ -203,12 +203,7 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
         if not height or is_trivial(config.scan):
             return None
         orders = sequence_orders(
-            placeholders,
-            config.scan,
-            height,
-            width,
-            leading=int(config.class_token == "first"),
-            trailing=int(config.class_token == "last"),
+            placeholders, config.scan, height, width, *class_token_places(config.class_token)
         )
         return self.without_identities(orders)
 
@@ -229,8 +224,6 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
-        pixel_values_siglip: torch.FloatTensor | None = None,
-        pixel_values_sam: torch.FloatTensor | None = None,
         num_tiles: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -244,8 +237,6 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
         Args:
             input_ids: [B, T], with `config.image_token_id` once for every token of a picture.
             pixel_values: see [`~VisualRWKVModel.get_image_features`].
-            pixel_values_siglip: likewise.
-            pixel_values_sam: likewise.
             num_tiles: likewise.
             attention_mask: see [`VisualRWKVTextModel.forward`].
             past_key_values: likewise.
@@ -253,7 +244,8 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
             scan_orders: [B, D, T], in which order the layers read, as `processor(..., return_scan_orders=True)`
                 gives it; by default derived from the placeholders.
             mm_encoder_outputs: pictures that were encoded before, in place of the pixels.
-            kwargs: of [`VisualRWKVTextModel.forward`].
+            kwargs: `pixel_values_{name}` as for [`~VisualRWKVModel.get_image_features`]; all others are for
+                [`VisualRWKVTextModel.forward`].
 
         Raises:
             ValueError: if pictures and placeholders do not match, or a picture is cut by the end of the sequence
@@ -262,12 +254,14 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         encoded = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None and encoded is not None:
-            raise ValueError("Give either pixel_values or mm_encoder_outputs, not both.")
+        pixels = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("pixel_values")}
+        pixels = {name: value for name, value in pixels.items() if value is not None}
         if pixel_values is not None:
-            encoded = self.get_image_features(
-                pixel_values, pixel_values_siglip, pixel_values_sam, num_tiles, return_dict=True
-            )
+            pixels["pixel_values"] = pixel_values
+        if pixels and encoded is not None:
+            raise ValueError("Give either pixel_values or mm_encoder_outputs, not both.")
+        if pixels:
+            encoded = self.get_image_features(**pixels, num_tiles=num_tiles, return_dict=True)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -352,17 +346,24 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, VisualRWKVGe
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
         """See [`VisualRWKVModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Check what `generate()` was given. The tower's inputs depend on the configuration, not on a signature."""
+        pixels = set(self.config.vision_config.pixel_inputs.values())
+        super()._validate_model_kwargs(
+            {name: value for name, value in model_kwargs.items() if name not in pixels}
+        )
 
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
-        pixel_values_siglip: torch.FloatTensor | None = None,
-        pixel_values_sam: torch.FloatTensor | None = None,
         num_tiles: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -384,8 +385,6 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, VisualRWKVGe
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
-            pixel_values_siglip=pixel_values_siglip,
-            pixel_values_sam=pixel_values_sam,
             num_tiles=num_tiles,
             attention_mask=attention_mask,
             past_key_values=past_key_values,

@@ -14,6 +14,7 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .configuration_visualrwkv import VisualRWKVConfig
+from .image_tokens import ImageTokens, class_token_places
 from .pictures import open_picture
 from .remote_code import PROCESSOR_CODE, copy_code
 from .scan_orders import num_directions, sequence_orders
@@ -106,8 +107,15 @@ class VisualRWKVProcessor(ProcessorMixin):
         self.pad_prompt_to_multiple_of = pad_prompt_to_multiple_of
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    # The rule reads nothing of a configuration but attributes that the processor has too.
-    num_image_tokens_of = VisualRWKVConfig.num_image_tokens_of
+    def num_image_tokens_of(self, num_tiles: int) -> int:
+        """Tokens of a picture that the image processor cut into `num_tiles` tiles."""
+        rule = ImageTokens(
+            tokens_per_tile=self.num_tile_tokens,
+            kept=self.compressor_num_tokens if self.compressor_num_layers else None,
+            per_tile=self.compressor_per_tile,
+            reduction=self.compressor_reduction,
+        )
+        return rule.count(num_tiles)
 
     @classmethod
     def from_config(
@@ -215,8 +223,7 @@ class VisualRWKVProcessor(ProcessorMixin):
         if self.scan == "unidirectional" or not height:
             identity = torch.arange(image_mask.shape[1])
             return identity.repeat(len(image_mask), num_directions(self.scan), 1)
-        leading, trailing = int(self.class_token == "first"), int(self.class_token == "last")
-        return sequence_orders(image_mask, self.scan, height, width, leading, trailing)
+        return sequence_orders(image_mask, self.scan, height, width, *class_token_places(self.class_token))
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         """Opens the pictures one by one, so that an error can say which one it is; of thin ones what will be seen."""

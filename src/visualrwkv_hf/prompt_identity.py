@@ -11,16 +11,23 @@ import torch
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
-PIXEL_INPUTS = ("pixel_values", "pixel_values_siglip", "pixel_values_sam")
-"""Inputs with a row for every view of a picture."""
-PICTURE_INPUTS = (*PIXEL_INPUTS, "num_tiles")
+
+def pixel_inputs_of(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Return the model's inputs that have a row for every view of a picture; a text model has none."""
+    vision = getattr(config, "vision_config", None)
+    return () if vision is None else tuple(vision.pixel_inputs.values())
+
+
+def picture_inputs_of(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Return the model's inputs that describe pictures."""
+    return (*pixel_inputs_of(config), "num_tiles")
 
 
 class Pictures(NamedTuple):
     """The pictures of inputs.
 
-    `tensors`: those of `PICTURE_INPUTS` that there are. `tiles`: how many tiles with tokens of their own each picture
-    has, [N]. `num_views`: how many rows of the pixels a tile has.
+    `tensors`: those of the model's picture inputs that were given. `tiles`: how many tiles with tokens of their own
+    each picture has, [N]. `num_views`: how many rows of the pixels a tile has.
     """
 
     tensors: dict[str, Tensor]
@@ -34,8 +41,10 @@ class Pictures(NamedTuple):
         Raises:
             ValueError: pixels that are not of whole pictures.
         """
-        tensors = {name: inputs[name] for name in PICTURE_INPUTS if isinstance(inputs.get(name), Tensor)}
-        counts = {name: len(tensors[name]) for name in PIXEL_INPUTS if name in tensors}
+        tensors = {
+            name: inputs[name] for name in picture_inputs_of(config) if isinstance(inputs.get(name), Tensor)
+        }
+        counts = {name: len(tensors[name]) for name in pixel_inputs_of(config) if name in tensors}
         if len(set(counts.values())) > 1:
             raise ValueError(f"All encoders must see the same views, got {counts}.")
         count = next(iter(counts.values()), 0)
@@ -62,7 +71,7 @@ class Pictures(NamedTuple):
     def numbers(self, pixel_dtype: torch.dtype) -> list[int]:
         """A negative number for each picture, [N]: 63 bits of the SHA-256 of its pixels in `pixel_dtype`."""
         hashes = [hashlib.sha256() for _ in self.tiles]
-        for name in [name for name in PIXEL_INPUTS if name in self.tensors]:
+        for name in [name for name in self.tensors if name != "num_tiles"]:
             pixels = self.tensors[name].detach().to("cpu", pixel_dtype)
             for digest, of_picture in zip(
                 hashes, pixels.split([self.num_views * tiles for tiles in self.tiles])

@@ -255,7 +255,7 @@ REFUSED = [
         {"class_token": "middle"},
         "'class_token' expected one of ('first', 'last', 'none'), got middle",
     ),
-    (VISION, {"siglip_config": 5}, "'siglip_config' with value 5 doesn't match any type"),
+    (VISION, {"siglip_config": 5}, "siglip_config must be a dict or a configuration, got int."),
     (
         VISION,
         {"clip_config": {"model_type": "siglip_vision_model"}},
@@ -274,12 +274,12 @@ REFUSED = [
     (
         VISION,
         {"siglip_config": SMALL_SIGLIP, "class_token": "first"},
-        "class_token='first' needs CLIP as the only encoder, got ['siglip'].",
+        "class_token='first' needs clip as the only encoder, got ['siglip'].",
     ),
     (
         VISION,
         {"clip_config": SMALL_CLIP, "siglip_config": SMALL_SIGLIP, "class_token": "last"},
-        "class_token='last' needs CLIP as the only encoder, got ['clip', 'siglip'].",
+        "class_token='last' needs clip as the only encoder, got ['clip', 'siglip'].",
     ),
     (VISION, {"tile_grid": 0}, "tile_grid must be at least 1, got 0."),
     (

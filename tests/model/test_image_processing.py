@@ -23,8 +23,8 @@ from visualrwkv_hf import (
     VisualRWKVVisionModel,
     thin_pictures,
 )
+from visualrwkv_hf.encoders import HALF
 from visualrwkv_hf.image_processing_visualrwkv import (
-    HALF,
     TILINGS,
     grid_700,
     grid_boxes,

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_training import tiny_model, tiny_processor
 
 from visualrwkv_hf import VisualRWKVImageProcessor, pictures
-from visualrwkv_hf.image_processing_visualrwkv import HALF
+from visualrwkv_hf.encoders import HALF
 from visualrwkv_hf.pictures import FORMATS, open_picture, to_rgb
 
 

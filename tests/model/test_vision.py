@@ -12,6 +12,7 @@ from transformers import CLIPVisionModel, Dinov2WithRegistersModel, SamVisionCon
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionEncoder, SamVisionLayer
 
 from visualrwkv_hf import VisualRWKVConfig, VisualRWKVVisionConfig, VisualRWKVVisionModel
+from visualrwkv_hf.encoders import unshuffle_map
 from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
 from visualrwkv_hf.modeling_vision import (
     PROJECTORS,
@@ -19,7 +20,6 @@ from visualrwkv_hf.modeling_vision import (
     pool_patches,
     resample_position_embedding,
     stitch_tiles,
-    unshuffle_map,
 )
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -644,7 +644,7 @@ def test_poolings_to_one_token(class_token):
 
 
 def test_pooling_of_no_square_is_refused():
-    with pytest.raises(ValueError, match="15 patches are no square grid"):
+    with pytest.raises(ValueError, match="15 patches do not make a square grid"):
         pool_patches(torch.zeros(1, 15, 3), vlm_config(4, "none", "adaptive", 2))
 
 

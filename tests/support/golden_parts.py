@@ -25,7 +25,8 @@ from visualrwkv_hf.conversion.world_tokenizer import (
     load_world_vocabulary,
     longest_match_pattern,
 )
-from visualrwkv_hf.modeling_vision import resample_position_embedding, unshuffle_map
+from visualrwkv_hf.encoders import unshuffle_map
+from visualrwkv_hf.modeling_vision import resample_position_embedding
 from visualrwkv_hf.scan_orders import grid_permutation
 from visualrwkv_hf.training.conversations import magic_prime, sample_order
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ..dispatch import kernel_backend
 from ..image_processing_visualrwkv import GRIDS_700, VisualRWKVImageProcessor
+from ..image_tokens import class_token_places
 from ..modeling_visualrwkv import VisualRWKVForConditionalGeneration, VisualTokenCompressor, is_trivial
 from ..processing_visualrwkv import SHORT_ANSWER, TURN_END, VisualRWKVProcessor
 from ..scan_orders import sequence_orders
@@ -205,8 +206,7 @@ def export_onnx(
 
 def pixel_names(config: Any) -> list[str]:
     """The inputs of the vision tower, one for each encoder."""
-    _, *further = config.vision_config.encoders
-    return ["pixel_values", *(f"pixel_values_{name}" for name in further)]
+    return list(config.vision_config.pixel_inputs.values())
 
 
 def state_names(model: VisualRWKVForConditionalGeneration, when: str) -> list[str]:
@@ -316,8 +316,8 @@ def span_orders(model: VisualRWKVForConditionalGeneration) -> list[list[int]]:
     if not height or is_trivial(config.scan):
         return [[0]]
     places = torch.ones(1, config.num_tile_tokens, dtype=torch.bool)
-    leading, trailing = int(config.class_token == "first"), int(config.class_token == "last")
-    return sequence_orders(places, config.scan, height, width, leading, trailing)[0].tolist()
+    ends = class_token_places(config.class_token)
+    return sequence_orders(places, config.scan, height, width, *ends)[0].tolist()
 
 
 def chat_description(
