@@ -10,7 +10,7 @@ from paths import EXAMPLES
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is in an extra test environment: pip install lmms_eval")
 pytest.importorskip("easy_vqa", reason="the rows are those of easy-VQA: pip install easy-vqa")
-pytest.importorskip("fastapi", reason="the server needs the extra serve")
+pytest.importorskip("uvicorn", reason="the server needs the extra serve")
 
 from easy_vqa_rows import exact_matches, messages, own_answers, rows, save_model_that_knows_half, save_rows
 from lmms_eval.evaluator import simple_evaluate

@@ -1,6 +1,7 @@
 """The server, asked by the `openai` client: its answers are those of `generate`, whatever else happens."""
 
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -12,11 +13,10 @@ from serving import data_url, picture_host, png, running, served_apart, user
 from tiny_training import save_tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from visualrwkv_hf.inference import server
-from visualrwkv_hf.inference.server import build_app
+from visualrwkv_hf.inference.server import Access, Limits, build_app, serve
 
-openai = pytest.importorskip("openai", reason="needs the extra serve")
-pytest.importorskip("fastapi", reason="needs the extra serve")
+openai = pytest.importorskip("openai", reason="needs the client of OpenAI")
+pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 RED, GREEN = data_url("red"), data_url("green")
 QUESTION = user("Which colour is it?", RED)
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(folder):
     """The model in the server, how many tokens each of its forwards read, how many pictures its tower saw."""
-    app = build_app(folder)
+    app = build_app(folder, access=Access(allow_private_urls=True), limits=Limits(fetch_seconds=3))
     model, reads, pictures = app.state.model, [], []
     language_model, tower = model.model.language_model, model.model.vision_tower
     language_model.register_forward_pre_hook(
@@ -187,10 +187,16 @@ def test_temperature_asks_for_sampling_and_seed_repeats_it(client, expected):
     assert ask(client, [QUESTION], temperature=0) == expected([QUESTION])
 
 
-def test_stop_ends_an_answer(client, expected):
-    whole = expected([QUESTION])
-    answer = ask(client, [QUESTION], stop=[whole[4]])
-    assert whole[4] in answer and whole.startswith(answer) and answer != whole
+@pytest.mark.parametrize("length", [1, 3])
+def test_an_answer_ends_before_a_stop_string(client, expected, length):
+    whole = expected([QUESTION], tokens=40)
+    stop = whole[7 : 7 + length]
+    wanted = whole[: whole.index(stop)].rstrip()
+    assert ask(client, [QUESTION], tokens=40, stop=[stop, "no such text"]) == wanted != whole
+    chunks = list(stream(client, [QUESTION], tokens=40, stop=stop))
+    assert "".join(pieces(chunks)) == wanted
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert ask(client, [QUESTION], tokens=40, stop=[]) == whole
 
 
 def test_the_model_is_listed_and_answers_to_its_folder_too(client, folder):
@@ -208,6 +214,77 @@ def test_routes_that_load_and_unload_models_are_not_there(served):
             client.post(f"/../{route}", body={"model": "gpt2"}, cast_to=object)
 
 
+FIELDS_THAT_WORK = {
+    "bias": dict(logit_bias={"5": -100}),
+    "no bias": dict(logit_bias={}),
+    "no stop": dict(stop=[]),
+    "no tools": dict(tools=[], tool_choice="none"),
+    "format": dict(response_format={"type": "text"}),
+    "passed over": dict(user="me", metadata={"a": "b"}, store=True, service_tier="auto"),
+    "nulls": dict(extra_body={"seed": None, "stop": None, "logit_bias": None, "tools": None}),
+}
+
+
+@pytest.mark.parametrize("fields", FIELDS_THAT_WORK.values(), ids=FIELDS_THAT_WORK)
+def test_fields_as_clients_send_them_are_taken(client, expected, fields):
+    assert ask(client, [QUESTION], **fields) == expected([QUESTION])
+
+
+NOTHING = {"role": "assistant", "content": ""}
+CHATS_OF_CLIENTS = {
+    "developer": (
+        [{"role": "developer", "content": "Be brief."}, QUESTION],
+        [{"role": "system", "content": "Be brief."}, QUESTION],
+    ),
+    "developer and system": (
+        [{"role": "developer", "content": "Be brief."}, {"role": "system", "content": "Be kind."}, QUESTION],
+        [{"role": "system", "content": "Be brief.\nBe kind."}, QUESTION],
+    ),
+    "content null": (
+        [QUESTION, {"role": "assistant", "content": None}, user("Sure?")],
+        [QUESTION, NOTHING, user("Sure?")],
+    ),
+    "keys without a value": (
+        [QUESTION, NOTHING | {"refusal": None, "tool_calls": None, "annotations": []}, user("Sure?")],
+        [QUESTION, NOTHING, user("Sure?")],
+    ),
+    "data URL in capitals": (
+        [user("Which colour is it?", RED.replace("data:image/png;base64", "DATA:Image/PNG;BASE64"))],
+        [QUESTION],
+    ),
+}
+"""What a client sends, and what it means."""
+
+
+@pytest.mark.parametrize("messages, meant", CHATS_OF_CLIENTS.values(), ids=CHATS_OF_CLIENTS)
+def test_messages_as_clients_send_them_are_taken(client, expected, messages, meant):
+    assert ask(client, messages) == expected(meant)
+
+
+def test_a_banned_token_is_not_written_and_a_wanted_one_is(client, served, folder, expected):
+    tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
+    (token,) = tokenizer.encode("z", add_special_tokens=False)
+    assert ask(client, [QUESTION], tokens=5, logit_bias={str(token): 100}) == "zzzzz"
+    first = expected([QUESTION])[0]
+    banned = {str(i): -100 for i in range(1024) if tokenizer.decode([i]).startswith(first)}
+    assert not ask(client, [QUESTION], logit_bias=banned).startswith(first)
+
+
+def test_completion_can_repeat_its_prompt(client):
+    asked = dict(model="visualrwkv-tiny", prompt="User: Say yes.\n\nAssistant:", max_tokens=5)
+    plain = client.completions.create(**asked).choices[0].text
+    assert client.completions.create(**asked, echo=True).choices[0].text == asked["prompt"] + plain
+    chunks = client.completions.create(**asked, echo=True, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == asked["prompt"] + plain
+
+
+def test_usage_of_a_stream_comes_when_it_is_asked_for(client):
+    chunks = list(stream(client, [QUESTION], tokens=5, stream_options={"include_usage": True}))
+    assert not chunks[-1].choices and chunks[-1].usage.completion_tokens == 5
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert all(chunk.usage is None for chunk in stream(client, [QUESTION], tokens=5))
+
+
 REFUSALS = {
     "no message": (dict(messages=[]), "messages must be a list of at least one message"),
     "no list": (dict(messages="Hello"), "messages must be a list"),
@@ -219,39 +296,69 @@ REFUSALS = {
         dict(messages=[{"role": "robot", "content": "Hello"}]),
         "must be 'user' or 'assistant'.*got 'robot'",
     ),
-    "no content": (dict(messages=[{"role": "user"}]), r"messages\[0\] must have a text, got None"),
-    "number": (dict(messages=[{"role": "user", "content": 7}]), r"messages\[0\] must have a text, got 7"),
+    "no content": (dict(messages=[{"role": "user"}]), r"messages\[0\] must have a text or a list.*got None"),
+    "number": (dict(messages=[{"role": "user", "content": 7}]), r"messages\[0\] must have a text.*got 7"),
     "audio": (
         dict(messages=[QUESTION, {"role": "user", "content": [{"type": "input_audio"}]}]),
         r"messages\[1\] has content of type 'input_audio': it can be text",
     ),
+    "tool calls": (
+        dict(messages=[QUESTION, {"role": "assistant", "tool_calls": [{}]}]),
+        r"messages\[1\] has tool_calls, which this model cannot read",
+    ),
     "forged picture": (dict(messages=[user("An <image>")]), "contains '<image>', which is reserved"),
     "not a picture": (
         dict(messages=[user("?", RED, "data:image/png;base64,AAAA")]),
-        "Picture 1: .* cannot be read as a picture",
+        "Picture 2: .* cannot be read as a picture",
     ),
-    "half a picture": (dict(messages=[user("?", RED[:-80])]), "Picture 0: .* cannot be read as a picture"),
+    "half a picture": (dict(messages=[user("?", RED[:-80])]), "Picture 1: .* cannot be read as a picture"),
     "a file here": (
         dict(messages=[user("?", __file__)]),
-        r"Picture 0: it must be a URL or data:image.*test_serve\.py",
+        "Picture 1: it must be a URL of http or https, or data",
     ),
-    "no picture": (dict(messages=[user("?", None)]), "Picture 0: it must be a URL or data:image.*got 'None'"),
-    "unreachable": (dict(messages=[user("?", "http://127.0.0.1:1/red.png")]), "Picture 0: .*connection"),
+    "no picture": (
+        dict(messages=[user("?", None)]),
+        "Picture 1: it must be given as a URL, or as data:image",
+    ),
+    "unreachable": (
+        dict(messages=[user("?", "http://127.0.0.1:1/red.png")]),
+        "Picture 1: there is no picture that can be fetched at its URL",
+    ),
     "assistant's picture": (
         dict(messages=[user("?"), {"role": "assistant", "content": user("", RED)["content"]}]),
         "Only user messages can hold pictures",
     ),
-    "temperature": (dict(temperature=-1), "temperature must be a number from 0 to 2, got -1"),
-    "warm": (dict(temperature="warm"), "temperature must be a number from 0 to 2, got 'warm'"),
-    "no tokens": (dict(max_tokens=0), "max_tokens must be a number from 1 to inf, got 0"),
-    "penalty": (dict(frequency_penalty=-2), "frequency_penalty must be a number from -0.9 to 2, got -2"),
-    "choices": (dict(n=2), "n can only be 1 here, got 2"),
-    "tools": (dict(tools=[{"type": "function"}]), r"tools can only be \[\] here"),
+    "temperature": (dict(temperature=-1), "temperature must be 0 or a number from 1e-06 to 2, got -1"),
+    "warm": (dict(temperature="warm"), "temperature must be .*got 'warm'"),
+    "denormal": (dict(temperature=5e-324), "temperature must be .*got 5e-324"),
+    "no tokens": (dict(max_tokens=0), "max_tokens must be an integer from 1 to 4096, got 0"),
+    "endless": (dict(max_tokens=10**9), "max_tokens must be an integer from 1 to 4096, got 1000000000"),
+    "penalty": (dict(frequency_penalty=-3), "frequency_penalty must be a number from -2 to 2, got -3"),
+    "seed": (dict(seed=2**70), "seed must be an integer from"),
+    "choices": (dict(n=2), "n can only be 1 or null here, got 2"),
+    "tools": (dict(tools=[{"type": "function"}]), r"tools can only be \[\] or null here"),
+    "format": (dict(response_format={"type": "json_object"}), "response_format can only be .*text"),
+    "bias list": (dict(extra_body={"logit_bias": [5]}), "logit_bias must be an object"),
+    "bias key": (
+        dict(logit_bias={"word": 1}),
+        "A key of logit_bias must be a token id below 1024, got 'word'",
+    ),
+    "bias token": (dict(logit_bias={"99999": 1}), "A key of logit_bias must be a token id below 1024"),
+    "bias value": (
+        dict(logit_bias={"5": "x"}),
+        "A value of logit_bias must be a number from -100 to 100, got 'x'",
+    ),
+    "stops": (dict(stop=["a"] * 17), "stop must be a text or a list of at most 16"),
+    "stop": (dict(stop=["a" * 257]), "A stop string must have 1 to 256 characters"),
     "template": (
         dict(extra_body={"chat_template_kwargs": {"image_position": "top"}}),
         "image_position must be 'first', 'middle' or 'last', got 'top'",
     ),
-    "field": (dict(extra_body={"colour": 1}), "Unexpected fields in the request: {'colour'}"),
+    "field": (dict(extra_body={"colour": 1}), "Unexpected fields in the request: 'colour'"),
+    "generation": (
+        dict(extra_body={"generation_config": "{}"}),
+        "Unexpected fields in the request: 'generation_config'",
+    ),
 }
 
 
@@ -259,24 +366,34 @@ REFUSALS = {
 @pytest.mark.parametrize("fields, message", REFUSALS.values(), ids=REFUSALS)
 def test_a_bad_request_is_refused_with_a_sentence(client, served, fields, message, streamed):
     asked = dict(model="visualrwkv-tiny", messages=[QUESTION], max_tokens=2, stream=streamed) | fields
-    with pytest.raises((openai.BadRequestError, openai.UnprocessableEntityError), match=message) as refused:
+    with pytest.raises(openai.BadRequestError, match=message) as refused:
         client.chat.completions.create(**asked)
     assert refused.value.body["type"] == "invalid_request_error"
     assert "Traceback" not in str(refused.value)
     assert not served.reads
 
 
-def test_a_picture_that_is_not_there_or_slow_is_refused_and_nobody_waits_for_it(
-    client, pictures, expected, monkeypatch
-):
-    with pytest.raises(openai.BadRequestError, match=r"Picture 0: .*404 Not Found.*/grey\.png"):
+def test_a_response_that_asks_for_what_is_not_there_is_refused(client, served):
+    asked = dict(model="visualrwkv-tiny", input="Hello", max_output_tokens=2)
+    for fields, message in (
+        (dict(input=openai.omit), "input must be a text or a list"),
+        (dict(previous_response_id="resp_1"), "previous_response_id can only be null here"),
+        (dict(text={"format": {"type": "json_object"}}), "text.format can only be .*text"),
+        (dict(input=[{"type": "function_call", "name": "f"}]), "must be an object with role and content"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.responses.create(**asked | fields)
+    assert not served.reads
+
+
+def test_a_picture_that_is_not_there_or_slow_is_refused_and_nobody_waits_for_it(client, pictures, expected):
+    sentence = "Picture 1: there is no picture that can be fetched at its URL."
+    with pytest.raises(openai.BadRequestError, match=sentence):
         ask(client, [user("?", f"{pictures}/grey.png")])
-    monkeypatch.setattr(server, "SECONDS_FOR_A_PICTURE", 3)
     with ThreadPoolExecutor() as pool:
         slow = pool.submit(ask, client, [user("?", f"{pictures}/slow.png")])
         assert ask(client, [QUESTION]) == expected([QUESTION])
-        assert not slow.done()
-        with pytest.raises(openai.BadRequestError, match=r"Picture 0: .*slow\.png took longer than 3 s"):
+        with pytest.raises(openai.BadRequestError, match=sentence):
             slow.result()
 
 
@@ -289,14 +406,13 @@ def test_requests_at_the_same_time_get_their_own_answers(client, expected):
     with ThreadPoolExecutor(len(chats)) as pool:
         streams = pool.map(lambda chat: "".join(pieces(stream(client, chat))), chats[::2])
         answers = pool.map(lambda chat: ask(client, chat), chats[1::2])
-        # Random words end within a character, which a stream waits for.
-        assert list(streams) == [answer.rstrip("\ufffd") for answer in wanted[::2]]
+        assert list(streams) == wanted[::2]
         assert list(answers) == wanted[1::2]
 
 
 def test_a_cancelled_stream_ends_its_generation(client, served, expected):
     for _ in range(3):
-        with stream(client, [QUESTION], tokens=100_000) as chunks:
+        with stream(client, [QUESTION], tokens=4000) as chunks:
             next(chunks), next(chunks)
     deadline, seen = time.monotonic() + 20, -1
     while seen != len(served.reads):
@@ -304,6 +420,21 @@ def test_a_cancelled_stream_ends_its_generation(client, served, expected):
         seen = len(served.reads)
         time.sleep(0.3)
     assert ask(client, [QUESTION]) == expected([QUESTION])
+
+
+def test_seeds_belong_to_their_requests(client):
+    """Six at once, twice, each time in another order of arrival: one seed, one answer."""
+
+    def seeded(seed):
+        return ask(client, [QUESTION], tokens=8, temperature=1.5, seed=seed)
+
+    alone = [seeded(seed) for seed in range(6)]
+    assert len(set(alone)) == 6
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(seeded, range(6))) == alone
+        assert list(pool.map(seeded, reversed(range(6)))) == alone[::-1]
+    free = [ask(client, [QUESTION], tokens=8, temperature=1.5) for _ in range(3)]
+    assert len({*free, *alone}) == 9
 
 
 def test_half_precision(folder):
@@ -314,12 +445,16 @@ def test_half_precision(folder):
         assert reply.usage.completion_tokens == 4
 
 
-def test_what_cannot_be_served_is_refused(folder, tmp_path, monkeypatch):
+def test_what_cannot_be_served_is_refused(folder, monkeypatch):
     with pytest.raises(ValueError, match=r"dtype must be one of auto, .*got 'int3'"):
         build_app(folder, dtype="int3")
     with pytest.raises(ValueError, match="no device 'abacus'"):
         build_app(folder, device="abacus")
-    monkeypatch.setattr(server, "is_serve_available", lambda: False)
+    with pytest.raises(ValueError, match="port must be an integer from 0 to 65535, got 99999"):
+        serve(folder, port=99999)
+    with pytest.raises(ValueError, match="waiting must be a number above 0, got -1"):
+        Limits(waiting=-1)
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
     with pytest.raises(ImportError, match=r"pip install 'visualrwkv-hf\[serve\]'"):
         build_app(folder)
 

@@ -1,9 +1,10 @@
-"""Servers for tests: the model's in this process or in one of its own, and one that has pictures."""
+"""Servers for tests: the model's, in this process or in one of its own, and a web server with pictures."""
 
 import base64
 import io
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -16,12 +17,16 @@ from pathlib import Path
 
 from PIL import Image
 
-COMMAND = "import sys; from visualrwkv_hf.inference.server import serve; serve(sys.argv[1], port=0)"
+COMMAND = """
+import sys
+from visualrwkv_hf.inference.server import Access, Limits, serve
+serve(sys.argv[1], port=0, access=Access(allow_private_urls=True), limits=Limits(**eval(sys.argv[2])))
+"""
 
 
 @cache
 def png(colour: str, width: int = 60, height: int = 56) -> bytes:
-    """A picture that is red, or `colour`, and in its lower half white."""
+    """Return a PNG whose upper half is of one colour and whose lower half is white."""
     picture, file = Image.new("RGB", (width, height), colour), io.BytesIO()
     picture.paste("white", (0, height // 2, width, height))
     picture.save(file, "PNG")
@@ -33,7 +38,7 @@ def data_url(colour: str, **size: int) -> str:
 
 
 def user(text: str, *urls: str) -> dict:
-    """A message as OpenAI's clients send it."""
+    """Return a message as OpenAI's clients send it."""
     pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
 
@@ -69,34 +74,40 @@ def picture_host() -> Iterator[str]:
 
 
 @contextmanager
-def running(app) -> Iterator[str]:
-    """The address of an ASGI application that runs in a thread of this process."""
-    import uvicorn
+def running(app, **limits: float) -> Iterator[str]:
+    """Run the application of `build_app` in a thread of this process, and give its address.
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
+    Args:
+        app: the application.
+        limits: on its connections, fields of `Limits`.
+    """
+    from visualrwkv_hf.inference.server_connections import make_server
+    from visualrwkv_hf.inference.server_limits import Access, Limits
+
+    server = make_server(app, Limits(**limits), Access())
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(10)
 
 
 @contextmanager
-def served_apart(folder: Path, log: Path) -> Iterator[tuple[subprocess.Popen, str]]:
-    """`serve(folder)` in a process of its own, and its address. What it prints goes to `log`."""
+def served_apart(folder: Path, log: Path, **limits: float) -> Iterator[tuple[subprocess.Popen, str]]:
+    """Run `serve(folder)` in a process of its own, and give it and its address. What it prints goes to `log`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", COMMAND, str(folder), repr(limits)]
     with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, str(folder)], stdout=output, stderr=output, env=environment
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
         deadline = time.monotonic() + 300
-        while not (found := re.search(r"running on (http://[\d.:]+)", log.read_text())):
+        while not (found := re.search(r"answers at (http://[\d.:]+)", log.read_text())):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         yield process, found[1]

@@ -1,0 +1,149 @@
+"""Connections that cannot hold the server: uvicorn with limits on their number, on silence, and on stopping."""
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from .server_limits import Access, Limits
+
+GRACE_SECONDS = 2
+"""How long open answers may go on after a signal to stop."""
+STOP_SECONDS = 4.5
+"""After this time the process ends whatever still runs in it, such as the reading of a long prompt."""
+CHECK_SECONDS = 0.5
+"""How often a connection is checked for silence."""
+
+BUSY_BODY = b'{"error": {"message": "Too many connections. Try again later.", "type": "server_error"}}'
+BUSY = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
+    b"connection: close\r\ncontent-length: " + str(len(BUSY_BODY)).encode() + b"\r\n\r\n" + BUSY_BODY
+)
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to an address. It does not listen yet: nobody connects before the model is there.
+
+    Raises:
+        ValueError: a port that is none.
+        OSError: the address is in use, or is none of this machine.
+    """
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65535:
+        raise ValueError(f"port must be an integer from 0 to 65535, got {port!r}.")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        if os.name == "posix":
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise OSError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from error
+    return bound
+
+
+def make_server(app: Any, limits: Limits, access: Access, on_start: Callable[[], None] = lambda: None) -> Any:
+    """Return the uvicorn server of an ASGI application; `server.run(sockets=[...])` runs it.
+
+    Args:
+        app: the application; a signal to stop closes its `state.line`.
+        limits: on connections.
+        access: which proxies are trusted.
+        on_start: called as soon as requests are accepted.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        fence: threading.Timer | None = None
+
+        def run(self, sockets: list[socket.socket] | None = None) -> None:
+            """Answer requests until a signal comes, and return when nothing runs any more."""
+            try:
+                super().run(sockets)
+            except KeyboardInterrupt:  # uvicorn raises the signal again when it has stopped
+                pass
+            finally:
+                app.state.line.thread.join()
+                if self.fence is not None:
+                    self.fence.cancel()
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            on_start()
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.fence is None:
+                self.fence = threading.Timer(STOP_SECONDS, os._exit, [128 + sig])
+                self.fence.daemon = True
+                self.fence.start()
+            super().handle_exit(sig, frame)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            app.state.line.close()
+            await super().shutdown(sockets=sockets)
+
+    return Server(
+        uvicorn.Config(
+            app,
+            http=_protocol(limits),
+            ws="none",
+            log_level="warning",
+            server_header=False,
+            proxy_headers=bool(access.trusted_proxies),
+            forwarded_allow_ips=list(access.trusted_proxies),
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+    )
+
+
+def _protocol(limits: Limits) -> type:
+    """uvicorn's HTTP protocol with limits that it does not have."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Protocol(H11Protocol):
+        """Closes connections that are too many, that send no head, or that do not read what they are sent."""
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.quiet_since = self.read_since = self.loop.time()
+            self.unread = 0
+            self.is_surplus = len(self.connections) > limits.connections
+            if self.is_surplus:
+                transport.write(BUSY)
+                transport.close()
+            self.check = self.loop.call_later(CHECK_SECONDS, self.check_progress)
+
+        def data_received(self, data: bytes) -> None:
+            if self.is_surplus:
+                return
+            super().data_received(data)
+
+        def on_response_complete(self) -> None:
+            self.quiet_since = self.loop.time()
+            super().on_response_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.check.cancel()
+            super().connection_lost(exc)
+
+        def check_progress(self) -> None:
+            """Abort the connection if its client has made no progress for too long."""
+            now, unread = self.loop.time(), self.transport.get_write_buffer_size()
+            if not unread or unread < self.unread:
+                self.read_since = now
+            self.unread = unread
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.quiet_since = now  # it is the server's turn
+            is_silent = now - self.quiet_since > limits.head_seconds
+            if is_silent or now - self.read_since > limits.write_seconds:
+                self.transport.abort()
+            else:
+                self.check = self.loop.call_later(CHECK_SECONDS, self.check_progress)
+
+    return Protocol
+
+
+__all__ = ["bound_socket", "make_server"]

@@ -1,0 +1,192 @@
+"""Pictures at URLs: fetched from public addresses only, in bounded time and memory, and without telling what is there.
+
+A client that names a URL makes the server connect to it. So the name is resolved first, every address must be public,
+and the connection goes to the very address that was checked; a redirect is a new URL. Whatever fails, the client reads
+the same sentence: otherwise it could find out what answers inside the server's network.
+"""
+
+import asyncio
+import socket
+import zlib
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from typing import Any
+
+from .server_limits import Access, Limits, Refusal
+
+MAX_REDIRECTS = 5
+REDIRECTS = (301, 302, 303, 307, 308)
+MAX_FETCHES = 16
+"""Pictures that are fetched at the same time."""
+
+IPV4_IN_IPV6 = {
+    IPv6Network("::/96"): 0,  # IPv4-compatible, RFC 4291
+    IPv6Network("::ffff:0:0/96"): 0,  # IPv4-mapped, RFC 4291
+    IPv6Network("::ffff:0:0:0/96"): 0,  # IPv4-translated, RFC 2765
+    IPv6Network("64:ff9b::/96"): 0,  # NAT64, RFC 6052
+    IPv6Network("64:ff9b:1::/48"): 0,  # NAT64 of a network's own, RFC 8215
+    IPv6Network("2002::/16"): 80,  # 6to4, RFC 3056
+}
+"""Networks whose addresses hold an IPv4 address -> how many bits stand after it."""
+
+
+class Unfetchable(Exception):
+    """A URL that gives no picture, and why: for the server's own log, never for the client."""
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet, and so is the IPv4 address that it holds, if any."""
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        return False
+    if ip.is_multicast or ip.is_unspecified or not ip.is_global:
+        return False
+    if isinstance(ip, IPv6Address):
+        if ip.scope_id is not None or ip.teredo is not None:
+            return False
+        for network, shift in IPV4_IN_IPV6.items():
+            if ip in network:
+                return is_public(str(IPv4Address(int(ip) >> shift & 0xFFFFFFFF)))
+    return True
+
+
+class Fetcher:
+    """Fetches the pictures of requests.
+
+    Args:
+        limits: on bytes and seconds.
+        access: from where pictures may be fetched.
+    """
+
+    def __init__(self, limits: Limits, access: Access):
+        self.limits, self.access = limits, access
+        self.domains = {domain.lower() for domain in access.media_domains}
+        self.slots = asyncio.Semaphore(MAX_FETCHES)
+        # Their own threads: a resolver that does not answer must not hold what else runs in threads.
+        self.resolvers = ThreadPoolExecutor(MAX_FETCHES, "resolver")
+
+    async def fetch_all(self, pictures: Sequence[str | bytes]) -> list[bytes]:
+        """Return the bytes of all pictures of a request, those at URLs fetched.
+
+        Raises:
+            Refusal: one cannot be fetched, or they take more bytes than a request may; it says which one it is.
+        """
+        tasks = [
+            asyncio.ensure_future(self._bytes_of(picture, n)) for n, picture in enumerate(pictures, start=1)
+        ]
+        try:
+            files = list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+        if sum(map(len, files)) > self.limits.body_bytes:
+            raise Refusal(f"The pictures of a request may take {self.limits.body_bytes} bytes together.", 413)
+        return files
+
+    async def _bytes_of(self, picture: str | bytes, number: int) -> bytes:
+        if isinstance(picture, bytes):
+            if len(picture) > self.limits.picture_bytes:
+                raise Refusal(f"Picture {number}: it has more than {self.limits.picture_bytes} bytes.", 413)
+            return picture
+        try:
+            return await asyncio.wait_for(self._fetch(picture), self.limits.fetch_seconds)
+        except (Unfetchable, asyncio.TimeoutError) as error:
+            raise Refusal(f"Picture {number}: there is no picture that can be fetched at its URL.") from error
+
+    async def _fetch(self, url: str) -> bytes:
+        import httpx
+
+        # trust_env would take proxies from the environment, which connect to whatever they like, and passwords.
+        client = httpx.AsyncClient(trust_env=False, timeout=self.limits.fetch_seconds)
+        async with self.slots, client:
+            try:
+                for _ in range(MAX_REDIRECTS + 1):
+                    async with await self._open(client, httpx.URL(url)) as response:
+                        if response.status_code not in REDIRECTS or "location" not in response.headers:
+                            return await self._read(response)
+                        url = str(response.url_as_named.join(response.headers["location"]))
+                raise Unfetchable("too many redirects")
+            except (httpx.HTTPError, httpx.InvalidURL, zlib.error, ValueError, OSError) as error:
+                raise Unfetchable(repr(error)) from error
+
+    async def _open(self, client: Any, url: Any) -> "_Response":
+        """Send the request to the first address of the URL's host that answers."""
+        import httpx
+
+        if url.scheme not in ("http", "https") or not url.host or url.userinfo:
+            raise Unfetchable("not a URL of http or https without a password")
+        if self.domains and url.host.lower() not in self.domains:
+            raise Unfetchable("not one of the media domains")
+        error: Exception | None = None
+        for address in await self._addresses(url.host, url.port or {"http": 80, "https": 443}[url.scheme]):
+            request = client.build_request(
+                "GET",
+                url.copy_with(host=address),
+                headers={"host": url.netloc.decode(), "accept-encoding": "identity", "accept": "image/*"},
+                extensions={"sni_hostname": url.host},
+            )
+            try:
+                return _Response(await client.send(request, stream=True), url)
+            except httpx.ConnectError as failed:
+                error = failed
+        raise Unfetchable(repr(error))
+
+    async def _addresses(self, host: str, port: int) -> list[str]:
+        """Return the addresses of a host, all of them public unless private ones are allowed."""
+
+        def resolve() -> list:
+            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self.resolvers, resolve)
+        except (OSError, UnicodeError) as error:
+            raise Unfetchable(repr(error)) from error
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        if not self.access.allow_private_urls and not all(map(is_public, addresses)):
+            raise Unfetchable(f"{host} is not public")
+        return addresses
+
+    async def _read(self, response: "_Response") -> bytes:
+        if response.status_code != 200:
+            raise Unfetchable(f"status {response.status_code}")
+        read = bytearray()
+        async for piece in _decompressed(response, self.limits.picture_bytes + 1):
+            read += piece
+            if len(read) > self.limits.picture_bytes:
+                raise Unfetchable("too large")
+        return bytes(read)
+
+
+class _Response:
+    """An open response, and the URL under which it was asked for: httpx knows it under its IP address."""
+
+    def __init__(self, response: Any, url: Any):
+        self.response, self.url_as_named = response, url
+        self.status_code, self.headers = response.status_code, response.headers
+
+    async def __aenter__(self) -> "_Response":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.response.aclose()
+
+
+async def _decompressed(response: _Response, most: int) -> AsyncIterator[bytes]:
+    """Yield a body in pieces of at most `most` bytes; httpx would decompress each piece that arrives in one go."""
+    encoding = response.headers.get("content-encoding", "identity").strip().lower()
+    if encoding in ("identity", ""):
+        async for piece in response.response.aiter_raw():
+            yield piece
+        return
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise Unfetchable(f"content encoding {encoding}")
+    decompressor = zlib.decompressobj(zlib.MAX_WBITS | 32)  # with the head of gzip or of zlib
+    async for piece in response.response.aiter_raw():
+        while piece and not decompressor.eof:
+            yield decompressor.decompress(piece, most)
+            piece = decompressor.unconsumed_tail
+
+
+__all__ = ["Fetcher", "Unfetchable", "is_public"]
