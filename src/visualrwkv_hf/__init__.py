@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from .dispatch import kernel_backend, wkv_backend
     from .image_processing_visualrwkv import VisualRWKVImageProcessor, image_processor_for
     from .inference.captioning import Captioning, pictures_in
-    from .inference.chat import Chat, chat_inputs, stream_answer
+    from .inference.chat import Chat, chat_inputs
     from .inference.figure import reading_figure, save_figure
     from .inference.onnx_export import export_onnx
     from .inference.server import serve
+    from .inference.streaming import stream_answer
     from .loss_visualrwkv import sliced_loss, visualrwkv_loss
     from .modeling_rwkv import VisualRWKVForCausalLM, VisualRWKVTextModel
     from .modeling_vision import VisualRWKVVisionModel
@@ -85,7 +86,7 @@ MODULE_OF = {
     "save_figure": "inference.figure",
     "serve": "inference.server",
     "sliced_loss": "loss_visualrwkv",
-    "stream_answer": "inference.chat",
+    "stream_answer": "inference.streaming",
     "train_only": "training.trainer",
     "training_card": "training.trainer",
     "visualrwkv_loss": "loss_visualrwkv",

@@ -164,7 +164,10 @@ def test_other_work_is_not_mixed_in(caption, tmp_path):
     assert "begun with max_new_tokens 6, not 7" in caption("--max-new-tokens", 7).stderr
     assert (tmp_path / "out.jsonl").read_bytes() == before
     (tmp_path / "other.jsonl").write_text("{}\n")
-    assert "has no other.jsonl.summary.json: name another" in caption(output=tmp_path / "other.jsonl").stderr
+    assert (
+        "other.jsonl.summary.json does not, so it is not continued"
+        in caption(output=tmp_path / "other.jsonl").stderr
+    )
     (tmp_path / "out.jsonl").write_text('{"a": 1}\n')
     assert "holds a line that is no answer about a picture" in caption().stderr
 
@@ -274,4 +277,4 @@ def test_control_c_says_how_to_go_on(folder, model_folder, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in errors, errors
-    assert f"Stopped. The same command goes on with {output}." in errors
+    assert f"Stopped. Run the same command again to continue {output}." in errors

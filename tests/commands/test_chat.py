@@ -1,6 +1,7 @@
 """A chat: its answers are those of `generate`, it reads only what is new, and its terminal outlives every mistake."""
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -28,8 +29,8 @@ from visualrwkv_hf import (
     stream_answer,
 )
 from visualrwkv_hf.cli.app import app
-from visualrwkv_hf.cli.chat import COMMANDS, paths_in
-from visualrwkv_hf.cli.options import INSIDE
+from visualrwkv_hf.cli.chat_terminal import COMMANDS, paths_in
+from visualrwkv_hf.cli.options import answering_source
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
@@ -206,7 +207,7 @@ def test_a_file_is_written_whole_or_not_at_all(chat, tmp_path, monkeypatch):
     kept.parent.mkdir()
     chat.save(kept)
     before = kept.read_bytes()
-    monkeypatch.setattr(type(chat), "_written", lambda *_: 1 / 0)
+    monkeypatch.setattr("visualrwkv_hf.inference.chat.ChatWriter.finish", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         chat.save(kept)
     assert kept.read_bytes() == before and list(kept.parent.iterdir()) == [kept]
@@ -225,7 +226,7 @@ def test_other_files_are_refused_and_leave_the_chat(chat, tmp_path):
         file.writestr("chat.json", "[]")
     before = list(chat.messages)
     for name in ("cut", "text", "empty", "other", "list"):
-        with pytest.raises(ValueError, match=f"{name} is no saved chat"):
+        with pytest.raises(ValueError, match=f"{name} is not a saved chat"):
             chat.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         chat.load(tmp_path / "missing")
@@ -264,15 +265,15 @@ def test_questions_of_a_pipe_are_answered_line_by_line(folder, processor, pictur
 
 
 MISTAKES = {
-    "/what": "There is no command /what: /help shows them.",
+    "/what": "There is no command /what. /help lists the commands.",
     "/image none.png": "There is no picture none.png.",
-    "/image": "/image needs something behind it: /image PATH....",
+    "/image": "/image needs an argument: /image PATH...",
     '/image "none.png': "No closing quotation",
     "/image {text}": "{text}' cannot be read as a picture",
-    "/reset all": "/reset takes nothing behind it, got 'all'.",
+    "/reset all": "/reset takes no argument, got 'all'.",
     "/load none": "No such file or directory: 'none'",
-    "/load {text}": "is no saved chat",
-    "/save a b": "One file is needed, got 2",
+    "/load {text}": "is not a saved chat",
+    "/save a b": "Give one file, got 2",
     "/save none/kept": "No such file or directory",
     "What is <image>?": "contains '<image>', which is reserved",
 }
@@ -339,11 +340,25 @@ def test_paths_are_taken_as_a_shell_takes_them(tmp_path, monkeypatch):
     assert paths_in("~/d.png http://host/e.png?a~b") == [str(tmp_path / "d.png"), "http://host/e.png?a~b"]
 
 
-def test_the_model_inside_says_what_it_is(folder, monkeypatch):
+class TerminalText(io.StringIO):
+    """Standard error that is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_the_model_inside_says_once_what_it_is(folder, monkeypatch, tmp_path):
     monkeypatch.setattr("visualrwkv_hf.bundled_model", lambda: Path(folder))
-    result = CliRunner().invoke(app, ["chat", "--device", "cpu", "--max-new-tokens", "2"], input="Hello\n")
-    assert result.exit_code == 0 and INSIDE in result.stderr
-    assert "visualrwkv convert" in INSIDE
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shown = TerminalText()
+    monkeypatch.setattr(sys, "stderr", shown)
+    for _ in range(2):
+        assert answering_source(None) == str(folder)
+    assert shown.getvalue().count("visualrwkv convert --list") == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    monkeypatch.setattr(sys, "stderr", quiet := io.StringIO())
+    answering_source(None)
+    assert quiet.getvalue() == ""  # a log or a pipe is told nothing
 
 
 # The terminal: a person at one.
@@ -386,7 +401,7 @@ class Person:
 def test_control_c_stops_an_answer_and_the_chat_goes_on(folder, picture):
     person = Person(picture, "--model", folder, "--device", "cpu", "--max-new-tokens", 1_000_000)
     try:
-        person.sees("Ctrl-D ends.")
+        person.sees("Ctrl-D ends the chat.")
         person.sees("> ")
         person.type("Talk.\r")
         person.sees("Talk.\r\n")

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from visualrwkv_hf import VisualRWKVCache, VisualRWKVConfig, VisualRWKVForCausalLM, image_processor_for
 from visualrwkv_hf.cli.app import app
-from visualrwkv_hf.cli.info import facts_of, facts_of_hub, in_bytes, may_be_on_hub
+from visualrwkv_hf.inference.facts import facts_of, title_of
+from visualrwkv_hf.inference.loading import may_be_on_hub
+from visualrwkv_hf.inference.progress import in_bytes
 
 
 def run_info(*arguments):
@@ -57,8 +59,8 @@ def test_a_person_reads_a_table(folder):
     assert result.exit_code == 0, result.stderr
     for words in (
         "2 layers of width 32",
-        "1,024 words",
-        "17 a picture",
+        "1,024 tokens",
+        "17 per picture",
         "bidirectional, over a grid of 4 x 4",
     ):
         assert words in result.stdout
@@ -68,9 +70,9 @@ def test_a_person_reads_a_table(folder):
 def test_a_language_model_has_no_pictures(tmp_path):
     awake(VisualRWKVForCausalLM(text_config(7))).save_pretrained(tmp_path)
     facts = facts_of(tmp_path)
-    assert facts["model"] == "RWKV-7, of no released shape" and "scan" not in facts
+    assert facts["model"] == "RWKV-7, the shape of no release" and "scan" not in facts
     assert list(facts["parameters"]) == ["embedding", "blocks", "head"]
-    assert "pictures" not in run_info(tmp_path).stdout
+    assert "picture" not in run_info(tmp_path).stdout
 
 
 def test_tiles_make_the_number_of_tokens_depend_on_the_picture(tmp_path):
@@ -79,15 +81,13 @@ def test_tiles_make_the_number_of_tokens_depend_on_the_picture(tmp_path):
     )
     model = tiny_model(7, vision_config={"siglip_config": siglip | {"patch_size": 14}}, scan="unidirectional")
     model.save_pretrained(tmp_path)
-    assert "16 a picture" in run_info(tmp_path).stdout
+    assert "16 per picture" in run_info(tmp_path).stdout
     saved = {"image_processor": image_processor_for(model.config, "smallest").to_dict()}
     (tmp_path / "processor_config.json").write_text(json.dumps(saved))
-    assert "16 a tile, the more the larger the picture" in run_info(tmp_path).stdout
+    assert "16 per tile; larger pictures have more tiles" in run_info(tmp_path).stdout
 
 
 def test_a_released_shape_has_its_name():
-    from visualrwkv_hf.cli.info import title_of
-
     config = VisualRWKVConfig(
         text_config={"rwkv_version": 6, "hidden_size": 4096, "num_hidden_layers": 32},
         vision_config={"clip_config": {}},
@@ -160,7 +160,7 @@ def test_a_model_on_the_hub_is_told_of_without_its_weights(hub, client, cache, t
     name = f"ann/tiny-{shards}"
     put_on(hub, name, tmp_path)
     hub.sent = 0
-    assert client(facts_of_hub, name) == facts_of(tmp_path)
+    assert client(facts_of, name) == facts_of(tmp_path)
     assert not list(cache.rglob("*.safetensors"))
     assert hub.sent <= len(list(tmp_path.glob("*.safetensors"))) * FETCHED_FOR_A_HEADER
 
@@ -169,14 +169,14 @@ def test_what_is_in_the_cache_is_told_of_without_the_hubs_weights(hub, client, o
     put_on(hub, "ann/cached", one_folder)
     client(snapshot_download, "ann/cached")
     hub.requests.clear()
-    assert client(facts_of_hub, "ann/cached") == facts_of(one_folder)
+    assert client(facts_of, "ann/cached") == facts_of(one_folder)
     assert not any("safetensors" in request for request in hub.requests)
 
 
 def test_a_language_model_on_the_hub_needs_no_processor(hub, client, tmp_path):
     awake(VisualRWKVForCausalLM(text_config(7))).save_pretrained(tmp_path)
     put_on(hub, "ann/text", tmp_path)
-    assert client(facts_of_hub, "ann/text") == facts_of(tmp_path)
+    assert client(facts_of, "ann/text") == facts_of(tmp_path)
 
 
 def test_what_is_not_on_the_hub_is_refused_in_a_sentence(hub, client, one_folder):
@@ -192,15 +192,24 @@ def test_what_is_not_on_the_hub_is_refused_in_a_sentence(hub, client, one_folder
         "ann/empty": "ann/empty has no file config.json",
     }.items():
         with pytest.raises(ValueError, match=message):
-            client(facts_of_hub, name)
-    assert client(facts_of_hub, "ann/secret", token="hf_ann") == facts_of(one_folder)
+            client(facts_of, name)
+    assert client(facts_of, "ann/secret", token="hf_ann") == facts_of(one_folder)
 
 
 def test_which_names_may_be_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "tiny").mkdir(parents=True)
-    assert may_be_on_hub("ann/tiny") and may_be_on_hub("tiny")
-    for folder in ("models/tiny", "models", str(tmp_path / "none"), "./none", "../none", "a/b/c", "models/"):
+    assert may_be_on_hub("ann/tiny")
+    for folder in (
+        "models/tiny",
+        "models/tinny",
+        "tiny",
+        str(tmp_path / "none"),
+        "./none",
+        "../none",
+        "a/b/c",
+        "models/",
+    ):
         assert not may_be_on_hub(folder), folder
 
 
@@ -224,7 +233,7 @@ def test_other_folders_are_refused_in_one_sentence(tmp_path):
     weights.unlink()
     assert "There is no file" in refused(tmp_path) and "model.safetensors" in refused(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    assert "is no JSON, or damaged" in refused(tmp_path)
+    assert "config.json cannot be read as JSON" in refused(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert "holds a model of type 'llama'" in refused(tmp_path)
 

@@ -18,7 +18,7 @@ from visualrwkv_hf import VisualRWKVProcessor, bundled_model
 from visualrwkv_hf.cli.app import app
 from visualrwkv_hf.conversion.world_tokenizer import build_world_tokenizer
 from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
-from visualrwkv_hf.inference.chat import AnswerStreamer
+from visualrwkv_hf.inference.streaming import AnswerStreamer
 
 CASE = GOLDEN / "k_e2e" / "v60_full_vocab"
 EXAMPLE = EXAMPLES / "first_answer.py"

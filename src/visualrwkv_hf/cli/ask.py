@@ -1,49 +1,82 @@
 """`visualrwkv ask`: one question about one picture."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..inference.loading import load_model, refuse_missing_picture, refuse_unknown_dtype
+from ..inference.loading import load_model, load_processor, refuse_unknown_dtype
+from ..inference.pictures import open_named_picture, refuse_missing_picture
 from .options import (
     DeviceOption,
     DtypeOption,
     ImagePositionOption,
     MaxNewTokensOption,
     ModelOption,
+    VerboseOption,
     answering_source,
     errors_in_a_sentence,
+    show_answer,
 )
+from .steps import leave_at_once, say, speed_report, steps
+
+INTERRUPTED = 130
+"""Exit code of Ctrl-C, as shells count it."""
 
 
 def ask(
-    picture: Annotated[str, typer.Argument(help="A picture: a file or a URL.")],
-    question: Annotated[str, typer.Argument(help="What you want to know about it.")],
+    picture: Annotated[str, typer.Argument(help="Picture: a file, a URL, or a pipe such as /dev/stdin.")],
+    question: Annotated[str, typer.Argument(help="Question about the picture.")],
     model: ModelOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     image_position: ImagePositionOption = None,
+    verbose: VerboseOption = False,
 ) -> None:
-    """Streams the answer to a question about a picture."""
-    from jinja2 import TemplateError
-
-    with errors_in_a_sentence(TemplateError):
+    """Ask one question about one picture and print the answer as it is generated."""
+    with errors_in_a_sentence(verbose):
         refuse_missing_picture(picture)
         refuse_unknown_dtype(dtype)
         source = answering_source(model)
+        options = dict(max_new_tokens=max_new_tokens, do_sample=False)
+        try:
+            answer(picture, question, source, device, dtype, image_position, verbose, options)
+        except KeyboardInterrupt:
+            show_answer("\n")
+            leave_at_once(INTERRUPTED)
 
-        from transformers import AutoProcessor
 
-        from ..inference.chat import chat_inputs, stream_answer
+def answer(
+    picture: str,
+    question: str,
+    source: str,
+    device: str,
+    dtype: str,
+    image_position: str | None,
+    verbose: bool,
+    options: dict[str, Any],
+) -> None:
+    """Load the model and stream its answer to standard output."""
+    with steps("loading libraries") as step:
+        from ..inference.chat import chat_inputs
+        from ..inference.streaming import Generation
 
-        processor = AutoProcessor.from_pretrained(source)
-        content = [{"type": "image", "url": picture}, {"type": "text", "text": question}]
+        step("reading the picture")
+        processor = load_processor(source)
+        content = [
+            {"type": "image", "image": open_named_picture(picture)},
+            {"type": "text", "text": question},
+        ]
+        # The inputs come before the weights, so that what is wrong with them is said without a wait.
         inputs = chat_inputs(processor, [{"role": "user", "content": content}], image_position)
-        # Behind the inputs: what is wrong with them shows before the weights are read.
-        vlm = load_model(source, device, dtype)
+        vlm = load_model(source, device, dtype, report=step)
         inputs = inputs.to(vlm.device, dtype=vlm.dtype)
-        generation = dict(max_new_tokens=max_new_tokens, do_sample=False)
-        for piece in stream_answer(vlm, processor.tokenizer, inputs, **generation):
-            typer.echo(piece, nl=False)
-        typer.echo()
+        generation = Generation(vlm, processor.tokenizer, inputs, report=step, **options)
+        pieces = generation.pieces()
+        piece = next(pieces, None)
+    while piece is not None:
+        show_answer(piece)
+        piece = next(pieces, None)
+    show_answer("\n")
+    if verbose:
+        say(speed_report(generation, vlm))

@@ -1,5 +1,6 @@
-"""`visualrwkv caption`: an answer about every picture of a folder."""
+"""`visualrwkv caption`: the same question about every picture in a folder."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..inference.loading import load_model, refuse_unknown_dtype
+from ..inference.loading import load_model, load_processor, refuse_unknown_dtype
+from ..inference.printable import one_line, printable
 from .options import (
     AccelerateOption,
     DeviceOption,
@@ -15,34 +17,40 @@ from .options import (
     ImagePositionOption,
     MaxNewTokensOption,
     ModelOption,
+    VerboseOption,
     answering_source,
     errors_in_a_sentence,
 )
 
 BAD_FILES, INTERRUPTED = 3, 130
-"""Exit codes: files that are no pictures; Ctrl-C, as shells count it."""
+"""Exit codes: some files cannot be read as pictures; Ctrl-C, as shells count it."""
+
+LONGEST_CAPTION = 200
+"""Characters of a caption that are shown above the progress bar."""
+
+MAX_BAD_SHOWN = 50
+"""Unreadable files that are named one by one at the end. All of them are in the summary file."""
 
 
 def caption(
-    folder: Annotated[Path, typer.Argument(help="Pictures, in folders below it as well.")],
-    prompt: Annotated[str, typer.Option(help="What to ask about every picture.")],
-    output: Annotated[Path, typer.Option(help="A file of JSON lines. An unfinished one is gone on with.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of pictures; its subfolders are searched too.")],
+    prompt: Annotated[str, typer.Option(help="Question about every picture.")],
+    output: Annotated[Path, typer.Option(help="JSON Lines file to write. An unfinished one is continued.")],
     model: ModelOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that are read at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of pictures per batch.")] = 8,
     max_new_tokens: MaxNewTokensOption = 128,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     image_position: ImagePositionOption = None,
     accelerate: AccelerateOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
-    """Asks the same about every picture of a folder; stopped and started again, it goes on where it was.
+    """Ask the same question about every picture in a folder. If it is stopped, the same command continues.
 
-    OUTPUT.summary.json beside the output says what was asked and which files are no pictures. With such files the exit
-    code is 3.
+    OUTPUT.summary.json records the settings, the progress and the files that cannot be read. If there are such files,
+    the exit code is 3.
     """
-    from jinja2 import TemplateError
-
-    with errors_in_a_sentence(TemplateError):
+    with errors_in_a_sentence(verbose):
         refuse_unknown_dtype(dtype)
         source = answering_source(model)
 
@@ -62,31 +70,33 @@ def caption(
 
 
 def asked_processor(source: str, prompt: str, image_position: str | None) -> Any:
-    """The processor of `source`. Raises `jinja2.TemplateError`, before weights are read, for what it cannot ask."""
-    from transformers import AutoProcessor
-
+    """Return the processor of `source`. Raise before the weights are read for a prompt that cannot be asked."""
     from ..inference.chat import chat_inputs
 
-    processor = AutoProcessor.from_pretrained(source)
+    processor = load_processor(source)
     chat_inputs(processor, [{"role": "user", "content": prompt}], image_position)
     return processor
 
 
 def caption_all(work: Any, model: Any, processor: Any, batch_size: int) -> None:
-    """Does what is to do, with a bar. Ctrl-C leaves what is written and says so."""
-    done = len(work.names) - len(work.todo())
+    """Answer what is left to do, with captions and a bar at a terminal. Ctrl-C keeps what is written."""
     try:
-        with progress_bar(len(work.names), done) as advance:
-            for names in work.run(model, processor, batch_size):
-                advance(len(names))
+        with progress_bar(len(work.names), len(work.names) - len(work.todo())) as advance:
+            for captions in work.run(model, processor, batch_size):
+                advance(captions)
     except KeyboardInterrupt:
-        typer.echo(f"Stopped. The same command goes on with {work.output}.", err=True)
+        again = f"Stopped. Run the same command again to continue {work.output}."
+        typer.echo(one_line(again), err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
 @contextmanager
 def progress_bar(total: int, done: int) -> Iterator[Any]:
-    """Pictures on the terminal; nothing where standard error is none. Yields what takes the number of new ones."""
+    """Show pictures and their captions on standard error while the body runs; nothing if it is not a terminal.
+
+    Yields:
+        Callable: takes the captions of a batch, picture -> text.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -94,13 +104,25 @@ def progress_bar(total: int, done: int) -> Iterator[Any]:
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("pictures"), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=total, completed=done)
-        yield lambda count: progress.advance(bar, count)
+
+        def advance(captions: dict[str, str]) -> None:
+            progress.advance(bar, len(captions))
+            if console.is_terminal:
+                for name, text in captions.items():
+                    line = one_line(f"{name}: {text}")[:LONGEST_CAPTION]
+                    console.print(line, markup=False, highlight=False)
+
+        yield advance
 
 
 def report(work: Any) -> None:
-    """Says what there is, and which files are no pictures."""
-    for name, error in sorted(work.bad.items()):
-        typer.secho(f"{name}: {error}", err=True, fg="yellow")
-    answered = len(work.names) - len(work.bad)
-    bad = f", {len(work.bad)} cannot be read" if work.bad else ""
-    typer.echo(f"{answered} of {len(work.names)} pictures are in {work.output}{bad}.", err=True)
+    """Say how many pictures are answered, and name files that cannot be read."""
+    colour = "yellow" if sys.stderr.isatty() else None
+    for name, error in sorted(work.bad.items())[:MAX_BAD_SHOWN]:
+        typer.secho(one_line(f"{name}: {error}"), err=True, fg=colour)
+    if len(work.bad) > MAX_BAD_SHOWN:
+        more = f"... and {len(work.bad) - MAX_BAD_SHOWN:,} more, all of them in {work.summary}"
+        typer.secho(printable(more), err=True, fg=colour)
+    bad = f"; {len(work.bad):,} cannot be read" if work.bad else ""
+    done = f"{len(work.names) - len(work.bad):,} of {len(work.names):,} pictures are in {work.output}{bad}."
+    typer.echo(one_line(done), err=True)

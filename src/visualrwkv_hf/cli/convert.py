@@ -1,32 +1,16 @@
 """`visualrwkv convert`: an original checkpoint to a model folder and back."""
 
 import contextlib
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 
 from .options import errors_in_a_sentence
-
-
-class Conversion(NamedTuple):
-    """What `visualrwkv convert` was asked for."""
-
-    paths: Sequence[str]
-    to_original: bool
-    world: str | None
-    vision_tower: Sequence[str]
-    push_to_hub: str | None
-    private: bool
-    revision: str | None
-    dtype: str | None
-    max_shard_size: str
-    overwrite: bool
-    family: str | None
-    tiling: str | None
-    extras: bool
-    verify: bool
+from .steps import say
 
 
 def convert(
@@ -34,158 +18,178 @@ def convert(
         list[str] | None,
         typer.Argument(
             metavar="SOURCE [SOURCE2] OUTPUT",
-            help="A checkpoint, or both files of a split one (a file or hf://owner/repo/file[@revision]), and the "
-            "folder to make.",
+            help="Checkpoint (both files if it is split; a file or hf://owner/repo/file[@revision]) and the folder to "
+            "make.",
         ),
     ] = None,
     list_releases: Annotated[
-        bool, typer.Option("--list", help="Show the released checkpoints, and nothing else.")
+        bool, typer.Option("--list", help="List the released checkpoints and exit.")
     ] = False,
     to_original: Annotated[
-        bool, typer.Option("--to-original", help="The way back: FOLDER OUT.pth instead of SOURCE OUTPUT.")
+        bool, typer.Option("--to-original", help="Convert back: FOLDER OUT.pth in place of SOURCE OUTPUT.")
     ] = False,
     world: Annotated[
         str | None,
-        typer.Option(help="Start an untrained model from this RWKV World language model, without a SOURCE."),
+        typer.Option(
+            help="Assemble an untrained model from this RWKV World language model, without a SOURCE."
+        ),
     ] = None,
     vision_tower: Annotated[
         list[str] | None,
-        typer.Option(help="Where vision weights are that the source has not: a folder, a file, a Hub id."),
+        typer.Option(help="Vision weights that the checkpoint lacks: a folder, a file or a Hub id."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16. Without it every tensor keeps its own.")
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: every tensor keeps its dtype.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="The largest file of tensors.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT holds.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of one weights file.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in OUTPUT.")] = False,
     family: Annotated[
-        str | None, typer.Option(help="For one that tensors alone do not tell, for example v5.1.")
+        str | None,
+        typer.Option(
+            help="Model family (for example v5.1), for checkpoints whose family cannot be inferred from their tensors."
+        ),
     ] = None,
     tiling: Annotated[
-        str | None, typer.Option(help="How pictures are cut. Without it as the family does.")
+        str | None, typer.Option(help="How pictures are cut into tiles. Default: as the family does.")
     ] = None,
     extras: Annotated[
-        bool, typer.Option("--extras/--no-extras", help="Keep tensors that only the way back needs.")
+        bool, typer.Option("--extras/--no-extras", help="Keep tensors that only --to-original needs.")
     ] = True,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Read what was written and compare it to the bit.")
+        bool, typer.Option("--verify/--no-verify", help="Read the result back and compare every bit.")
     ] = True,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="USER/NAME", help="Put the folder on the Hub as well.")
+        str | None, typer.Option(metavar="USER/NAME", help="Upload the folder to the Hub, too.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="The branch to push to.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to.")] = None,
 ) -> None:
-    """Turns an original checkpoint into a folder for from_pretrained, or such a folder back."""
-    asked = Conversion(
-        paths or [],
-        to_original,
-        world,
-        vision_tower or [],
-        push_to_hub,
-        private,
-        revision,
-        dtype,
-        max_shard_size,
-        overwrite,
-        family,
-        tiling,
-        extras,
-        verify,
-    )
-    with errors_in_a_sentence(RuntimeError, MemoryError):
-        typer.echo(released_checkpoints() if list_releases else run_conversion(asked))
+    """Convert an original checkpoint to a folder for from_pretrained, or such a folder back."""
+    with errors_in_a_sentence():
+        if list_releases:
+            from visualrwkv_hf.conversion.releases import release_table
 
-
-def released_checkpoints() -> str:
-    """What `visualrwkv convert --list` prints."""
-    from visualrwkv_hf.conversion.releases import release_table
-
-    return release_table()
-
-
-def run_conversion(asked: Conversion) -> str:
-    """What `visualrwkv convert` does. Returns where the result is, a line for each place."""
-    refuse_options(asked)
-    if asked.to_original:
-        return convert_back(asked)
-    from visualrwkv_hf.conversion.hub_files import refuse_push, upload
-
-    if asked.push_to_hub:
-        refuse_push(asked.push_to_hub, asked.private)
-    folder = convert_forward(asked)
-    if not asked.push_to_hub:
-        return str(folder)
-    try:
-        url = upload(folder, asked.push_to_hub, private=asked.private, revision=asked.revision)
-    except ValueError as error:
-        raise ValueError(f"{error} The converted folder is whole: {folder}.") from error
-    return f"{folder}\n{url}"
-
-
-def refuse_options(asked: Conversion) -> None:
-    """Raises `ValueError` for too few paths or too many, and for options that would have no effect."""
-    least, most, usage = 2, 3, "SOURCE [SOURCE2] OUTPUT"
-    if asked.to_original:
-        least, most, usage = 2, 2, "--to-original FOLDER OUT.pth"
-    elif asked.world:
-        least, most, usage = 1, 1, "--world LM.pth --vision-tower TOWER OUTPUT"
-    if not least <= len(asked.paths) <= most:
-        raise ValueError(f"The paths must be {usage}, got {len(asked.paths)} of them.")
-    if asked.world and not asked.vision_tower:
-        raise ValueError(
-            "--world needs --vision-tower: a language model alone is converted as SOURCE OUTPUT."
+            typer.echo(release_table())
+            return
+        paths, vision_tower = paths or [], vision_tower or []
+        refuse_number_of_paths(paths, to_original=to_original, world=world, vision_tower=vision_tower)
+        refuse_without_effect(
+            {
+                "--private": private and not push_to_hub,
+                "--revision": revision and not push_to_hub,
+                "--world": to_original and world,
+                "--vision-tower": to_original and vision_tower,
+                "--push-to-hub": to_original and push_to_hub,
+                "--family": to_original and family,
+                "--tiling": to_original and tiling,
+                "--no-extras": to_original and not extras,
+            },
+            because="with --to-original" if to_original else "without --push-to-hub",
         )
-    without_effect = {
-        "--private": asked.private and not asked.push_to_hub,
-        "--revision": asked.revision and not asked.push_to_hub,
-        "--world": asked.to_original and asked.world,
-        "--vision-tower": asked.to_original and asked.vision_tower,
-        "--push-to-hub": asked.to_original and asked.push_to_hub,
-        "--family": asked.to_original and asked.family,
-        "--tiling": asked.to_original and asked.tiling,
-        "--no-extras": asked.to_original and not asked.extras,
-    }
-    for option, is_given in without_effect.items():
+        if to_original:
+            typer.echo(convert_back(*paths, dtype=dtype, overwrite=overwrite))
+            return
+        if push_to_hub:
+            from visualrwkv_hf.conversion.hub_files import refuse_push
+
+            refuse_push(push_to_hub, private)
+        options = dict(
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            verify=verify,
+            tiling=tiling,
+            family=family,
+        )
+        *sources, output = paths
+        if world:
+            folder = assemble(world, vision_tower, output, **options)
+        else:
+            folder = convert_sources(sources, output, vision_tower, keep_unused=extras, **options)
+        typer.echo(folder)
+        if push_to_hub:
+            typer.echo(push(folder, push_to_hub, private=private, revision=revision))
+        say_next(folder, is_trained=not world)
+
+
+def refuse_number_of_paths(
+    paths: Sequence[str], *, to_original: bool, world: str | None, vision_tower: Sequence[str]
+) -> None:
+    """Raise `ValueError` for too few or too many paths."""
+    least, most, usage = 2, 3, "SOURCE [SOURCE2] OUTPUT"
+    if to_original:
+        least, most, usage = 2, 2, "--to-original FOLDER OUT.pth"
+    elif world:
+        least, most, usage = 1, 1, "--world LM.pth --vision-tower TOWER OUTPUT"
+    if not least <= len(paths) <= most:
+        raise ValueError(f"The paths must be {usage}, got {len(paths)} of them.")
+    if world and not vision_tower:
+        raise ValueError(
+            "--world needs --vision-tower. A language model alone is converted as SOURCE OUTPUT."
+        )
+
+
+def refuse_without_effect(options: dict[str, Any], *, because: str) -> None:
+    """Raise `ValueError` for the first of `options` that is given; none of them has an effect here."""
+    for option, is_given in options.items():
         if is_given:
-            reason = "with --to-original" if asked.to_original else "without --push-to-hub"
-            raise ValueError(f"{option} has no effect {reason}.")
+            raise ValueError(f"{option} has no effect {because}.")
 
 
-def convert_back(asked: Conversion) -> str:
+def convert_back(folder: str, out_path: str, **options: Any) -> Path:
+    """Write a model folder as an original checkpoint."""
     from visualrwkv_hf.conversion.convert import to_original
 
-    folder, out_path = asked.paths
-    return str(to_original(folder, out_path, dtype=asked.dtype, overwrite=asked.overwrite))
+    return to_original(folder, out_path, **options)
 
 
-def convert_forward(asked: Conversion) -> Path:
+def assemble(world: str, vision_tower: Sequence[str], output: str, **options: Any) -> Path:
+    """Write an untrained model of a language model and a vision tower."""
+    from visualrwkv_hf.conversion.hub_files import local_file
+    from visualrwkv_hf.conversion.start import start_vlm
+
+    with progress_bar() as progress:
+        return start_vlm(local_file(world), vision_tower, output, progress=progress, **options)
+
+
+def convert_sources(
+    sources: Sequence[str], output: str, vision_tower: Sequence[str], *, dtype: str | None, **options: Any
+) -> Path:
+    """Write the model folder of an original checkpoint."""
     from visualrwkv_hf.conversion.convert import to_hf
     from visualrwkv_hf.conversion.hub_files import local_file
 
-    options: dict[str, Any] = {
-        "dtype": asked.dtype,
-        "max_shard_size": asked.max_shard_size,
-        "overwrite": asked.overwrite,
-        "verify": asked.verify,
-        "tiling": asked.tiling,
-        "family": asked.family,
-    }
-    *named, output = asked.paths
-    if asked.world:
-        from visualrwkv_hf.conversion.start import start_vlm
+    files = [local_file(source) for source in sources]
+    if vision_tower:
+        options["vision_tower"] = vision_tower
+    with progress_bar(None if vision_tower else bytes_to_write(files, dtype)) as progress:
+        return to_hf(files, output, dtype=dtype, progress=progress, **options)
 
-        with progress_bar() as progress:
-            world = local_file(asked.world)
-            return start_vlm(world, asked.vision_tower, output, progress=progress, **options)
-    sources = [local_file(source) for source in named]
-    if asked.vision_tower:
-        options["vision_tower"] = asked.vision_tower
-    with progress_bar(None if asked.vision_tower else bytes_to_write(sources, asked.dtype)) as progress:
-        return to_hf(sources, output, keep_unused=asked.extras, progress=progress, **options)
+
+def push(folder: Path, repo: str, **options: Any) -> str:
+    """Upload a folder and return the address. The error says that the folder is complete all the same."""
+    from visualrwkv_hf.conversion.hub_files import upload
+
+    try:
+        return upload(folder, repo, **options)
+    except ValueError as error:
+        raise ValueError(f"{error} The converted folder is complete: {folder}.") from error
+
+
+def say_next(folder: Path, *, is_trained: bool) -> None:
+    """Say at a terminal which command to type next."""
+    if not sys.stderr.isatty():
+        return
+    if not is_trained:
+        say(f"Next, train it: python examples/finetune.py --model {shlex.quote(str(folder))} --help")
+    elif (folder / "processor_config.json").exists():
+        say(f'Next: visualrwkv ask --model {shlex.quote(str(folder))} PICTURE "What is in the picture?"')
+    else:
+        say(f"Next: visualrwkv info {shlex.quote(str(folder))}")
 
 
 def bytes_to_write(sources: Sequence[Path], dtype: str | None) -> int:
-    """The size of the sources' tensors in `dtype`."""
+    """Return the size of the sources' tensors in `dtype`."""
     from visualrwkv_hf.conversion.checkpoint import read_checkpoint
     from visualrwkv_hf.conversion.convert import parse_dtype
 
@@ -198,7 +202,7 @@ def bytes_to_write(sources: Sequence[Path], dtype: str | None) -> int:
 
 @contextlib.contextmanager
 def progress_bar(total: int | None = None) -> Iterator[Callable[[str, int], None]]:
-    """Bytes on the terminal, with the file's name; nothing where standard error is no terminal.
+    """Show the bytes written and the file's name on standard error; nothing if it is not a terminal.
 
     Args:
         total: how many bytes there will be, if that is known.

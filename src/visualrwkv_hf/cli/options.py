@@ -1,65 +1,106 @@
 """What the commands share: options, and errors in one sentence. Quick to import."""
 
 import contextlib
+import sys
+import traceback
 from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from ..inference.loading import model_source
+from ..inference.model_cache import is_first_notice
+from ..inference.printable import one_line, printable
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="A folder or a Hub id. Without it the model inside the package answers."),
+    typer.Option("--model", help="Model folder or Hub id. Default: the small model inside the package."),
 ]
 MaxNewTokensOption = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")
+    int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer, in tokens.")
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, mps or auto.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="cpu, cuda, mps, or auto for an accelerator if there is one.")
+]
 DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto for the checkpoint's own.")
+    str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto for the checkpoint's own dtype.")
 ]
 ImagePositionOption = Annotated[
     str | None,
     typer.Option(
         "--image-position",
-        help="first, middle (the sandwich) or last. Without it as the model was trained.",
+        help="Where the picture goes in the prompt: first, middle (question, picture, question) or last. "
+        "Default: as the model was trained.",
     ),
 ]
 AccelerateOption = Annotated[
-    bool, typer.Option("--accelerate", help="On a CPU: native ops, which a C compiler builds.")
+    bool,
+    typer.Option("--accelerate", help="Compute with native CPU ops, which a C compiler builds at first use."),
+]
+VerboseOption = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", help="Report speed and memory on standard error, and a traceback for an error."
+    ),
 ]
 
 INSIDE = """\
-The model inside the package answers. It is tiny. It knows one coloured shape ("what shape is in the image?",
-"what color is the shape?"), a handwritten digit ("what digit is this?") and an emoji ("what kind of emoji is
-this?"). For photographs convert a released model (visualrwkv convert --list) and name it: --model FOLDER."""
+The model inside the package answers. It is tiny: ask it "what shape is in the image?", "what color is the shape?",
+"what digit is this?" or "what kind of emoji is this?". It does not understand photographs: for these, convert a
+released model (visualrwkv convert --list) and pass its folder with --model."""
 """What to expect of the bundled model, in the words that it was trained on."""
+
+MAX_SENTENCE = 800
+"""Longest error message, in characters: what a damaged file holds may be quoted in it."""
 
 
 @contextlib.contextmanager
-def errors_in_a_sentence(*others: type[Exception]) -> Iterator[None]:
-    """What a person can have caused becomes one line on standard error and exit code 1.
+def errors_in_a_sentence(verbose: bool = False) -> Iterator[None]:
+    """Print an exception as one line on standard error and exit with code 1.
 
-    Args:
-        others: exceptions that count too, beside `ValueError`, `OSError` and `ImportError`.
+    Every kind is caught, since a stranger's model folder makes the libraries raise anything. `verbose` prints the
+    traceback as well.
     """
-    expected: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, *others)
     try:
         yield
-    except expected as error:
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):  # not errors of ours
+        raise
+    except Exception as error:
+        if verbose:
+            typer.echo(printable("".join(traceback.format_exception(error))), err=True)
         typer.secho(f"Error: {sentence(error)}", err=True, fg="red")
         raise typer.Exit(1) from error
 
 
 def sentence(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return what an exception says in one line that is safe to print."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.strerror}: {str(error.filename)!r}"
+    else:
+        text = str(error)
+    text = one_line(text) or type(error).__name__
+    if not isinstance(error, EXPECTED) and not is_of_jinja(error):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= MAX_SENTENCE else text[:MAX_SENTENCE] + "…"
+
+
+EXPECTED = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
+"""Exceptions whose message stands for itself. The type of any other is part of the sentence."""
+
+
+def is_of_jinja(error: BaseException) -> bool:
+    """Return whether a chat template refused the messages, without importing jinja2."""
+    return any(cls.__name__ == "TemplateError" for cls in type(error).__mro__)
+
+
+def show_answer(text: str, end: str = "") -> None:
+    """Print a piece of an answer at once; to a terminal without characters that could steer it."""
+    typer.echo((printable(text) if sys.stdout.isatty() else text) + end, nl=False)
 
 
 def answering_source(model: str | None) -> str:
-    """As `model_source`; of the model inside the package standard error tells what it knows."""
+    """Return the model's folder or Hub id. At a terminal, say once what the model inside the package can do."""
     source = model_source(model)
-    if model is None:
+    if model is None and sys.stderr.isatty() and is_first_notice():
         typer.secho(INSIDE, err=True, dim=True)
     return source

@@ -5,30 +5,26 @@ from typing import Annotated
 
 import typer
 
-from ..inference.loading import model_source, refuse_missing_picture
+from ..inference.loading import model_source
+from ..inference.pictures import refuse_missing_picture
 from .options import ImagePositionOption, ModelOption, errors_in_a_sentence
 
 
 def show(
-    picture: Annotated[str, typer.Argument(help="A picture: a file or a URL.")],
-    output: Annotated[Path, typer.Option(help="The figure: .png, .svg or .pdf.")],
-    question: Annotated[str, typer.Option(help="What is asked about it.")] = "What is in the picture?",
+    picture: Annotated[str, typer.Argument(help="Picture: a file or a URL.")],
+    output: Annotated[Path, typer.Option(help="File to write: .png, .svg or .pdf.")],
+    question: Annotated[str, typer.Option(help="Question about the picture.")] = "What is in the picture?",
     model: ModelOption = None,
-    scan: Annotated[
-        str | None, typer.Option(help="Another scan than the model's, to see what it does.")
-    ] = None,
+    scan: Annotated[str | None, typer.Option(help="Draw another scan in place of the model's.")] = None,
     image_position: ImagePositionOption = None,
 ) -> None:
-    """Draws the patch grid, the order in which the first four layers read it, and the prompt around it."""
-    from jinja2 import TemplateError
-
-    with errors_in_a_sentence(TemplateError):
+    """Draw the patch grid, the order in which the first four layers read it, and the prompt around it."""
+    with errors_in_a_sentence():
         refuse_missing_picture(picture)
         source = model_source(model)
 
         from ..inference.figure import reading_figure, save_figure
 
-        save_figure(
-            reading_figure(picture, question, source, scan=scan, image_position=image_position), output
-        )
+        figure = reading_figure(picture, question, source, scan=scan, image_position=image_position)
+        save_figure(figure, output)
         typer.echo(output)

@@ -1,12 +1,14 @@
-"""One question about every picture of a folder: in batches, to a file of JSON lines that grows and is gone on with."""
+"""One question about every picture in a folder, answered in batches into a JSON Lines file that can be continued."""
 
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from filelock import FileLock, Timeout
 from transformers import BatchFeature
@@ -31,35 +33,38 @@ PICTURE_SUFFIXES = frozenset(
         ".webp",
     )
 )
-"""Names of files that are taken for pictures, in small letters. Whatever else lies in the folder is passed over."""
+"""File extensions, in lower case, of what is taken for a picture. Other files in the folder are ignored."""
+
+Item = TypeVar("Item")
 
 
 class Batch(NamedTuple):
-    """Pictures that are read at once: `names`, and what the processor made of them."""
+    """Pictures that go through the model together: `names`, and what the processor made of them."""
 
     names: list[str]
     inputs: BatchFeature
 
 
 class Captioning:
-    """The work on a folder: what is to do, what is done, what cannot be read.
+    """Ask the same question about every picture in a folder, and keep track of what is done.
 
     `output` gets a line `{"picture": ..., "text": ...}` for each picture, named by its path below `folder`, in the
-    order of these paths. A run that was killed loses its last batch at most: the next one cuts off half a line and
-    does what is missing. `output`.summary.json says what was asked, how far it is, and which files are no pictures;
-    the next run tries those again.
+    order of these paths. A run that is killed loses at most its last batch: the next run cuts off half a line and
+    continues with what is missing. `output`.summary.json holds the settings, the progress and the files that cannot
+    be read; the next run tries those again. Memory does not grow with the number of answers.
 
     Args:
-        folder: pictures, in folders below it as well.
-        output: the file of JSON lines.
+        folder: holds the pictures; its subfolders and linked folders are searched too, hidden files are not.
+        output: the JSON Lines file.
         settings: `prompt`, `max_new_tokens`, `image_position` and whatever else the answers depend on, as JSON
-            values: with other ones the file is not gone on with.
+            values. A file that was begun with other settings is not continued.
 
     Attributes:
+        names: the pictures, sorted.
         bad: name -> why the file cannot be read.
 
     Raises:
-        ValueError: no such folder, no picture in it, or an output that is not this work's.
+        ValueError: there is no such folder, or no picture in it.
     """
 
     def __init__(self, folder: str | os.PathLike, output: str | os.PathLike, settings: dict[str, Any]):
@@ -69,15 +74,15 @@ class Captioning:
         self.names = pictures_in(self.folder)
         if not self.names:
             raise ValueError(
-                f"There is no picture in {folder}: none of {', '.join(sorted(PICTURE_SUFFIXES))}."
+                f"There is no picture in {folder}: no file ends with {', '.join(sorted(PICTURE_SUFFIXES))}."
             )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from writing the same output. The lock of a killed process is none.
+        """Keep other processes from writing the same output. A process that is killed leaves no lock.
 
         Raises:
-            ValueError: another one is writing it.
+            ValueError: another process is writing it.
         """
         lock = FileLock(self.output.with_name(f"{self.output.name}.lock"), timeout=0)
         try:
@@ -90,38 +95,41 @@ class Captioning:
             lock.release()
 
     def todo(self) -> list[str]:
-        """The pictures without an answer, in order. It opens the output, and cuts off half a line at its end.
+        """Return the pictures without an answer, in order. Half a line at the end of the output is cut off.
 
         Raises:
-            ValueError: the output is not this work's.
+            ValueError: the output is from other settings, or not ours.
         """
         self._refuse_other_work()
         self.write_summary()
         done = finished_names(self.output)
         return [name for name in self.names if name not in done]
 
-    def run(self, model, processor, batch_size: int) -> Iterator[list[str]]:
-        """Answers what is to do, and yields the names of each batch when it is on the disk.
+    def run(self, model, processor, batch_size: int) -> Iterator[dict[str, str]]:
+        """Answer what is left to do, and yield the captions of each batch once they are on the disk.
 
         Args:
             model: a `VisualRWKVForConditionalGeneration`.
             processor: the model's.
-            batch_size: pictures that are read at once.
+            batch_size: pictures per batch.
+
+        Yields:
+            dict[str, str]: picture -> answer.
         """
-        todo = self.todo()
-        chunks = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
-        batches = (batch for names in chunks for batch in self._batches(processor, names))
+        batches = (
+            batch for names in in_chunks(self.todo(), batch_size) for batch in self._batches(processor, names)
+        )
         with open(self.output, "ab") as file:
             for names, inputs in one_ahead(batches):
-                texts = self._answers(model, processor, inputs)
-                file.write(b"".join(map(as_line, names, texts)))
+                captions = dict(zip(names, self._answers(model, processor, inputs), strict=True))
+                file.write(b"".join(as_line(name, text) for name, text in captions.items()))
                 file.flush()
                 os.fsync(file.fileno())
-                yield names
+                yield captions
         self.write_summary()
 
     def write_summary(self) -> None:
-        """Writes what was asked and how far it is, whole or not at all."""
+        """Write the settings and the progress, whole or not at all."""
         done = finished_names(self.output)
         summary = {
             "settings": self.settings,
@@ -137,23 +145,28 @@ class Captioning:
         if not self.output.exists() or not self.output.stat().st_size:
             return
         if not self.summary.exists():
-            raise ValueError(f"{self.output} is there and has no {self.summary.name}: name another output.")
-        earlier = json.loads(self.summary.read_text("utf-8"))["settings"]
+            raise ValueError(
+                f"{self.output} exists, but {self.summary.name} does not, so it is not continued: use another output."
+            )
+        try:
+            earlier = dict(json.loads(self.summary.read_text("utf-8"))["settings"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.summary} is damaged: use another output.") from error
         for name, value in self.settings.items():
             if earlier.get(name) != value:
                 raise ValueError(
-                    f"{self.output} was begun with {name} {earlier.get(name)!r}, not {value!r}: name another output, "
-                    "or ask as before to go on."
+                    f"{self.output} was begun with {name} {earlier.get(name)!r}, not {value!r}: use another output, "
+                    "or the earlier settings to continue."
                 )
 
     def _batches(self, processor, names: Sequence[str]) -> Iterator[Batch]:
-        """The readable ones of these pictures in a batch; one by one if the processor refuses some of them."""
+        """Yield the readable pictures as one batch, or one by one if the processor refuses some of them."""
         opened = {}
         for name in names:
             try:
-                opened[name] = open_picture(self.folder / name)
+                opened[name] = open_picture(self._regular_file(name))
             except ValueError as error:
-                self.bad[name] = str(error)
+                self._note_bad(name, error)
         if not opened:
             return
         try:
@@ -163,7 +176,23 @@ class Captioning:
                 try:
                     yield Batch([name], self._inputs(processor, [picture]))
                 except ValueError as error:
-                    self.bad[name] = str(error)
+                    self._note_bad(name, error)
+
+    def _regular_file(self, name: str) -> Path:
+        """Return the path of a picture. Raise `ValueError` for what opening would never end or never find."""
+        path = self.folder / name
+        if not path.exists():
+            raise ValueError("cannot be read as a picture: the link leads nowhere.")
+        if not path.is_file():
+            raise ValueError("cannot be read as a picture: it is not a file.")
+        return path
+
+    def _note_bad(self, name: str, error: ValueError) -> None:
+        """Remember why a picture cannot be read, without its path, so that equal reasons are one object."""
+        reason, path = str(error), str(self.folder / name)
+        for quoted in (repr(path), path):
+            reason = reason.replace(quoted, "")
+        self.bad[name] = sys.intern(" ".join(reason.split()))
 
     def _inputs(self, processor, pictures: Sequence) -> BatchFeature:
         text = {"type": "text", "text": self.settings["prompt"]}
@@ -176,48 +205,99 @@ class Captioning:
         return processor.post_process_image_text_to_text(output, prompt_length=inputs["input_ids"].shape[1])
 
 
+# Finding pictures.
+
+
 def pictures_in(folder: Path) -> list[str]:
-    """The pictures below a folder by their paths there, sorted.
+    """Return the pictures below a folder by their paths there, sorted.
+
+    Hidden files and folders, whose names begin with a dot, are skipped: file managers leave thumbnails and `._` files
+    in them. Linked folders are searched like others, each folder once. A link that leads nowhere counts as a picture
+    by its name, so that it is reported.
 
     Raises:
-        ValueError: if there is no such folder.
+        ValueError: there is no such folder.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    found: list[str] = []
+    visited: set[tuple[int, int]] = set()
+    waiting = [""]
+    while waiting:  # linked folders come after all real ones, so that a picture has its name without a link
+        links: list[str] = []
+        while waiting:
+            waiting += _search(folder, waiting.pop(), found, links, visited)
+        waiting = sorted(links, reverse=True)
+    return sorted(found)
+
+
+def _search(folder: Path, place: str, found: list[str], links: list[str], visited: set) -> list[str]:
+    """Add the pictures in `folder / place` to `found` and its linked folders to `links`; return its other folders."""
+    status = os.stat(folder / place)
+    if (status.st_dev, status.st_ino) in visited:
+        return []
+    visited.add((status.st_dev, status.st_ino))
+    inside: list[str] = []
+    with os.scandir(folder / place) as entries:
+        for entry in entries:
+            name = f"{place}/{entry.name}" if place else entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else inside).append(name)
+            elif os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES:
+                found.append(name)
+    return inside
+
+
+# The output file.
 
 
 def finished_names(output: Path) -> set[str]:
-    """The pictures that have a whole line. Half a line at the end is cut off: its writer was killed.
+    """Return the pictures that have a whole line. Half a line at the end, of a killed process, is cut off.
 
     Raises:
-        ValueError: a line in the middle is none of ours.
+        ValueError: a line in the middle is not ours.
     """
     if not output.exists():
         return set()
+    finished = set()
     with open(output, "r+b") as file:
-        lines = file.readlines()
-        if lines and not lines[-1].endswith(b"\n"):
-            torn = lines.pop()
-            file.truncate(file.tell() - len(torn))
-    try:
-        return {json.loads(line)["picture"] for line in lines}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{output} holds a line that is no answer about a picture ({error}).") from error
+        for line in file:
+            if not line.endswith(b"\n"):  # the last one
+                file.truncate(file.tell() - len(line))
+                break
+            try:
+                finished.add(str(json.loads(line)["picture"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{output} holds a line that is no answer about a picture ({error!r}): use another output."
+                ) from error
+    return finished
 
 
 def as_json(value: dict[str, Any], **options: Any) -> bytes:
-    """JSON in UTF-8. What a file name has that is no UTF-8 stands there as an escape, and is read back as it was."""
+    """Return JSON in UTF-8. Bytes of a file name that are not UTF-8 become escapes, which are read back unchanged."""
     return json.dumps(value, ensure_ascii=False, **options).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def as_line(name: str, text: str) -> bytes:
+    """Return the line of one picture."""
     return as_json({"picture": name, "text": text})
 
 
-def one_ahead(items: Iterator) -> Iterator:
-    """The items, each made in another thread while the one before it is in use."""
+# Iteration.
+
+
+def in_chunks(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """Yield the items in lists of `size`; the last one may be shorter."""
+    rest = iter(items)
+    while chunk := list(islice(rest, size)):
+        yield chunk
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield the items. Each is made in another thread while the one before it is in use."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         upcoming = pool.submit(next, items, None)
         while (item := upcoming.result()) is not None:

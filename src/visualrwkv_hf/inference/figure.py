@@ -10,11 +10,11 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from transformers import AutoConfig, AutoProcessor
 
 from ..image_processing_visualrwkv import open_picture
 from ..scan_orders import directions_of, grid_permutation
 from .chat import chat_inputs
+from .loading import load_config, load_processor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,9 +93,7 @@ def reading_figure(
         jinja2.TemplateError: a question or a position that the chat template refuses.
     """
     figure_class = _figure_class()
-    config, processor = AutoConfig.from_pretrained(source), AutoProcessor.from_pretrained(source)
-    if config.model_type != "visualrwkv":
-        raise ValueError(f"{source} is of type {config.model_type!r}, which reads no pictures.")
+    processor, config = load_processor(source), load_config(source)
     scan = scan or config.scan
     directions = directions_of(scan)
     seen = what_is_seen(picture, question, config, processor, image_position)

@@ -1,69 +1,299 @@
-"""Find and load the model that a person named. Quick to import: torch and transformers come when they are needed."""
+"""Find and load the model that a person named. Every command and the server load through this file.
 
+A model may come from a stranger, so nothing in its folder runs: code beside the weights is never imported, weights
+are safetensors, and the choice of an attention kernel in `config.json` is ignored. Quick to import: torch and
+transformers come when they are needed.
+"""
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from .progress import loading_reported
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+VISION_MODEL, TEXT_MODEL = "visualrwkv", "visualrwkv_text"
+"""The values of `model_type` that this package can load."""
+
+IGNORED_KEYS = frozenset(
+    (
+        "auto_map",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "experts_implementation",
+    )
+)
+"""Keys of `config.json` that name code to import or kernels to fetch. Neither is wanted from a stranger's folder."""
+
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+"""What is fetched of a model on the Hub: data, no code, and no tensors that only the way back needs."""
+
+MAX_JSON_BYTES = 64 * 2**20
+"""Largest configuration or tokenizer file that is read. The tokenizer of the releases takes 4 MB."""
+
+Result = TypeVar("Result")
+
+
+# Naming a model.
+
 
 def model_source(model: str | None) -> str:
-    """A folder or a Hub id: the one asked for, or the model inside the package.
+    """Return the folder or Hub id that a person asked for, or the folder of the model inside the package.
+
+    It touches no network, so that a mistyped name is refused at once.
 
     Raises:
-        FileNotFoundError: none was asked for, and there is none inside.
-        ValueError: it is a folder without a model.
+        FileNotFoundError: there is no such folder, or no model inside the package.
+        ValueError: the folder holds no model of ours, or the name can be neither a folder nor a Hub id.
     """
     if model is None:
         from .. import bundled_model
 
         return str(bundled_model())
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise ValueError(f"{model} is not a model folder: it has no config.json.")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        model_type_of(path)
+        return str(path)
+    if path.exists():
+        raise ValueError(f"{model} is a file: --model takes a folder or a Hub id.")
+    if not may_be_on_hub(model):
+        raise FileNotFoundError(f"There is no folder {model}{suggestion(model)}.")
     return model
 
 
-def refuse_missing_picture(picture: str) -> None:
-    """Raises `ValueError` if `picture` is neither a file nor a URL."""
-    if not picture.startswith(("http://", "https://")) and not Path(picture).is_file():
-        raise ValueError(f"There is no picture {picture}.")
+def may_be_on_hub(source: str) -> bool:
+    """Return whether `source` reads like `user/name` and is not meant as a path.
+
+    It is meant as a path if it exists, or if a folder `user` does, in which `name` is then a slip of the finger.
+    """
+    parts = source.split("/")
+    return (
+        len(parts) == 2
+        and all(part.strip(".") and part == part.strip() for part in parts)
+        and not source.startswith("~")
+        and not Path(source).exists()
+        and not Path(parts[0]).is_dir()
+    )
 
 
-def refuse_unknown_dtype(dtype: str) -> None:
-    """Raises `ValueError` for a dtype that no model here has."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+def suggestion(model: str) -> str:
+    """Return "; did you mean NAME?" with the model folder whose name is closest to `model`, or an empty text."""
+    path = Path(model).expanduser()
+    try:
+        beside = [entry.name for entry in path.parent.iterdir() if (entry / "config.json").is_file()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    return f"; did you mean {path.with_name(close[0])}" if close else ""
 
 
-def load_model(source: str, device: str, dtype: str, accelerate: bool = False) -> Any:
-    """The model of `source`, ready to answer.
+# What a folder holds.
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
 
     Raises:
-        ValueError: a device or dtype that is none here, or native ops elsewhere than on a CPU.
+        ValueError: it is missing, too large, no JSON, or not an object.
     """
-    from transformers import AutoModelForImageTextToText
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES} bytes")
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path} cannot be read as JSON: {reason}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content
 
+
+def model_type_of(folder: Path) -> str:
+    """Return the `model_type` of the configuration in `folder`.
+
+    Raises:
+        ValueError: there is no configuration, or it is of a model that is not ours. Such a model would need code of
+            other people, which is never run.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        what = "it holds an adapter, which has to be merged into its base model first" if adapter else ""
+        raise ValueError(f"{folder} is not a model folder: {what or 'it has no config.json'}.")
+    model_type = read_json(path).get("model_type")
+    if model_type not in (VISION_MODEL, TEXT_MODEL):
+        raise ValueError(
+            f"{folder} holds a model of type {model_type!r}, not {VISION_MODEL} or {TEXT_MODEL}: it is not loaded."
+        )
+    return model_type
+
+
+def model_folder(source: str) -> Path:
+    """Return the folder of a model on this machine; of a Hub id its data files are fetched first, and no code.
+
+    Raises:
+        ValueError: the model is not ours, not on the Hub, or the Hub cannot be reached.
+    """
+    if Path(source).is_dir():
+        model_type_of(Path(source))
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    from visualrwkv_hf.conversion.hub_files import HubFile, download, hub_sentences
+
+    model_type_of(download(HubFile(source, "config.json", None)).parent)
+    with hub_sentences(source):
+        return Path(snapshot_download(source, allow_patterns=[*MODEL_FILES]))
+
+
+# Loading.
+
+
+def load_config(source: str) -> Any:
+    """Return the configuration of a model without what could make transformers import or fetch code.
+
+    Raises:
+        ValueError: it is not ours, damaged, or does not fit together.
+    """
+    folder = model_folder(source)
+    model_type = model_type_of(folder)
+    fields = without_ignored(read_json(folder / "config.json"))
+    from ..configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig
+
+    config_class = VisualRWKVTextConfig if model_type == TEXT_MODEL else VisualRWKVConfig
+    return in_a_sentence(f"The configuration in {folder}", lambda: config_class.from_dict(fields))
+
+
+def load_processor(source: str) -> Any:
+    """Return the processor of a model that reads pictures.
+
+    Raises:
+        ValueError: the model reads no pictures, or a file of its processor is missing or damaged.
+    """
+    folder = model_folder(source)
+    refuse_text_model(folder)
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
+    from ..processing_visualrwkv import VisualRWKVProcessor
+
+    return in_a_sentence(
+        f"The processor in {folder}",
+        lambda: VisualRWKVProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True),
+    )
+
+
+def load_model(
+    source: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    accelerate: bool = False,
+    report: Callable[[str], None] | None = None,
+) -> Any:
+    """Return the model of `source`, in evaluation mode on its device.
+
+    Args:
+        source: a folder or a Hub id.
+        device: as for torch, or "auto" for the accelerator if there is one.
+        dtype: one of `DTYPES`; "auto" keeps the checkpoint's.
+        accelerate: whether a CPU computes with the native ops.
+        report: takes words on how much is loaded; without it nothing is shown.
+
+    Raises:
+        ValueError: the model is not ours or damaged, it reads no pictures, or device and dtype do not exist here.
+    """
     refuse_unknown_dtype(dtype)
     device = usable_device(device)
     if accelerate and device != "cpu":
         raise ValueError(
-            f"--accelerate is for a CPU, the device is {device}: give --device cpu, or leave it out."
+            f"--accelerate needs a CPU, but the device is {device}: use --device cpu or leave it out."
         )
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device).eval()
+    folder = model_folder(source)
+    refuse_text_model(folder)
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds an adapter beside the model: merge it into the model first.")
+    config = load_config(source)
+    from ..modeling_visualrwkv import VisualRWKVForConditionalGeneration
+
+    options: dict[str, Any] = dict(config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    with loading_reported(report, num_bytes):
+        model = in_a_sentence(
+            f"The model in {folder}",
+            lambda: VisualRWKVForConditionalGeneration.from_pretrained(
+                folder, local_files_only=True, **options
+            ),
+        )
+    model = model.to(device).eval()
     if accelerate:
         from ..cpu.layers import accelerate_on_cpu
 
         try:
             accelerate_on_cpu(model)
-        except RuntimeError as error:  # no compiler
+        except RuntimeError as error:  # there is no compiler
             raise ValueError(f"--accelerate: {error}") from error
     return model
 
 
+def in_a_sentence(what: str, load: Callable[[], Result]) -> Result:
+    """Return `load()`, with any exception as a `ValueError` that begins with what could not be loaded.
+
+    Every kind of exception is caught, since damaged files raise whatever the code happens to run into.
+    """
+    try:
+        return load()
+    except Exception as error:
+        reason = str(error).strip().rstrip(".") or "it is damaged"
+        kind = "" if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what} cannot be loaded: {kind}{reason}.") from error
+
+
+def without_ignored(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration's fields without `IGNORED_KEYS`, at any depth."""
+    return {
+        name: without_ignored(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if name not in IGNORED_KEYS
+    }
+
+
+# Refusals that need no model.
+
+
+def refuse_text_model(folder: Path) -> None:
+    """Raise `ValueError` for a language model without a vision tower."""
+    if model_type_of(folder) == TEXT_MODEL:
+        raise ValueError(f"{folder} holds a language model, which reads no pictures.")
+
+
+def refuse_unknown_dtype(dtype: str) -> None:
+    """Raise `ValueError` for a dtype that no model here has."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+
+
 def usable_device(name: str) -> str:
-    """`name`, or what "auto" stands for: the accelerator if there is one.
+    """Return `name`, or for "auto" the accelerator if there is one and the CPU otherwise.
 
     Raises:
-        ValueError: if nothing can be put there.
+        ValueError: no tensor can be put on such a device.
     """
     import torch
 
@@ -71,7 +301,10 @@ def usable_device(name: str) -> str:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator.type if accelerator else "cpu"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # which one depends on how torch was built
+        torch.zeros(1, device=name).item()  # the device "meta" has no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # which one depends on torch's build
         raise ValueError(f"There is no device {name!r} here.") from error
     return name
+
+
+__all__ = ["load_config", "load_model", "load_processor", "model_source"]

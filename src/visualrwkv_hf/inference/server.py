@@ -10,10 +10,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor
-
 from ..state_store import StateStore
-from .loading import load_model
+from .loading import load_model, load_processor
 from .server_connections import bound_socket, make_server
 from .server_generation import Answerer, Line
 from .server_limits import Access, Limits
@@ -99,7 +97,7 @@ def build_app(
 
     limits, access = limits or Limits(), access or Access()
     model = load_model(str(source), device, dtype)
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    processor = load_processor(str(source))
     # An answer becomes part of the next prompt, in which a placeholder would have no picture.
     config = model.generation_config
     config.suppress_tokens = [*(config.suppress_tokens or ()), model.config.image_token_id]

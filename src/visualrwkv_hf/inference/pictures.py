@@ -1,0 +1,77 @@
+"""Pictures that a person named: refused at once if they cannot be read, and read from a pipe as from a file."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIPE_BYTES = 256 * 2**20
+"""A pipe that gives more than this is refused: what is in it would have to be held in memory."""
+
+
+def is_url(source: str) -> bool:
+    """Return whether `source` is an address on the web."""
+    return source.startswith(("http://", "https://"))
+
+
+def refuse_missing_picture(source: str) -> None:
+    """Refuse at once, without torch, what is no picture: before a model is loaded that would take seconds.
+
+    Args:
+        source: a path or a URL. A URL is not fetched, and a pipe is not read.
+
+    Raises:
+        ValueError: there is no such file, it is a folder, or its content is no picture.
+    """
+    if is_url(source):
+        return
+    path = Path(source)
+    if path.is_dir():
+        raise ValueError(f"{source} is a folder: `visualrwkv caption` asks about every picture in a folder.")
+    if not path.exists():
+        raise ValueError(f"There is no picture {source}.")
+    if not path.is_file():  # a pipe
+        return
+    from PIL import Image
+
+    try:
+        Image.open(path).close()
+    except Image.DecompressionBombError:
+        return  # it is a picture; how large it may be is decided when it is opened
+    except Exception as error:  # decoders raise what they like
+        reason = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else "its content is no known format"
+        )
+        raise ValueError(f"{source!r} cannot be read as a picture: {reason}.") from error
+
+
+def open_named_picture(source: str) -> "Image.Image":
+    """Return the picture at a path or URL in RGB; a pipe, for example `/dev/stdin`, is read to its end.
+
+    Raises:
+        ValueError: it cannot be read as a picture, or the pipe gives more than `MAX_PIPE_BYTES`.
+    """
+    from ..image_processing_visualrwkv import open_picture
+
+    path = Path(source)
+    if is_url(source) or not path.exists() or path.is_file():
+        return open_picture(source)
+    with path.open("rb") as pipe:
+        content = pipe.read(MAX_PIPE_BYTES + 1)
+    if len(content) > MAX_PIPE_BYTES:
+        raise ValueError(f"{source} gives more than {MAX_PIPE_BYTES} bytes, which no picture here may have.")
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = os.path.join(scratch, "picture")
+        Path(copy).write_bytes(content)
+        try:
+            return open_picture(copy)
+        except ValueError as error:
+            raise ValueError(str(error).replace(copy, source)) from error
+
+
+__all__ = ["open_named_picture", "refuse_missing_picture"]
