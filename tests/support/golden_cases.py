@@ -113,10 +113,47 @@ class Case:
     def model(self, side: int | None = None, **overrides: Any) -> torch.nn.Module:
         """The converted model; `side` is the towers' grid's where the case gives features in their place."""
         fields = {"family": self.family, "image_token_id": self.image_token_id, **overrides}
-        fields["vision_config"] = vision_fields(self.config, side)
+        fields["vision_config"] = self.vision_fields(side)
         self.weights()
         return converted(self.folder, tuple(self.info["weights"]), json.dumps(fields, sort_keys=True))
 
+    def vision_fields(self, side: int | None) -> dict[str, Any]:
+        """Return what the shapes of the tower's weights do not tell: the heads, or everything without weights."""
+        if "towers" in self.config:
+            heads = {
+                OUR_TOWERS[tower]: fields["num_heads"] for tower, fields in self.config["towers"].items()
+            }
+            return {f"{name}_config": {"num_attention_heads": n} for name, n in heads.items()}
+        vit = self.config.get("vit", {})
+        if "hidden_size" in vit:
+            encoder = "clip_config" if "projection_dim" in vit else "siglip_config"
+            return {encoder: {"num_attention_heads": vit["num_attention_heads"]}}
+        fields = three_encoders(self.tower_widths, side or 1)
+        if self.family == "uhd":  # the whole picture and its tiles: [B, 1 + tiles, L, D]
+            views = next(x.shape[1] for name, x in self.inputs.items() if name.startswith("images.dino"))
+            fields["tile_grid"] = math.isqrt(views - 1)
+        return fields
+
+    @property
+    def tower_widths(self) -> dict[str, int]:
+        """Return the width of each tower's features: of those that the case gives, else any that add up."""
+        given = {
+            name.split(".")[1]: tensor.shape[-1]
+            for name, tensor in self.inputs.items()
+            if name.startswith("images.") and name.split(".")[1] in OUR_TOWERS
+        }
+        if given:
+            return given
+        weights = self.weights()
+        width = next(weights[name] for name in PROJECTOR_INPUTS if name in weights).shape[1]
+        return {"dino": width - 8, "siglip": 4, "sam": 4}  # pictures are never read
+
+
+OUR_TOWERS = {"dino": "dinov2", "siglip": "siglip", "sam": "sam"}
+"""The original's names of the three towers -> ours."""
+
+PROJECTOR_INPUTS = ("proj.proj.weight", "proj.weight", "proj.gate.weight")
+"""Weights whose second size is the width of the features, the first one that a projector has."""
 
 COLUMNS = 128
 """Columns of the vocabulary that `logits128` holds."""
@@ -178,26 +215,13 @@ def converted(folder: Path, weights: tuple[str, ...], fields: str) -> torch.nn.M
     return load_original(read_weights(folder, weights), **json.loads(fields))
 
 
-def vision_fields(config: dict[str, Any], side: int | None) -> dict[str, Any]:
-    """What the shapes of a case's vision tower do not tell: the heads, or everything if it is not there."""
-    if "towers" in config:
-        names = {"dino": "dinov2", "siglip": "siglip", "sam": "sam"}
-        heads = {f"{names[tower]}_config": fields["num_heads"] for tower, fields in config["towers"].items()}
-        return {name: {"num_attention_heads": n} for name, n in heads.items()}
-    vit = config.get("vit", {"dino_dim": 24, "siglip_dim": 20, "sam_dim": 16})
-    if "hidden_size" in vit:
-        encoder = "clip_config" if "projection_dim" in vit else "siglip_config"
-        return {encoder: {"num_attention_heads": vit["num_attention_heads"]}}
-    return three_encoders(vit, side or 4)
-
-
 def three_encoders(widths: dict[str, int], side: int) -> dict[str, Any]:
-    """Encoders of the given widths over side x side patches, small as can be: only their widths are used."""
+    """Return minimal encoders of the given widths over side x side patches: only the widths are used."""
     small = {"num_hidden_layers": 1, "num_attention_heads": 1, "image_size": side, "patch_size": 1}
-    sam = {"output_channels": widths["sam_dim"] // 4, "hidden_size": 4, "mlp_dim": 4, "window_size": 0}
+    sam = {"output_channels": widths["sam"] // 4, "hidden_size": 4, "mlp_dim": 4, "window_size": 0}
     return {
-        "dinov2_config": {**small, "hidden_size": widths["dino_dim"], "mlp_ratio": 1},
-        "siglip_config": {**small, "hidden_size": widths["siglip_dim"], "intermediate_size": 4},
+        "dinov2_config": {**small, "hidden_size": widths["dino"], "mlp_ratio": 1},
+        "siglip_config": {**small, "hidden_size": widths["siglip"], "intermediate_size": 4},
         "sam_config": {**small, **sam, "image_size": 2 * side, "global_attn_indexes": [0]},
     }
 

@@ -7,6 +7,7 @@ computes the same, that way too.
 import contextlib
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -231,11 +232,16 @@ def v60_image_positions(case: Case) -> Result:
     positions = sorted(
         (v for v in case.variants("targets") if v != "batch"), key=lambda v: int(v.removeprefix("pos"))
     )
+    in_batch = len(case.expected["targets.batch"])
     for variant in positions:
         add_pixel_run(result, variant, model, case, f".{variant}")
-    for name in ("input_ids", "labels", "images"):  # the batch: all but the picture at the very start
+    for name in (
+        "input_ids",
+        "labels",
+        "images",
+    ):  # the original's batch cannot hold a picture at the very start
         case.inputs[f"{name}.batch"] = torch.cat(
-            [case.inputs[f"{name}.{variant}"] for variant in positions[1:]]
+            [case.inputs[f"{name}.{variant}"] for variant in positions[-in_batch:]]
         )
     add_pixel_run(result, "batch", model, case, ".batch")
     return result
@@ -343,8 +349,10 @@ def v703_visual_token_compressor(case: Case) -> Result:
     """Samples with fewer tiles get zero rows in front of the projector, compressed with the rest."""
     result, models = Result(), compressor_models(case)
     model = models["pool"]
+    samples = sum(name.startswith("images.") for name in case.inputs)
     tower = [
-        model.get_image_features(case.inputs[f"images.{i}"]).last_hidden_state.flatten(0, 1) for i in range(2)
+        model.get_image_features(case.inputs[f"images.{i}"]).last_hidden_state.flatten(0, 1)
+        for i in range(samples)
     ]
     longest = max(len(rows) for rows in tower)
     padded = torch.stack([nn.functional.pad(rows, (0, 0, longest - len(rows), 0)) for rows in tower])
@@ -404,7 +412,10 @@ def loss_gradients(case: Case, model: nn.Module, logits: Tensor, labels: Tensor)
     )
     for kind, tensors in {"grad": grads, "grad_noL2": plain_grads}.items():
         result.add(**{f"{kind}.{name}": tensor for name, tensor in tensors.items()})
-        result.add(**{f"{kind}_rows64.{name}": tensor[:64] for name, tensor in tensors.items()})
+    for name in case.expected:  # the first rows of a gradient
+        if found := re.fullmatch(r"(grad|grad_noL2)_rows(\d+)\.(.+)", name):
+            tensors = {"grad": grads, "grad_noL2": plain_grads}[found[1]]
+            result.add(**{name: tensors[found[3]][: int(found[2])]})
     golden_norms = case.json("grad_l2norm.json")
     result.facts["trainable tensors"] = sorted(grads), sorted(golden_norms)
     for name, golden in golden_norms.items():

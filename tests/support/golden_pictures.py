@@ -17,9 +17,9 @@ from visualrwkv_hf.image_processing_visualrwkv import (
     grid_boxes,
     image_processor_for,
     region_grid,
-    to_rgb,
 )
 from visualrwkv_hf.modeling_vision import pool_patches
+from visualrwkv_hf.pictures import to_rgb
 
 ENCODER_OF = {"dino": "dinov2", "siglip": "siglip", "sam": "sam"}
 PIXELS_OF = {"dino": "pixel_values", "siglip": "pixel_values_siglip", "sam": "pixel_values_sam"}
@@ -152,7 +152,7 @@ def v700_full_pipeline(case: Case) -> Result:
     fused = tower.fuse(features)
     tokens, ids = model.model.project(fused), case.inputs["input_ids"]
     result.add(
-        **{"concat_features.every67": fused[:, ::67]},
+        **{n: fused[:, :: every(n)] for n in case.expected if n.startswith("concat_features")},
         pooled=pool_patches(fused, model.config),
         image_features=tokens,
         logits=v7_run(model, ids, tokens.flatten(0, 1))[0],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_rows import arguments, expected_sample
+from golden_rows import arguments, speaks_in_capitals, with_package_ids
 from paths import GOLDEN
 from PIL import Image
 from tiny_training import (
@@ -64,6 +64,15 @@ def unpadded(batch: dict, row: int = 0) -> dict:
 
 
 # The original's ids and labels.
+
+
+def expected_sample(row):
+    """Return ids and labels of a row. The original learns a turn from "Human" as a whole; here it is a human turn."""
+    expected = with_package_ids(row)
+    if speaks_in_capitals(row):
+        answer = expected["input_ids"].index(5585) + 3  # "Assistant:" is three tokens
+        expected["labels"] = [-100] * answer + expected["input_ids"][answer:]
+    return expected
 
 
 @pytest.mark.parametrize(("case", "release"), [("v60_format", "v6.0"), ("hd_uhd_format", "hd")])
