@@ -357,6 +357,27 @@ def watched(model: nn.Module) -> None:
     model.model.layers[1].att.key.register_forward_hook(lambda *_: None)
 
 
+def with_its_output_doubled(model: nn.Module) -> None:
+    model.model.layers[1].ffn.value.register_forward_hook(lambda layer, inputs, out: 2 * out)
+
+
+def with_its_input_doubled(model: nn.Module) -> None:
+    model.model.layers[1].att.key.register_forward_pre_hook(lambda layer, inputs: (2 * inputs[0],))
+
+
+def with_its_input_doubled_by_keyword(model: nn.Module) -> None:
+    def double(att, inputs, kwargs):
+        return (2 * inputs[0], *inputs[1:]), kwargs
+
+    model.model.layers[1].att.register_forward_pre_hook(double, with_kwargs=True)
+
+
+def with_a_forward_of_its_own(model: nn.Module) -> None:
+    """As accelerate's hooks replace it."""
+    layer = model.model.layers[1].ln1
+    layer.forward = lambda x: 2 * type(layer).forward(layer, x)
+
+
 def with_lora(model: nn.Module) -> None:
     peft = pytest.importorskip("peft")
     adapters = peft.LoraConfig(target_modules=["key"], init_lora_weights=False)
@@ -377,6 +398,10 @@ def transposed(model: nn.Module) -> None:
 
 OTHERWISE = {
     "a hook": (watched, {}, 1, True),
+    "a hook that changes the output": (with_its_output_doubled, {}, 1, True),
+    "a pre-forward hook": (with_its_input_doubled, {}, 1, True),
+    "a pre-forward hook with keywords": (with_its_input_doubled_by_keyword, {}, 1, True),
+    "a forward of its own": (with_a_forward_of_its_own, {}, 1, True),
     "LoRA": (with_lora, {}, 1, False),
     "a weight of another dtype": (with_a_weight_in_float64, {}, 1, False),
     "a weight laid out otherwise": (transposed, {}, 1, False),
@@ -397,6 +422,13 @@ def test_layers_that_do_not_suit_are_computed_part_by_part(version, case, called
     assert not called
     assert error(step_by_step(model, *ids_and_mask(rows)), expected) < TOLERANCE
     assert ("block" in called) == still_called
+
+
+def test_hooks_of_all_modules_are_called(called):
+    model, seen = native_layers.accelerate_on_cpu(causal_lm(7)), []
+    with torch.nn.modules.module.register_module_forward_pre_hook(lambda layer, inputs: seen.append(layer)):
+        step_by_step(model, *ids_and_mask())
+    assert "block" not in called and seen.count(model.model.layers[1].ffn.key) == 5
 
 
 @torch.no_grad()
@@ -461,8 +493,10 @@ def test_copies_compute_the_same(int8, tmp_path):
         assert torch.equal(step_by_step(each, *inputs), expected)
 
 
-def test_saved_model_is_a_plain_one(tmp_path):
-    model, inputs = native_layers.accelerate_on_cpu(causal_lm(7)), ids_and_mask()
+@pytest.mark.parametrize("int8", [False, True])
+def test_saved_model_is_a_plain_one(int8, tmp_path):
+    """Weights that were rounded to int8 are saved as the float32 numbers that they stand for."""
+    model, inputs = native_layers.accelerate_on_cpu(causal_lm(7, hidden_size=128), int8), ids_and_mask()
     model.save_pretrained(tmp_path)
     loaded = VisualRWKVForCausalLM.from_pretrained(tmp_path)
     assert type(loaded.lm_head) is nn.Linear

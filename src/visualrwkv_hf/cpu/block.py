@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..cache_visualrwkv import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, VisualRWKVCacheLayer
 from ..modeling_rwkv import CHANNEL_MIX, DECAY_SCALE, TIME_MIX, RwkvBlock
@@ -212,7 +213,7 @@ def decode_block(
 def has_native_parts(block: RwkvBlock) -> bool:
     """Return whether calling the block's parts one by one would compute what ops.c does, and nothing besides."""
     parts = (*block._modules.values(), *block.att._modules.values(), *block.ffn._modules.values())
-    return all(
+    return not _has_any_global_hook() and all(
         type(part) in _NATIVE_PARTS
         and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
         for part in parts

@@ -141,9 +141,9 @@ def accelerate_on_cpu(model: PreTrainedModel, int8: bool = False) -> PreTrainedM
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no RWKV block to accelerate.")
     if reason := unusable():
-        warnings.warn(f"Plain torch computes: {reason}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"The model computes with plain torch. {reason}", RuntimeWarning, stacklevel=2)
     for block in blocks:
-        block.accelerated = True
+        block.accelerated = not reason
         for part in (block.att, block.ffn):
             for name, module in part.named_children():
                 if type(module) is nn.Linear:

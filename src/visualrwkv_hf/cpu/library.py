@@ -7,6 +7,7 @@ have the SHA-256 that its name gives.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -61,9 +62,7 @@ class Library:
             function.argtypes, function.restype = arguments, _INT
         self._library.visualrwkv_contract.restype = ctypes.c_char_p
         self.contract = _parse(self._library.visualrwkv_contract().decode())
-        self.threads = torch.get_num_threads
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._use_one_thread)
+        _compute_after_a_fork()
 
     def call(self, name: str, *arguments: Tensor | ctypes.Array | float | None) -> None:
         """Call a function of ops.c. A tensor is passed by address, None as a null pointer.
@@ -72,18 +71,20 @@ class Library:
             RuntimeError: if the function refuses its arguments.
         """
         addresses = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
-        if error := getattr(self._library, f"visualrwkv_{name}")(self.threads(), *addresses):
+        if error := getattr(self._library, f"visualrwkv_{name}")(torch.get_num_threads(), *addresses):
             raise RuntimeError(
                 f"The native op {name} refused its arguments: {self.contract['ERRORS'][error]}."
             )
 
-    def _use_one_thread(self) -> None:
-        """Compute with one thread from now on: OpenMP's threads do not survive a fork, and waiting for them hangs."""
-        self.threads = _one
 
+@functools.cache
+def _compute_after_a_fork() -> None:
+    """Have forked children compute with one thread, as DataLoader's workers do.
 
-def _one() -> int:
-    return 1
+    OpenMP's threads do not survive a fork, and torch's ops as well as ours would wait for them for ever.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def _parse(contract: str) -> dict[str, int | tuple[str, ...]]:
