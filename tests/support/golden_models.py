@@ -354,13 +354,14 @@ def v703_visual_token_compressor(case: Case) -> Result:
         model.get_image_features(case.inputs[f"images.{i}"]).last_hidden_state.flatten(0, 1)
         for i in range(samples)
     ]
+    most_tiles = max(len(case.inputs[f"images.{i}"]) for i in range(samples))
     longest = max(len(rows) for rows in tower)
     padded = torch.stack([nn.functional.pad(rows, (0, 0, longest - len(rows), 0)) for rows in tower])
     projected = model.model.multi_modal_projector(padded)  # [B, tiles * L, C]
     read = model.model.compressor.read(projected)
     result.add(encoded=projected)
     for variant, m in models.items():
-        result.add(variant, compressed=m.model.compressor.reduce(read, num_tiles=1))
+        result.add(variant, compressed=m.model.compressor.reduce(read, num_tiles=most_tiles))
     for name in case.variants("vtc_out"):
         result.add(name, vtc_out=model.model.compressor.read(case.inputs[f"vtc_in.{name}"]))
     tokens, ids = result.tensors["compressed.pool"], case.inputs["input_ids"]
