@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .inference.onnx_export import export_onnx
     from .inference.server import serve
     from .inference.streaming import stream_answer
+    from .kept_state import KeptState
     from .loss_visualrwkv import sliced_loss, visualrwkv_loss
     from .modeling_rwkv import VisualRWKVForCausalLM, VisualRWKVTextModel
     from .modeling_vision import VisualRWKVVisionModel
@@ -49,6 +50,7 @@ __version__ = "0.1.0"
 MODULE_OF = {
     "Captioning": "inference.captioning",
     "Chat": "inference.chat",
+    "KeptState": "kept_state",
     "PROMPT_FORMATS": "training.conversations",
     "SCANS": "scan_orders",
     "StateStore": "state_store",
@@ -103,6 +105,7 @@ __all__ = [
     "TURN_END",
     "Captioning",
     "Chat",
+    "KeptState",
     "StateStore",
     "VisualRWKVCache",
     "VisualRWKVConfig",

@@ -1,23 +1,16 @@
 """The recurrent state of VisualRWKV as a transformers cache: constant in size, however long the text."""
 
-import copy
 import os
-import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from transformers.cache_utils import DynamicCache, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 
-from .state_file import (
-    SavedState,
-    model_fingerprint,
-    processor_fingerprint,
-    read_state,
-    refuse_other,
-    write_state,
-)
+if TYPE_CHECKING:
+    from .kept_state import KeptState
 
 TIME_MIX_SHIFT, CHANNEL_MIX_SHIFT = 0, 1
 """Which of a layer's two token shifts."""
@@ -163,71 +156,70 @@ class VisualRWKVCacheLayer(LinearAttentionLayer):
 
 
 class VisualRWKVCache(DynamicCache):
-    """The recurrent state of all layers, and the number of tokens that it has read.
+    """The running state of all layers and the number of tokens that it has read.
 
-    `VisualRWKVCache(model.config)` is an empty one: `generate(..., past_key_values=cache)` advances it in place. A
-    state that `model.read()`, [`~VisualRWKVCache.load`] or a [`StateStore`] gave knows what it has read: it is *kept*,
-    `generate` starts from a copy of it and takes the whole chat, of which it reads what is new.
+    `VisualRWKVCache(model.config)` is empty; `model(..., past_key_values=cache)` and `generate(...)` advance it in
+    place. It does not know which tokens it has read: a [`KeptState`] does, and starts such a cache with
+    [`~KeptState.to_cache`].
 
     Args:
-        config: the model's configuration, or that of its language model.
-
-    Attributes:
-        contents: for each sample what it has read, int64 [T] (see [`contents.Prompt`]); empty if that is not known, as
-            after a forward of the model.
-        prompt: likewise, what `generate()` is about to have read; empty outside of it.
-        pixel_dtype: in which the pixels were that `contents` stand for.
-        fingerprint: names and values that tell model and processor; None for states that cannot be saved.
+        config: the configuration of the model, or of its language model.
     """
-
-    contents: Sequence[torch.Tensor] = ()
-    prompt: Sequence[torch.Tensor] = ()
-    pixel_dtype: torch.dtype = torch.float32
-    fingerprint: dict[str, dict[str, Any]] | None = None
-    _read_by: weakref.ref | None = None
 
     def __init__(self, config: PreTrainedConfig):
         # A stock DynamicCache without attention layers cannot tell its length, which generate() asks for.
         text_config = config.get_text_config(decoder=True)
-        super(DynamicCache, self).__init__(
-            layers=[VisualRWKVCacheLayer() for _ in range(text_config.num_hidden_layers)]
-        )
-        self._length = self._zero_length()
+        self._start([VisualRWKVCacheLayer() for _ in range(text_config.num_hidden_layers)], 0)
+
+    def _start(self, layers: list[VisualRWKVCacheLayer], length: int) -> None:
+        Cache.__init__(self, layers=layers)
+        self._length = self._counter(length)
 
     @staticmethod
-    def _zero_length() -> int | torch.Tensor:
-        return 0
+    def _counter(length: int) -> int | torch.Tensor:
+        """The length in the form in which `advance` counts it."""
+        return length
+
+    @classmethod
+    def from_layers(cls, layers: Sequence[Mapping[str, torch.Tensor]], length: int) -> "VisualRWKVCache":
+        """Return a cache that has read `length` tokens, with copies of such states of each layer."""
+        cache = cls.__new__(cls)
+        cache._start([VisualRWKVCacheLayer.from_tensors(dict(tensors)) for tensors in layers], length)
+        return cache
 
     @property
     def is_compileable(self) -> bool:
-        """Whether generate() may compile the decoding step by itself: only with the static cache."""
+        """Whether `generate()` may compile the decoding step: only with the static cache."""
         return False
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was read. Never waits for a GPU, unlike a comparison of `get_seq_length()`."""
+        return not self.layers[0].tensors()
+
     def get_seq_length(self, layer_idx: int = 0) -> int | torch.Tensor:
-        """Number of tokens read so far, pads included."""
+        """Return the number of tokens read so far, padding included."""
         return self._length
 
     def advance(self, num_tokens: int) -> None:
-        """Counts tokens that all layers have read."""
+        """Count `num_tokens` tokens that all layers have read."""
         self._length = self._length + num_tokens
-        self.contents = ()  # whoever knows which tokens these were sets it again
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` tokens (see [`VisualRWKVCacheLayer.crop`])."""
+        """Take back the last `-tokens_to_remove` tokens (see [`VisualRWKVCacheLayer.crop`])."""
         super().crop(tokens_to_remove)
         self.advance(tokens_to_remove)
 
     def reset(self) -> None:
         super().reset()
-        self._length = self._zero_length()
-        self.contents = ()
+        self._length = self._counter(0)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each sample `repeats` times."""
+        """Repeat each sample `repeats` times."""
         self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the samples `indices` [n]."""
+        """Keep the samples `indices` [n], in this order."""
         for layer in self.layers:
             for states in (layer.conv_states, layer.recurrent_states):
                 states.update(
@@ -237,175 +229,136 @@ class VisualRWKVCache(DynamicCache):
                         if tensor is not None
                     }
                 )
-        self.contents = rows_of(self.contents, indices)
-        self.prompt = rows_of(self.prompt, indices)
 
-    # --- a state as a thing one can hold --------------------------------------------------------------
+    # --- copies ---------------------------------------------------------------------------------------
 
     @property
     def batch_size(self) -> int:
-        """Number of samples; 0 if nothing was read. (`len()` is the number of layers, as in any cache.)"""
-        tensors = self.layers[0].tensors()
-        return len(tensors[WKV]) if tensors else len(self.contents)
+        """The number of samples; 0 if nothing was read. (`len()` is the number of layers, as in any cache.)"""
+        return batch_size_of(self.layer_tensors())
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the states take, whatever they have read."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors().values())
+        """The number of bytes that the states take, however much they have read."""
+        return sum(tensor.nbytes for tensors in self.layer_tensors() for tensor in tensors.values())
+
+    def layer_tensors(self) -> list[dict[str, torch.Tensor]]:
+        """Return the states of each layer by name. They are the cache's own tensors, not copies."""
+        return [layer.tensors() for layer in self.layers]
 
     def copy(self) -> "VisualRWKVCache":
-        """Another state that has read the same: a branch. A record of the past is not copied."""
-        return self._mapped(lambda name, tensor: tensor)
+        """Return a cache of its own that has read the same. A record of the past is not copied."""
+        return self.from_layers(self.layer_tensors(), int(self._length))
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "VisualRWKVCache":
-        """A copy on `device` for a model of `dtype`. The recurrence's state keeps its float32."""
-        return self._mapped(
-            lambda name, tensor: tensor.to(device=device, dtype=None if name == WKV else dtype)
-        )
+        """Return a copy on `device`, for a model of `dtype`. The WKV states stay in float32."""
+        return self.from_layers(moved(self.layer_tensors(), device, dtype), int(self._length))
 
     def __getitem__(self, index: int) -> "VisualRWKVCache":
-        """A copy of one sample's state.
+        """Return a copy of one sample's state.
 
         Raises:
             IndexError: there is no such sample.
         """
-        if not -self.batch_size <= index < self.batch_size:
-            raise IndexError(f"The state has {self.batch_size} samples, asked for {index}.")
-        index %= self.batch_size
-        one = self._mapped(lambda name, tensor: tensor[index : index + 1])
-        one.contents = rows_of(self.contents, torch.tensor([index]))
-        if one.contents:
-            one._length = len(one.contents[0])
-        return one
+        return self.from_layers(sample_of(self.layer_tensors(), index), int(self._length))
 
     @classmethod
-    def stack(cls, states: Sequence["VisualRWKVCache"]) -> "VisualRWKVCache":
-        """One state of all samples of several: a batch. They may have read more or less.
+    def stack(cls, states: "Sequence[VisualRWKVCache | KeptState]") -> "VisualRWKVCache | KeptState":
+        """Return one cache of the samples of several, which may have read more or less.
 
         Raises:
-            ValueError: states of different models or dtypes, or none.
+            ValueError: no cache is given, or caches of models of different shapes.
         """
-        if not states:
-            raise ValueError("stack() needs at least one state.")
-        if len(dtypes := {str(state.pixel_dtype) for state in states}) > 1:
-            raise ValueError(f"Only states of one dtype can be stacked, got {sorted(dtypes)}.")
-        shapes = {state._shapes() for state in states}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"Only states of one model can be stacked, got states of shapes {sorted(shapes)}."
-            )
-        for state in states[1:]:
-            if state.fingerprint and states[0].fingerprint:
-                refuse_other("A state", state.fingerprint["model"], states[0].fingerprint["model"], "model")
-        stacked = states[0]._rebuilt(
-            [
-                {name: torch.cat([layer.tensors()[name] for layer in layers]) for name in layers[0].tensors()}
-                for layers in zip(*(state.layers for state in states))
-            ]
-        )
-        stacked._length = max(state._length for state in states)
-        known = all(state.contents for state in states)
-        stacked.contents = [row for state in states for row in state.contents] if known else ()
-        return stacked
+        if any(not isinstance(state, VisualRWKVCache) for state in states):
+            warn_moved("VisualRWKVCache.stack(kept states)", "KeptState.stack")
+            from .kept_state import KeptState
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the state as safetensors, with what it has read and the fingerprint of its model and processor.
-
-        The file appears whole or not at all.
-
-        Raises:
-            ValueError: `model.read()` has not made this state, so that nobody could tell what it belongs to.
-        """
-        if self.fingerprint is None or not self.contents:
-            raise ValueError(
-                "Only a state that model.read(processor, messages) made can be saved: no other knows its model, its "
-                "processor and what it has read."
-            )
-        layers = [layer.tensors() for layer in self.layers]
-        write_state(path, SavedState(layers, self.contents, self.pixel_dtype, self.fingerprint))
+            return KeptState.stack(states)
+        layers = stacked([state.layer_tensors() for state in states])
+        return cls.from_layers(layers, max(int(state._length) for state in states))
 
     @classmethod
-    def load(cls, path: str | os.PathLike, model=None, processor=None) -> "VisualRWKVCache":
-        """A state that was saved; with `model` where that is, and in its dtype.
+    def load(cls, path: str | os.PathLike, model=None, processor=None) -> "KeptState":
+        """Deprecated: [`KeptState.load`]."""
+        warn_moved("VisualRWKVCache.load", "KeptState.load")
+        from .kept_state import KeptState
 
-        Args:
-            path: the file.
-            model: the model that it is for. Without it that is looked at when `generate` first gets the state.
-            processor: the processor that it is for, if that is to be looked at.
+        return KeptState.load(path, model, processor)
 
-        Raises:
-            ValueError: the file is no whole state, or one of another model or processor: it says what differs.
-            OSError: the file cannot be read.
-        """
-        saved = read_state(path)
-        state = cls.__new__(cls)
-        super(DynamicCache, state).__init__(layers=[VisualRWKVCacheLayer() for _ in saved.layers])
-        state._length = max(map(len, saved.contents))
-        state = state._rebuilt(saved.layers)
-        state.contents, state.pixel_dtype = saved.contents, saved.pixel_dtype
-        state.fingerprint = saved.fingerprint
-        if processor is not None:
-            ours = processor_fingerprint(processor)
-            refuse_other(str(path), saved.fingerprint["processor"], ours, "processor")
-        if model is None:
-            return state
-        state.refuse_other_model(model, str(path))
-        return state.to(model.device, model.dtype)
 
-    def set_fingerprint(self, model: torch.nn.Module, processor) -> None:
-        """Says that these have read this state, as it is needed to save it."""
-        self.fingerprint = {
-            "model": model_fingerprint(model),
-            "processor": processor_fingerprint(processor),
+def warn_moved(old: str, new: str) -> None:
+    """Warn that `old` will go after one more release."""
+    warnings.warn(
+        f"{old} is deprecated and will be removed in the next release: use {new}.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+
+
+def batch_size_of(layers: Sequence[Mapping[str, torch.Tensor]]) -> int:
+    """Return the number of samples of these states; 0 if nothing was read."""
+    return len(next(iter(layers[0].values()))) if layers and layers[0] else 0
+
+
+def moved(
+    layers: Sequence[Mapping[str, torch.Tensor]],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> list[dict[str, torch.Tensor]]:
+    """Return the states on `device`, all but the WKV states in `dtype`; None leaves either as it is."""
+    return [
+        {
+            name: tensor.to(device=device, dtype=None if name == WKV else dtype)
+            for name, tensor in tensors.items()
         }
-        self._read_by = weakref.ref(model)
-
-    def refuse_other_model(self, model: torch.nn.Module, name: str = "The state") -> None:
-        """Raises `ValueError` saying what differs if another model has read this state. Plain states know none."""
-        if self.fingerprint is None or (self._read_by is not None and self._read_by() is model):
-            return
-        refuse_other(name, self.fingerprint["model"], model_fingerprint(model), "model")
-        self._read_by = weakref.ref(model)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_read_by"}
-
-    def _shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of one sample's states in each layer."""
-        return tuple(tuple(t.shape[1:]) for layer in self.layers for t in layer.tensors().values())
-
-    def _mapped(self, function: Callable[[str, torch.Tensor], torch.Tensor]) -> "VisualRWKVCache":
-        """A copy whose tensors are `function(name, tensor)`."""
-        layers = [
-            {name: function(name, tensor) for name, tensor in layer.tensors().items()}
-            for layer in self.layers
-        ]
-        return self._rebuilt(layers)
-
-    def _rebuilt(self, layers: Sequence[dict[str, torch.Tensor]]) -> "VisualRWKVCache":
-        """As this one, with copies of other states."""
-        rebuilt = copy.copy(self)
-        rebuilt._read_by = self._read_by
-        rebuilt.layers = [VisualRWKVCacheLayer.from_tensors(tensors) for tensors in layers]
-        rebuilt._length = copy.deepcopy(self._length)
-        return rebuilt
+        for tensors in layers
+    ]
 
 
-def rows_of(rows: Sequence[torch.Tensor], indices: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Those of `rows`, if there are any."""
-    return [rows[index] for index in indices.tolist()] if rows else ()
+def sample_of(layers: Sequence[Mapping[str, torch.Tensor]], index: int) -> list[dict[str, torch.Tensor]]:
+    """Return the states of one sample of a batch.
+
+    Raises:
+        IndexError: there is no such sample.
+    """
+    size = batch_size_of(layers)
+    if not -size <= index < size:
+        raise IndexError(f"The state has {size} samples, asked for {index}.")
+    index %= size
+    return [{name: tensor[index : index + 1] for name, tensor in tensors.items()} for tensors in layers]
 
 
-class VisualRWKVStaticCache(VisualRWKVCache):
-    """The same state for `torch.compile` and CUDA graphs: the length is a tensor, counted without a recompilation."""
+def stacked(states: Sequence[Sequence[Mapping[str, torch.Tensor]]]) -> list[dict[str, torch.Tensor]]:
+    """Return the states of all samples of several batches as one batch.
+
+    Raises:
+        ValueError: there are none, or their shapes differ.
+    """
+    if not states:
+        raise ValueError("stack() needs at least one state.")
+    shapes = {tuple(tuple(t.shape[1:]) for tensors in layers for t in tensors.values()) for layers in states}
+    if len(shapes) > 1:
+        raise ValueError(f"Only states of one model can be stacked, got states of shapes {sorted(shapes)}.")
+    return [
+        {name: torch.cat([tensors[name] for tensors in of_layer]) for name in of_layer[0]}
+        for of_layer in zip(*states)
+    ]
+
+
+class VisualRWKVStaticCache(VisualRWKVCache, StaticCache):
+    """The same state for `torch.compile` and CUDA graphs: the length is a tensor, counted without a recompilation.
+
+    It is a `StaticCache` for `isinstance`, since `generate()` and exporters decide by that. Unlike other static caches
+    it needs no `max_cache_len`: the state has one size, however much it has read.
+    """
 
     _length: torch.Tensor
 
     @staticmethod
-    def _zero_length() -> torch.Tensor:
-        return torch.zeros((), dtype=torch.long)
+    def _counter(length: int) -> torch.Tensor:
+        return torch.full((), length, dtype=torch.long)
 
     @property
     def is_compileable(self) -> bool:
@@ -418,7 +371,6 @@ class VisualRWKVStaticCache(VisualRWKVCache):
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self._length)
         self._length.add_(num_tokens)
-        self.contents = ()
 
 
 __all__ = ["VisualRWKVCache", "VisualRWKVStaticCache"]

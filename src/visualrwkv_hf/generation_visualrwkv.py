@@ -1,29 +1,27 @@
-"""`generate()` over the recurrent state, `read()`, and how both go on from a state that is kept."""
+"""`generate()` over the recurrent state, `read()`, and how both continue from a state that is kept."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import wraps
 from threading import Lock
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .cache_visualrwkv import VisualRWKVCache, VisualRWKVStaticCache
+from .kept_state import KeptState, is_kept
 from .prompt_identity import (
     Pictures,
-    Prompt,
+    identify_prompt,
     picture_inputs_of,
     piece_ends,
     pixel_inputs_of,
-    read_prompt,
-    refuse_other_beginning,
     stable_length,
 )
+from .reading_plan import ReadingPlan
 from .state_store import StateStore
 
 CACHES: dict[str | None, Callable] = {
@@ -33,15 +31,23 @@ CACHES: dict[str | None, Callable] = {
     "static": VisualRWKVStaticCache,
 }
 
-PREPARED_PROMPT = ("scan_orders", "mm_encoder_outputs")
+TRANSFORMERS_INTERNALS = {
+    "_prepare_cache_for_generation": "Overridden: it makes our cache, since the stock one refuses class names with "
+    "'rwkv', and completes the reading plan, for it is the last step before the decoding loop that sees the mask.",
+    "prepare_inputs_for_generation": "Overridden: its first call reads the prompt by the plan.",
+    "_validate_model_kwargs": "Relied on: it lets past_key_values pass, whatever that is; so the plan goes in there.",
+    "_maybe_prepare_encoder_kwargs_for_generation": "Relied on: without pixels it encodes nothing; the plan has them.",
+    "_expand_inputs_for_generation": "Relied on: it repeats tensors for beams and samples, and leaves the plan alone.",
+    "_prefill": "Relied on: it calls prepare_inputs_for_generation first; for assistants not as the first iteration.",
+    "_sample": "Relied on: it reads the tokens that it returns one by one, all but the last.",
+    "_assisted_decoding": "Relied on: its first step appends guesses to the prompt, and copies our arguments for the "
+    "assistant model, which so gets the pictures.",
+}
+"""Methods of GenerationMixin that this module overrides or whose inner workings it relies on, and why.
 
-
-WHOLE_PROMPT_OPTIONS = ("cache_implementation", "prefill_chunk_size", "token_healing", "is_assistant")
-"""Options of `generate()` that need a prompt to be read at once and from its start."""
-
-
-_store_of_call: ContextVar[StateStore | None] = ContextVar("_store_of_call", default=None)
-"""What `generate(..., state_store=...)` was given."""
+Checked with transformers 5.23.0. A test compares their source with what was checked, and fails if a release of
+transformers changes one of them.
+"""
 
 _advancing: set[int] = set()
 """Caches, by their ids, that some `generate()` is advancing in place."""
@@ -50,19 +56,19 @@ _advancing_lock = Lock()
 
 @contextmanager
 def _alone_with(cache: object) -> Iterator[None]:
-    """Lets nobody else advance `cache` meanwhile; a kept state is copied, and serves any number at once.
+    """Keep others from advancing `cache` meanwhile. A kept state is only copied, so any number may use it.
 
     Raises:
-        ValueError: somebody else does.
+        ValueError: somebody else is advancing it.
     """
-    if cache is None or getattr(cache, "contents", False):
+    if cache is None or is_kept(cache):
         yield
         return
     with _advancing_lock:
         if id(cache) in _advancing:
             raise ValueError(
                 "Another thread is generating from this cache, which advances in place. Give each thread a copy() of "
-                "it, or a state that model.read() made: that one serves all."
+                "it, or a state that model.read() made: any number of threads may share that."
             )
         _advancing.add(id(cache))
     try:
@@ -74,157 +80,124 @@ def _alone_with(cache: object) -> Iterator[None]:
 class VisualRWKVGenerationMixin(GenerationMixin):
     """`generate()` with the recurrent state as its cache.
 
+    On a CPU it encodes the pictures of a prompt one by one, and reads the prompt of one sample in pieces that end after
+    pictures and before the last question, even if no kept state is used. So a question after a kept state gives the
+    same answer as the same question in one prompt, bit for bit in float32 (matrix products of another number of rows
+    may round differently). `forward` always reads what it is given at once.
+
     Attributes:
-        state_store: if set, where `generate()` and `read()` look for a state that has read the beginning of their
-            prompt, and leave their own.
+        state_store: if set, `generate()` and `read()` look here for a state that has read the beginning of their
+            prompt, and leave their own. `generate(state_store=...)` uses another store for one call.
     """
 
     state_store: StateStore | None = None
 
     @torch.no_grad()
-    def read(self, processor, messages: list[dict], **template_variables) -> VisualRWKVCache:
-        """Reads a chat once, so that `generate()` may go on from there as often as wanted.
+    def read(self, processor, messages: list[dict], **template_variables) -> KeptState:
+        """Read a chat once, so that `generate()` can continue from there as often as wanted.
 
         ```python
         state = model.read(processor, messages)
         output = model.generate(**inputs_of_the_whole_chat, past_key_values=state)
         ```
 
-        It reads as far as no later text can change: to the end of the last turn, or of the last picture if that
-        turn is a user's and has no text yet.
+        It reads the part that no later message can change: to the end of the last turn, or of the last picture if
+        that turn is a user's and has no text yet.
 
         Args:
             processor: the model's processor; of a text model the tokenizer.
             messages: the chat, as for `apply_chat_template`; its last message may be anyone's.
-            template_variables: of the chat template, e.g. `image_position`.
-
-        Returns:
-            A state that is kept: see [`VisualRWKVCache`].
+            template_variables: variables of the chat template, e.g. `image_position`.
 
         Raises:
-            ValueError: what is said next would stand in front of a picture, or the processor lengthens prompts.
-            jinja2.TemplateError: messages that the template refuses.
+            ValueError: a later question would be placed before a picture, or the processor lengthens prompts.
+            jinja2.TemplateError: the chat template refuses the messages.
         """
         if (getattr(processor, "pad_prompt_to_multiple_of", None) or 1) > 1:
             raise ValueError(
-                "A processor with pad_prompt_to_multiple_of writes other tokens in front of a longer chat, so that no "
-                "state can go on with it. Set it to None."
+                "A processor with pad_prompt_to_multiple_of writes other tokens at the start of a longer chat, so that "
+                "no state can continue it. Set it to None."
             )
         inputs = processor.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_tensors="pt", **template_variables
         )
         length = stable_length(processor, messages, inputs["input_ids"].shape[1], **template_variables)
         ids, mask = inputs["input_ids"][:, :length], inputs["attention_mask"][:, :length]
-        tensors = {
-            name: inputs[name].to(self.device) for name in picture_inputs_of(self.config) if name in inputs
-        }
+        names = [name for name in picture_inputs_of(self.config) if name in inputs]
+        tensors = {name: inputs[name].to(self.device) for name in names}
         tensors |= {
             name: tensors[name].to(self.dtype) for name in pixel_inputs_of(self.config) if name in tensors
         }
         pictures = Pictures.of(tensors, self.config)
-        prompt = read_prompt(self.config, ids, mask, pictures, self.dtype)
+        (prompt,) = identify_prompt(self.config, ids, mask, pictures, self.dtype)
 
-        (contents,) = prompt.contents
-        found = None if self.state_store is None else self.state_store.find(contents)
-        state = self._about_to_read(prompt, found)
-        model_kwargs = pictures.chosen(_unread_pictures(state, prompt))
-        if model_kwargs:
-            model_kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
-        self._read_pieces(ids, state, model_kwargs, [*piece_ends(contents, (), None), length])
-        state.prompt = ()
-        state.set_fingerprint(self, processor)
-        self._leave(state)
-        return state
+        plan = ReadingPlan(ids, pictures, store=self.state_store, prompts=[prompt], pixel_dtype=self.dtype)
+        found = None if plan.store is None else plan.store.find(prompt)
+        plan.begin(self, found)
+        plan.ends = [*piece_ends(prompt.ids, (), None), length]
+        rest, _ = plan.rest(ids, mask)
+        tokens = self._encoded(plan.unread)
+        self._read_pieces(plan, rest, torch.cat(tokens) if tokens else None)
+        plan.leave(length)
+        return KeptState.of(plan.cache, [prompt], self.dtype).identified(self, processor)
 
     @wraps(GenerationMixin.generate)
-    def generate(self, *args, state_store: StateStore | None = None, **kwargs):
-        token = _store_of_call.set(state_store)
-        try:
-            with _alone_with(kwargs.get("past_key_values")):
-                return super().generate(*args, **kwargs)
-        finally:
-            _store_of_call.reset(token)
-
-    @property
-    def _store(self) -> StateStore | None:
-        """The store of this call, or else the model's."""
-        return self.state_store if (store := _store_of_call.get()) is None else store
-
-    # --- where generate() starts ------------------------------------------------------------------------
-
-    def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs_tensor: Tensor, model_kwargs: dict, model_input_name, generation_config: GenerationConfig
-    ) -> dict:
-        # The last step before pictures are encoded: those that a state has read are not to be.
-        self._start_from_state(inputs_tensor, model_kwargs, model_input_name, generation_config)
-        return super()._maybe_prepare_encoder_kwargs_for_generation(
-            inputs_tensor, model_kwargs, model_input_name, generation_config
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args,
+        state_store: StateStore | None = None,
+        reading_plan: ReadingPlan | None = None,
+        **kwargs,
+    ):
+        # `reading_plan` comes from a model that this one assists; the arguments of the two are otherwise the same.
+        named = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
+        past = kwargs.get("past_key_values")
+        plan = ReadingPlan.of(
+            self.config,
+            named,
+            (generation_config, self.generation_config),
+            self.state_store if state_store is None else state_store,  # an empty one is false
+            reading_plan,
         )
-
-    def _start_from_state(
-        self, input_ids: Tensor, model_kwargs: dict, input_name: str, generation_config: GenerationConfig
-    ) -> None:
-        """Puts a copy of the kept state into `model_kwargs`, or of the store's, and takes out the pictures read."""
-        given = model_kwargs.get("past_key_values")
-        kept = given if getattr(given, "contents", ()) else None
-        store = self._store if given is None and len(input_ids) == 1 else None
-        if kept is None and store is None:
-            return
-        if hindrances := _hindrances(model_kwargs | {input_name: input_ids}, generation_config):
-            if kept is None:
-                return
-            raise ValueError(f"A kept state cannot go on with {', '.join(hindrances)}.")
-        pictures = Pictures.of(model_kwargs, self.config)
-        pixel_dtype = self.dtype if kept is None else kept.pixel_dtype
-        _refuse_coarser_pixels(pictures.tensors, pixel_dtype)
-        mask = model_kwargs.get("attention_mask")
-        prompt = read_prompt(self.config, input_ids, mask, pictures, pixel_dtype)
-        if kept is not None:
-            kept.refuse_other_model(self)
-        elif store is not None:
-            # The last token is read in any case: what follows it is what is asked for.
-            kept = store.find(prompt.contents[0][:-1])
-        state = self._about_to_read(prompt, kept)
-        for row, (read, whole) in enumerate(zip(state.contents, prompt.contents)):
-            refuse_other_beginning(read, whole, row)
-        for name in picture_inputs_of(self.config):
-            model_kwargs.pop(name, None)
-        model_kwargs |= pictures.chosen(_unread_pictures(state, prompt))
-        model_kwargs["past_key_values"] = state
-
-    def _about_to_read(self, prompt: Prompt, kept: VisualRWKVCache | None) -> VisualRWKVCache:
-        """A state to advance: a copy of one that is `kept`, for all samples of `prompt`, or an empty one."""
-        rows = len(prompt.contents)
-        if kept is None:
-            state = VisualRWKVCache(self.config)
-            state.contents = [contents[:0] for contents in prompt.contents]
-            state.pixel_dtype = self.dtype
-        else:
-            # A model over several devices has its layers' states there already.
-            state = kept.copy() if hasattr(self, "hf_device_map") else kept.to(self.device, self.dtype)
-            if state.batch_size == 1 and rows > 1:
-                state.batch_repeat_interleave(rows)
-            if state.batch_size != rows:
-                raise ValueError(f"The state is of {state.batch_size} samples, the inputs are of {rows}.")
-        state.prompt = prompt.contents
-        return state
+        if plan is not None:
+            kwargs = self._without_pictures(kwargs) | {"past_key_values": plan}
+        elif not kwargs.get("mm_encoder_outputs") and (pictures := Pictures.of(kwargs, self.config)).tiles:
+            # The stock method would find a tower's inputs by a signature; ours depend on the configuration.
+            encoded = BaseModelOutputWithPooling(pooler_output=self._encoded(pictures))
+            kwargs = self._without_pictures(kwargs) | {"mm_encoder_outputs": {"image": encoded}}
+        with _alone_with(past):
+            result = super().generate(inputs, generation_config, *args, **kwargs)
+        if plan is not None and plan.store is not None:
+            sequences = result if isinstance(result, Tensor) else result.sequences
+            answer = sequences[0, plan.input_ids.shape[1] :]
+            plan.leave(plan.cache.get_seq_length(), answer)
+        return result
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        generation_mode: GenerationMode,
+        *args,
+        **kwargs,
     ) -> None:
+        """Put the cache into `model_kwargs`, and the plan of what is left to read if there is one."""
         given = model_kwargs.get("past_key_values")
-        if (state := _about_to_read(model_kwargs)) is not None:
-            repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
-            if repeats > 1:
-                state.batch_repeat_interleave(repeats)
+        if isinstance(given, ReadingPlan):
+            self._start_plan(given, generation_config, model_kwargs, generation_mode)
             return
         if given is not None:
             if not hasattr(given, "advance"):
                 raise ValueError(
-                    f"past_key_values must be a VisualRWKVCache, got {type(given).__name__}: a recurrent state is no "
-                    "key-value cache. Leave it out, or make one with VisualRWKVCache(model.config)."
+                    f"past_key_values must be a KeptState or a VisualRWKVCache, got {type(given).__name__}: a "
+                    "recurrent state is no key-value cache. Leave it out, or make one with "
+                    "VisualRWKVCache(model.config)."
                 )
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, *args, **kwargs
+            )
             return
         if generation_config.use_cache is False:
             return
@@ -234,221 +207,160 @@ class VisualRWKVGenerationMixin(GenerationMixin):
                 f"cache_implementation={implementation!r} has no meaning for a recurrent state of constant size; "
                 f"use one of {', '.join(map(repr, CACHES))}."
             )
-        cache = CACHES[implementation](self.config)
+        model_kwargs["past_key_values"] = cache = CACHES[implementation](self.config)
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
 
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
-    ) -> tuple[Tensor, dict]:
-        """As the stock method, which deals pictures to samples by counting placeholders: only unread ones count."""
-        state, encoded = _about_to_read(model_kwargs), model_kwargs.get("mm_encoder_outputs")
-        if expand_size > 1 and encoded and state is not None:
-            unread, _ = _unread(input_ids, model_kwargs.get("attention_mask"), state.contents)
-            encoded = self._expand_multimodal_outputs(unread, encoded, expand_size)
-            model_kwargs["mm_encoder_outputs"] = None
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+    def _start_plan(
+        self, plan: ReadingPlan, generation_config: GenerationConfig, model_kwargs: dict, mode: GenerationMode
+    ) -> None:
+        repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        mask = model_kwargs.get("attention_mask")
+        user_cache = plan.cache
+        # An assistant gets a copy of model_kwargs. One that is no model of ours would refuse the plan there, so it is
+        # left out if it holds no more than the prompt, which the stock method reads at once.
+        is_carried = (
+            mode != GenerationMode.ASSISTED_GENERATION or plan.pictures.tensors or plan.kept is not None
         )
-        if encoded:
-            model_kwargs["mm_encoder_outputs"] = encoded
-        return input_ids, model_kwargs
-
-    # --- what it reads ----------------------------------------------------------------------------------
+        if not is_carried:
+            plan.store = None
+        plan.start(self, None if mask is None else mask[::repeats], repeats, _turn_ends(generation_config))
+        model_kwargs["past_key_values"] = cache = plan.cache
+        if user_cache is not None:
+            cache._is_user_defined = True
+        if plan.for_assistant:
+            cache.activate_past_recording()
+        if is_carried:
+            model_kwargs["reading_plan"] = plan
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        past_key_values: VisualRWKVCache | None = None,
+        attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
+        reading_plan: ReadingPlan | None = None,
         **kwargs,
     ) -> dict:
-        """As the stock method; a first step reads what its state has not, later steps nothing of the prompt."""
-        if is_first_iteration and (state := _about_to_read(kwargs)) is not None:
-            input_ids, mask = _unread(input_ids, kwargs.get("attention_mask"), state.contents)
-            kwargs |= {"attention_mask": mask, "next_sequence_length": None}
-            state.prompt = ()
+        """As the stock method. The first step reads what the plan says, later steps nothing of the prompt.
+
+        Whether the prompt was read is asked of the cache: an assistant model's first step is not marked as such.
+        """
+        if reading_plan is not None and reading_plan.is_pending:
+            input_ids, attention_mask = reading_plan.rest(input_ids, attention_mask)
+            input_ids, features = self._read_ahead(reading_plan, input_ids)
+            kwargs["next_sequence_length"] = None
+            if features is not None:
+                kwargs["mm_encoder_outputs"] = _as_encoded(features)
+            is_first_iteration = True
+        elif reading_plan is not None:
+            reading_plan.leave(reading_plan.prompt_length)
+        cached = past_key_values is not None
+        if cached and hasattr(past_key_values, "is_empty"):
+            is_first_iteration = is_first_iteration or past_key_values.is_empty
         inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         if not is_first_iteration and inputs.get("use_cache", True):
-            for name in (*picture_inputs_of(self.config), *PREPARED_PROMPT):
+            for name in (*picture_inputs_of(self.config), "scan_orders", "mm_encoder_outputs"):
                 inputs.pop(name, None)
             if inputs["input_ids"].shape[1] == 1:
-                inputs.pop("attention_mask", None)  # a new token is no pad
+                inputs.pop("attention_mask", None)  # a new token is no padding
         return inputs
 
-    def _prefill(
-        self,
-        input_ids: Tensor,
-        generation_config: GenerationConfig,
-        model_kwargs: dict,
-        is_first_iteration: bool = True,
-    ):
-        """As the stock method; one sample's prompt is read in pieces, see [`contents.piece_ends`]."""
-        state = _about_to_read(model_kwargs)
-        prompt = () if state is None else state.prompt
-        if is_first_iteration and self._reads_in_pieces(input_ids, model_kwargs, generation_config):
-            ids = _without_pads(input_ids, model_kwargs.get("attention_mask"))
-            eos = generation_config._eos_token_tensor
-            turn_ends = () if eos is None else eos.flatten().tolist()
-            ends = piece_ends(ids[0].cpu(), turn_ends, getattr(self.config, "image_token_id", None))
-            self._read_pieces(ids, model_kwargs["past_key_values"], model_kwargs, ends)
-        outputs = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
-        if state is not None and len(prompt) == 1:
-            state.contents = prompt
-            self._leave(state)
-        return outputs
+    # --- reading a prompt -------------------------------------------------------------------------------
 
-    def _reads_in_pieces(
-        self, input_ids: Tensor, model_kwargs: dict, generation_config: GenerationConfig
-    ) -> bool:
-        """One sample with a kept state or a store, and on a CPU any: there one more piece costs next to nothing."""
-        state = model_kwargs.get("past_key_values")
-        if type(state) is not VisualRWKVCache or len(input_ids) > 1:
-            return False
-        if state.prompt:
-            return True
-        if (
-            self.device.type != "cpu"
-            or state.get_seq_length()
-            or model_kwargs.get("attention_mask") is not None
-        ):
-            return False
-        num_tokens = (
-            0 if (encoded := _encoded(model_kwargs)) is None else sum(map(len, encoded.pooler_output))
-        )
-        if num_tokens != int(_placeholders(input_ids, self.config).sum()):
-            return False  # the model says what is wrong
-        return not _hindrances(model_kwargs | {"mm_encoder_outputs": None}, generation_config)
+    def _without_pictures(self, inputs: dict) -> dict:
+        """Return the inputs other than those of the vision tower."""
+        return {name: value for name, value in inputs.items() if name not in picture_inputs_of(self.config)}
 
-    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
-        """Encode the pictures before the prompt is read, as the stock method does.
+    @torch.no_grad()
+    def _encoded(self, pictures: Pictures) -> list[Tensor]:
+        """Return the tokens of these pictures, N tensors [L, C]."""
+        if not pictures.tiles:
+            return []
+        alone = (
+            self.device.type == "cpu"
+        )  # other rows in a matrix product might change how a picture's are rounded
+        tokens: list[Tensor] = []
+        for part in pictures.one_by_one() if alone else [pictures]:
+            tensors = {name: self._moved(tensor) for name, tensor in part.tensors.items()}
+            tokens += self.get_image_features(**tensors, return_dict=True).pooler_output
+        return tokens
 
-        That method knows a model's inputs from a signature; ours depend on the configuration's encoders. On a CPU
-        pictures are encoded one at a time, so that a picture's features do not depend on how many others are in the
-        batch (a matrix product may round differently for another number of rows).
+    def _read_ahead(self, plan: ReadingPlan, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Read all but the last piece of `ids` [B * repeats, T], what is left to read of the prompt.
+
+        Returns:
+            The last piece, and the picture tokens [sum of L, C] in it.
         """
-        pictures = Pictures.of(model_kwargs, self.config)
-        if not pictures.tiles or _encoded(model_kwargs) is not None:
-            return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
-        count = len(pictures.tiles)
-        groups = [[True] * count]
-        if self.device.type == "cpu":
-            groups = [[other == number for other in range(count)] for number in range(count)]
-        outputs = [
-            self.get_image_features(**pictures.chosen(group), return_dict=True).pooler_output
-            for group in groups
-        ]
-        tokens: list[Tensor] = [features for output in outputs for features in output]
-        left = {
-            name: value for name, value in model_kwargs.items() if name not in picture_inputs_of(self.config)
-        }
-        return left | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens)}}
+        tokens = self._encoded(plan.unread)
+        features = torch.cat(tokens) if tokens else None
+        counts = self._placeholders(ids).sum(1).tolist()  # picture tokens of each row
+        repeats = len(ids) // len(plan.num_read)
+        if features is not None and sum(counts[::repeats]) != len(features):
+            return ids, features  # the model says what is wrong
+        if features is not None and repeats > 1:
+            rows = features.split(counts[::repeats])
+            features = torch.cat([row for row in rows for _ in range(repeats)])
+        if not plan.ends or (features is None and sum(counts)):
+            return ids, features
+        return self._read_pieces(plan, ids, features)
 
-    def _read_pieces(self, ids: Tensor, state: VisualRWKVCache, model_kwargs: dict, ends: list[int]) -> None:
-        """Reads one sample's `ids` [1, T] up to each of `ends`, and leaves the state behind the last picture.
+    def _read_pieces(
+        self, plan: ReadingPlan, ids: Tensor, features: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Read `ids` [1, T] up to the last of the plan's ends, and leave the state after the last picture.
 
-        What is read of the pictures is taken out of `model_kwargs`.
+        Returns:
+            The ids after that, and the picture tokens in them.
         """
-        start, contents = state.get_seq_length(), state.prompt
-        for end in [end for end in ends if end > start]:
-            piece = ids[:, start:end]
-            pictures = self._pictures_of(piece, model_kwargs)
-            self.model(input_ids=piece.to(self.device), past_key_values=state, use_cache=True, **pictures)
-            start = end
-            if contents:
-                state.contents = [contents[0][:end]]
-                if contents[0][end - 1] < 0 and not (contents[0][end:] < 0).any():
-                    self._leave(state)
-
-    def _pictures_of(self, piece: Tensor, model_kwargs: dict) -> dict:
-        """The encoded pictures of `piece` [1, T], taken out of `model_kwargs`."""
-        if not (count := int(_placeholders(piece, self.config).sum())):
-            return {}
-        tokens = torch.cat(list(_encoded(model_kwargs).pooler_output))  # type: ignore[union-attr]
-        taken, left = (
-            {"image": BaseModelOutputWithPooling(pooler_output=[some])} if len(some) else {}
-            for some in (tokens[:count], tokens[count:])
-        )
-        model_kwargs["mm_encoder_outputs"] = left
-        return {"mm_encoder_outputs": taken}
-
-    # --- what it leaves ---------------------------------------------------------------------------------
-
-    def _sample(self, input_ids: Tensor, *args, **model_kwargs):
-        """As the stock method; a state that knows its prompt is left behind the answer."""
-        state = _about_to_read(model_kwargs)
-        prompt = () if state is None else state.prompt
-        result = super()._sample(input_ids, *args, **model_kwargs)
-        if state is not None and len(prompt) == 1:
-            sequences = result if isinstance(result, Tensor) else result.sequences
-            answer = sequences[0, input_ids.shape[1] :].cpu()
-            state.contents = [torch.cat([prompt[0], answer])[: state.get_seq_length()]]
-            self._leave(state)
-            state.contents = ()  # a cache that generate() returns is plain: whoever gets it advances it
-        return result
-
-    def _leave(self, state: VisualRWKVCache) -> None:
-        """Puts a copy of a sample's state into the store, if there is one."""
-        if self._store is not None and len(state.contents) == 1:
-            self._store.add(state.copy())
-
-
-def _about_to_read(model_kwargs: dict) -> VisualRWKVCache | None:
-    """The state of these inputs if it knows its prompt and is yet to read it."""
-    state = model_kwargs.get("past_key_values")
-    return state if getattr(state, "prompt", ()) else None
-
-
-def _encoded(model_kwargs: dict) -> BaseModelOutputWithPooling | None:
-    """The pictures that are encoded already."""
-    return (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-
-
-def _hindrances(model_kwargs: dict, generation_config: GenerationConfig) -> list[str]:
-    """The options given that need a prompt to be read at once and from its start."""
-    given = {name: model_kwargs.get(name) is not None for name in ("inputs_embeds", *PREPARED_PROMPT)}
-    given["output_hidden_states"] = bool(model_kwargs.get("output_hidden_states"))
-    given["use_cache=False"] = generation_config.use_cache is False
-    given |= {name: bool(getattr(generation_config, name, None)) for name in WHOLE_PROMPT_OPTIONS}
-    return [name for name, is_given in given.items() if is_given]
-
-
-def _placeholders(input_ids: Tensor, config: PreTrainedConfig) -> Tensor:
-    """Where the tokens of pictures stand, bool as `input_ids`."""
-    placeholder = getattr(config, "image_token_id", None)
-    return torch.zeros_like(input_ids, dtype=torch.bool) if placeholder is None else input_ids == placeholder
-
-
-def _unread_pictures(state: VisualRWKVCache, prompt: Prompt) -> list[bool]:
-    """Which pictures of `prompt` are not read yet, [N]."""
-    return [end > len(read) for read, ends in zip(state.contents, prompt.picture_ends) for end in ends]
-
-
-def _refuse_coarser_pixels(pictures: dict[str, Tensor], pixel_dtype: torch.dtype) -> None:
-    for name, pixels in pictures.items():
-        if pixels.is_floating_point() and pixels.dtype not in (pixel_dtype, torch.float32):
-            raise ValueError(
-                f"{name} are {pixels.dtype}, the state has read pixels of {pixel_dtype}: give them in that or in "
-                "float32, as the processor makes them."
+        start = plan.num_read[0]
+        placeholders = self._placeholders(ids)
+        last_picture = int(placeholders[0].nonzero()[-1]) + 1 + start if bool(placeholders.any()) else 0
+        for end in [end for end in plan.ends if end > start]:
+            piece, ids = ids.split([end - start, ids.shape[1] - (end - start)], dim=1)
+            count = int(self._placeholders(piece).sum())
+            pictures = {"mm_encoder_outputs": _as_encoded(features[:count])} if count else {}
+            features = features[count:] if count else features
+            self.model(
+                input_ids=piece.to(self.device), past_key_values=plan.cache, use_cache=True, **pictures
             )
+            if plan.cache.layers[0].record_past:
+                plan.cache.crop(0)  # nobody will take back what is recorded of the prompt
+            start = end
+            if end == last_picture:
+                plan.leave(end)
+        return ids, features
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """Return a tensor where the model takes its inputs. Hooks move them for a model that is not in memory."""
+        return tensor if self.device.type == "meta" else tensor.to(self.device)
+
+    def _placeholders(self, input_ids: Tensor) -> Tensor:
+        """Return which of `input_ids` [B, T] are picture tokens, bool [B, T]."""
+        placeholder = getattr(self.config, "image_token_id", None)
+        if placeholder is None:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        return input_ids == placeholder
 
 
-def _without_pads(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """One sample's ids [1, T] without its pads."""
-    return input_ids if attention_mask is None else input_ids[:, attention_mask[0].bool()]
+def _as_encoded(features: Tensor | None) -> dict[str, BaseModelOutputWithPooling]:
+    """Return picture tokens [sum of L, C] in the form in which `forward` takes encoded pictures."""
+    if features is None or not len(features):
+        return {}
+    return {"image": BaseModelOutputWithPooling(pooler_output=[features])}
 
 
-def _unread(
-    input_ids: Tensor, attention_mask: Tensor | None, read: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """What is left to read of each row behind what it has `read`: ids [B, T'] with pads in front, and their mask."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    rows = [ids[real.bool()][len(done) :] for ids, real, done in zip(input_ids, mask, read)]
-    longest = max(map(len, rows))
-    ids = torch.stack([F.pad(row, (longest - len(row), 0)) for row in rows])
-    if all(len(row) == longest for row in rows):
-        return ids, None
-    return ids, torch.stack([F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
+def _turn_ends(generation_config: GenerationConfig) -> Sequence[int]:
+    """Return the token ids that end an answer."""
+    ids = generation_config.eos_token_id
+    if isinstance(ids, Tensor):
+        ids = ids.flatten().tolist()
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

@@ -775,7 +775,8 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel):
         Args:
             input_ids: [B, T].
             attention_mask: [B, T] or [B, past + T], 0 at pads. Pads change nothing, wherever they are.
-            past_key_values: a [`VisualRWKVCache`]; updated in place.
+            past_key_values: a [`VisualRWKVCache`], which is updated in place; or a [`KeptState`], which stays as it
+                is: a copy of it continues and is returned.
             inputs_embeds: [B, T, C] in place of `input_ids`, in front of the embedding norm.
             use_cache: whether to return the state. Not while training.
             scan_orders: [B, D, T], or D entries [B, T] (None: the order of the text). Layer l reads the sequence
@@ -789,6 +790,8 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None and not self.training:
             past_key_values = VisualRWKVCache(self.config)
+        if hasattr(past_key_values, "to_cache"):  # a KeptState, which nothing changes: continue from a copy
+            past_key_values = past_key_values.to_cache(inputs_embeds.device, inputs_embeds.dtype)
         cu_seqlens = kwargs.pop("cu_seq_lens_q", None)
         if cu_seqlens is not None:
             if past_key_values is not None:

@@ -5,7 +5,6 @@ Letters: N pictures, L tokens of a picture, D channels of the vision tower, B ba
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -351,13 +350,6 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, VisualRWKVGe
     ) -> BaseModelOutputWithPooling:
         """See [`VisualRWKVModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """Check what `generate()` was given. The tower's inputs depend on the configuration, not on a signature."""
-        pixels = set(self.config.vision_config.pixel_inputs.values())
-        super()._validate_model_kwargs(
-            {name: value for name, value in model_kwargs.items() if name not in pixels}
-        )
 
     @can_return_tuple
     def forward(

@@ -1,10 +1,10 @@
-"""What a state has read, as numbers that can be compared: the ids of words, and for pictures what their pixels make.
+"""Tell whether two prompts are the same: token ids, and for pictures the SHA-256 of their pixels.
 
-Letters: B batch, T time of one row without its pads, N pictures.
+Letters: B batch, T tokens of one row without its padding, N pictures.
 """
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,15 +19,18 @@ def pixel_inputs_of(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def picture_inputs_of(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the model's inputs that describe pictures."""
-    return (*pixel_inputs_of(config), "num_tiles")
+    """Return the model's inputs that describe pictures; a text model has none."""
+    pixels = pixel_inputs_of(config)
+    return (*pixels, "num_tiles") if pixels else ()
 
 
 class Pictures(NamedTuple):
-    """The pictures of inputs.
+    """The pictures of one call of the model.
 
-    `tensors`: those of the model's picture inputs that were given. `tiles`: how many tiles with tokens of their own
-    each picture has, [N]. `num_views`: how many rows of the pixels a tile has.
+    Attributes:
+        tensors: those of the model's picture inputs that were given.
+        tiles: [N], how many tiles each picture has; every tile has tokens of its own.
+        num_views: how many rows of the pixel tensors belong to one tile.
     """
 
     tensors: dict[str, Tensor]
@@ -36,14 +39,13 @@ class Pictures(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], config: PreTrainedConfig) -> "Pictures":
-        """Those of `inputs` for a model of `config`.
+        """Return the pictures among `inputs`, for a model with this `config`.
 
         Raises:
-            ValueError: pixels that are not of whole pictures.
+            ValueError: the encoders are given different numbers of views, or the views do not add up to whole pictures.
         """
-        tensors = {
-            name: inputs[name] for name in picture_inputs_of(config) if isinstance(inputs.get(name), Tensor)
-        }
+        names = picture_inputs_of(config)
+        tensors = {name: inputs[name] for name in names if isinstance(inputs.get(name), Tensor)}
         counts = {name: len(tensors[name]) for name in pixel_inputs_of(config) if name in tensors}
         if len(set(counts.values())) > 1:
             raise ValueError(f"All encoders must see the same views, got {counts}.")
@@ -57,19 +59,23 @@ class Pictures(NamedTuple):
             )
         return cls(tensors, tiles, num_views)
 
-    def chosen(self, chosen: Sequence[bool]) -> dict[str, Tensor]:
-        """The tensors of the `chosen` pictures, [N]; an empty dictionary if that is none."""
-        if not any(chosen):
-            return {}
-        picture = torch.tensor(chosen)
-        view = picture.repeat_interleave(self.num_views * torch.tensor(self.tiles))
-        return {
+    def chosen(self, chosen: Sequence[bool]) -> "Pictures":
+        """Return only the pictures for which `chosen` [N] is true."""
+        picture = torch.tensor(chosen, dtype=torch.bool)
+        view = picture.repeat_interleave(self.num_views * torch.tensor(self.tiles, dtype=torch.long))
+        tensors = {
             name: tensor[(picture if name == "num_tiles" else view).to(tensor.device)]
             for name, tensor in self.tensors.items()
         }
+        return Pictures(tensors, [tiles for tiles, keep in zip(self.tiles, chosen) if keep], self.num_views)
 
-    def numbers(self, pixel_dtype: torch.dtype) -> list[int]:
-        """A negative number for each picture, [N]: 63 bits of the SHA-256 of its pixels in `pixel_dtype`."""
+    def one_by_one(self) -> Iterator["Pictures"]:
+        """Yield each picture alone."""
+        for number in range(len(self.tiles)):
+            yield self.chosen([other == number for other in range(len(self.tiles))])
+
+    def hashes(self, pixel_dtype: torch.dtype) -> list[bytes]:
+        """Return the SHA-256 of each picture's pixels in `pixel_dtype`, N times 32 bytes."""
         hashes = [hashlib.sha256() for _ in self.tiles]
         for name in [name for name in self.tensors if name != "num_tiles"]:
             pixels = self.tensors[name].detach().to("cpu", pixel_dtype)
@@ -78,46 +84,89 @@ class Pictures(NamedTuple):
             ):
                 digest.update(f"{name}{tuple(of_picture.shape)}{pixel_dtype}".encode())
                 digest.update(of_picture.contiguous().view(torch.uint8).numpy())
-        return [~(int.from_bytes(digest.digest()[:8], "little") >> 1) for digest in hashes]
+        return [digest.digest() for digest in hashes]
 
 
-class Prompt(NamedTuple):
-    """Inputs without pads.
+def picture_number(picture_hash: bytes) -> int:
+    """Return the negative int64 that represents a picture among token ids: 63 bits of its hash."""
+    return ~(int.from_bytes(picture_hash[:8], "little") >> 1)
 
-    `contents`: B times int64 [T] on the CPU, ids of words, and at all tokens of a picture one negative number that
-    its pixels make. `picture_ends`: for each row, how many tokens there are up to the end of each of its pictures.
+
+class PromptIdentity(NamedTuple):
+    """What one row of a prompt consists of.
+
+    Attributes:
+        ids: int64 [T] on the CPU. Token ids; at all tokens of a picture the picture's negative number.
+        picture_ends: for each picture, how many tokens there are up to its end.
+        picture_hashes: the SHA-256 of each picture. Empty for a state from a file of an earlier version, which kept
+            only the pictures' numbers.
     """
 
-    contents: list[Tensor]
-    picture_ends: list[list[int]]
+    ids: Tensor
+    picture_ends: tuple[int, ...] = ()
+    picture_hashes: tuple[bytes, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """The number of tokens T."""
+        return len(self.ids)
+
+    @property
+    def has_hashes(self) -> bool:
+        """Whether the hash of every picture is known."""
+        return bool(self.picture_hashes) or not bool((self.ids < 0).any())
+
+    def beginning(self, length: int) -> "PromptIdentity":
+        """Return the identity of the first `length` tokens."""
+        count = sum(end <= length for end in self.picture_ends)
+        return PromptIdentity(self.ids[:length], self.picture_ends[:count], self.picture_hashes[:count])
+
+    def continued(self, ids: Tensor) -> "PromptIdentity":
+        """Return the identity of this prompt with more text `ids` [T'] after it."""
+        return self._replace(ids=torch.cat([self.ids, ids.to(self.ids)]))
+
+    def digests(self, lengths: Collection[int]) -> dict[int, bytes]:
+        """Return a SHA-256 of the beginning of each of these `lengths` that the prompt has.
+
+        Two beginnings have one digest only if all their token ids and the full hashes of all their pictures agree.
+        """
+        hashes = dict(zip(self.picture_ends, self.picture_hashes))
+        wanted = {length for length in lengths if length <= self.length}
+        digest, start, digests = hashlib.sha256(), 0, {}
+        for end in sorted(wanted | {end for end in hashes if end <= max(wanted, default=0)}):
+            digest.update(self.ids[start:end].contiguous().numpy().tobytes())
+            digest.update(hashes.get(end, b""))
+            start = end
+            if end in wanted:
+                digests[end] = digest.digest()
+        return digests
 
 
-def read_prompt(
+def identify_prompt(
     config: PreTrainedConfig,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     pictures: Pictures,
     pixel_dtype: torch.dtype,
-) -> Prompt:
-    """What inputs hold.
+) -> list[PromptIdentity]:
+    """Return the identity of each row of a prompt, B entries.
 
     Args:
-        config: the model's.
-        input_ids: [B, T].
-        attention_mask: [B, T], 0 at pads.
-        pictures: of all rows.
-        pixel_dtype: in which pixels are compared.
+        config: the model's configuration.
+        input_ids: int64 [B, T].
+        attention_mask: [B, T], 0 at padding; None if there is no padding.
+        pictures: the pictures of all rows, in the order of their placeholders.
+        pixel_dtype: the dtype in which pixels are compared.
 
     Raises:
-        ValueError: if pictures and placeholders do not match.
+        ValueError: pictures and placeholders do not match.
     """
     input_ids = input_ids.cpu()
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.cpu()
     rows = [ids[real] for ids, real in zip(input_ids.long(), mask.bool())]
     placeholder = getattr(config, "image_token_id", None)
     if placeholder is None:
-        return Prompt(rows, [[] for _ in rows])
-    numbers = pictures.numbers(pixel_dtype)
+        return [PromptIdentity(ids) for ids in rows]
     lengths = [config.num_image_tokens_of(tiles) for tiles in pictures.tiles]
     places = [(ids == placeholder).nonzero()[:, 0] for ids in rows]
     if (found := sum(map(len, places))) != sum(lengths):
@@ -125,31 +174,41 @@ def read_prompt(
             f"The text has {found} image placeholders, but "
             + (f"the pictures give {sum(lengths)} tokens." if lengths else "no pixel_values were given.")
         )
-    ends: list[list[int]] = [[] for _ in rows]
-    picture = 0
-    for ids, place, row_ends in zip(rows, places, ends):
-        taken = 0
-        while taken < len(place):
-            of_picture = place[taken : taken + lengths[picture]]
-            if len(of_picture) != lengths[picture]:
-                raise ValueError(
-                    f"Picture {picture + 1} takes {lengths[picture]} tokens, its row has {len(of_picture)} left."
-                )
-            ids[of_picture] = numbers[picture]
-            row_ends.append(int(of_picture[-1]) + 1)
-            taken, picture = taken + lengths[picture], picture + 1
-    return Prompt(rows, ends)
+    left = list(zip(lengths, pictures.hashes(pixel_dtype)))
+    return [_with_pictures(ids, place, left, len(lengths)) for ids, place in zip(rows, places)]
 
 
-def refuse_other_beginning(read: Tensor, prompt: Tensor, row: int = 0) -> None:
-    """Raises `ValueError` naming the first token or picture of `prompt` [T] that is not what was `read` [T']."""
-    length = min(len(read), len(prompt))
-    differing = (read[:length] != prompt[:length]).nonzero()
-    if len(differing):
-        place = int(differing[0])
-        was, now = int(read[place]), int(prompt[place])
+def _with_pictures(ids: Tensor, places: Tensor, left: list[tuple[int, bytes]], count: int) -> PromptIdentity:
+    """Number the placeholders at `places` of one row, and take its pictures from `left`: tokens and hash of each."""
+    ends, hashes = [], []
+    while len(places):
+        length, picture_hash = left.pop(0)
+        if len(places) < length:
+            raise ValueError(
+                f"Picture {count - len(left)} takes {length} tokens, its row has {len(places)} left."
+            )
+        ids[places[:length]] = picture_number(picture_hash)
+        ends.append(int(places[length - 1]) + 1)
+        hashes.append(picture_hash)
+        places = places[length:]
+    return PromptIdentity(ids, tuple(ends), tuple(hashes))
+
+
+def refuse_other_beginning(read: PromptIdentity, prompt: PromptIdentity, row: int = 0) -> None:
+    """Raise `ValueError`, naming the first token or picture of `prompt` that differs from what was `read`."""
+    length = min(read.length, prompt.length)
+    places = (read.ids[:length] != prompt.ids[:length]).nonzero()[:1, 0].tolist()
+    # Pictures are also compared by their full hashes: their numbers among the ids have 63 bits only.
+    places += [
+        end - 1
+        for end, one, other in zip(read.picture_ends, read.picture_hashes, prompt.picture_hashes)
+        if one != other
+    ]
+    if places:
+        place = min(places)
+        was, now = int(read.ids[place]), int(prompt.ids[place])
         if was < 0 and now < 0:
-            number = len(prompt[: place + 1][prompt[: place + 1] < 0].unique_consecutive())
+            number = sum(end <= place for end in prompt.picture_ends) + 1
             what = f"picture {number} is another one"
         else:
             what = f"token {place} is {_named(now)}, the state has read {_named(was)} there"
@@ -157,10 +216,10 @@ def refuse_other_beginning(read: Tensor, prompt: Tensor, row: int = 0) -> None:
             f"The inputs do not begin with what the state has read: {what} (row {row}). They must be the whole chat "
             "from its start, rendered as for the state (chat template, image_position)."
         )
-    if len(prompt) <= len(read):
+    if prompt.length <= read.length:
         raise ValueError(
-            f"The state has read {len(read)} tokens, the inputs have {len(prompt)} (row {row}): nothing is left to "
-            "read. They must be the whole chat and at least one token more, as add_generation_prompt=True gives it."
+            f"The state has read {read.length} tokens, the inputs have {prompt.length} (row {row}): nothing is left "
+            "to read. They must be the whole chat and at least one token more, as add_generation_prompt=True gives it."
         )
 
 
@@ -168,28 +227,30 @@ def _named(number: int) -> str:
     return "a picture's" if number < 0 else str(number)
 
 
-def piece_ends(contents: Tensor, turn_ends: Collection[int], image_token_id: int | None) -> list[int]:
-    """Where a prompt [T] is cut, so that a state which ends there goes on with the same arithmetic, to the bit.
+def piece_ends(ids: Tensor, turn_ends: Collection[int], image_token_id: int | None) -> list[int]:
+    """Return the lengths at which the prompt `ids` [T] is cut into pieces that are read one after the other.
 
-    Behind each run of pictures, and in front of the last user's turn: behind the last but one of `turn_ends`, for
-    the last one ends the question. A product of matrices may round otherwise with another number of rows.
+    The cuts are after each run of pictures, and before the last user's turn (after the last but one of `turn_ends`;
+    the last one ends the question). A kept state may end at the same places. Continuing from it is then the same
+    arithmetic as reading the whole prompt, bit for bit: a matrix product may round differently for another number of
+    rows.
     """
-    is_picture = contents < 0
+    is_picture = ids < 0
     if image_token_id is not None:
-        is_picture |= contents == image_token_id
+        is_picture |= ids == image_token_id
     ends = set(((is_picture[:-1] & ~is_picture[1:]).nonzero()[:, 0] + 1).tolist())
-    turns = torch.isin(contents, torch.tensor(list(turn_ends), dtype=torch.long)).nonzero()[:, 0].tolist()
+    turns = torch.isin(ids, torch.tensor(list(turn_ends), dtype=torch.long)).nonzero()[:, 0].tolist()
     return sorted(ends | {place + 1 for place in turns[-2:-1]})
 
 
 def stable_length(processor, messages: list[dict], length: int, **template_variables) -> int:
-    """How many of the `length` tokens of a chat stay as they are whatever is said next, in it or behind it.
+    """Return how many of a chat's `length` tokens stay the same, whatever its last turn or the next turns say.
 
     Raises:
-        ValueError: if that would leave out a picture.
+        ValueError: a picture is not among these tokens, or several chats are given.
     """
     if isinstance(messages[0], list | tuple):
-        raise ValueError("read() takes one chat; VisualRWKVCache.stack() makes a batch of several states.")
+        raise ValueError("read() takes one chat; KeptState.stack() makes a batch of several states.")
     tokenizer = getattr(processor, "tokenizer", processor)
 
     def encoded(chat: list[dict]) -> list[int]:
@@ -201,16 +262,16 @@ def stable_length(processor, messages: list[dict], length: int, **template_varia
     image_token_id = getattr(tokenizer, "image_token_id", None)
     if image_token_id in ids[common:]:
         raise ValueError(
-            "What is said next would stand before a picture of this chat, so the picture cannot be read yet: with "
-            "image_position 'middle' and 'last' the question stands in front of it. Give the picture together with "
-            "its question, or read and ask with image_position='first'; sandwich_history=True puts even later "
-            "questions in front, and cannot be used."
+            "A later question would be placed before a picture of this chat, so the picture cannot be read yet: with "
+            "image_position 'middle' and 'last' the question comes before its picture. Give the picture together with "
+            "its question, or read and ask with image_position='first'. sandwich_history=True puts even later "
+            "questions before the first picture and cannot be used."
         )
     return length - (len(ids) - common)
 
 
 def _continuations(messages: list[dict]) -> list[list[dict]]:
-    """Chats that begin with `messages`: one with turns behind it, and one with a text for pictures that have none."""
+    """Return chats that begin with `messages`: one with further turns, and one with a text for pictures without one."""
     user, assistant = ({"role": role, "content": "x"} for role in ("user", "assistant"))
     last, text = messages[-1], {"type": "text", "text": "x"}
     if last["role"] != "user":

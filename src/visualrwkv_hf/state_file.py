@@ -1,101 +1,274 @@
-"""A state in a file: safetensors with what was read and whose it is, written whole or not at all."""
+"""Write a kept state to a file and read it back: safetensors with what was read, and of which model it is.
+
+A file may come from a stranger. Everything in it is checked before it is used, and every fault is a `ValueError`.
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import re
+import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+
+from .prompt_identity import PromptIdentity, picture_number
 
 FORMAT = "visualrwkv_hf.state"
-VERSION = "1"
+VERSION = "2"
+"""Version 1 had `contents.{row}` in the place of `read_ids.{row}`, and no full hashes of pictures."""
+ID_NAMES = {"1": "contents", "2": "read_ids"}
+
+MAX_BYTES = 4 << 30
+"""The largest file that is read unless the caller allows more: 64 states of a model of 14 billion parameters."""
+MAX_FINGERPRINT = 1 << 16
+"""The most characters that a fingerprint may take; ours take about a thousand."""
+MAX_HEADER = 1 << 23
+"""The most bytes that the names, dtypes and shapes in a file may take; ours take about 100 for each tensor."""
+HASH_BYTES = 32
 
 MODEL_FIELDS = ("scan", "image_token_id", "pooling", "pooled_grid_size", "projector", "compressor_num_layers",
                 "compressor_num_tokens", "compressor_per_tile", "compressor_reduction")  # fmt: skip
 TEXT_FIELDS = ("rwkv_version", "hidden_size", "num_hidden_layers", "head_dim", "vocab_size")
-"""Fields of the configuration that are named when they differ; all others show in the weights."""
+"""Fields of the configuration that are named when they differ; differences in all others show in the weights."""
 SAMPLES = 16
-"""Values looked at in every weight."""
+"""How many values of every weight are hashed."""
 BOOKKEEPING = ("auto_map", "image_processor_type", "processor_class")
-"""Settings of an image processor that change nothing about a picture."""
+"""Settings of an image processor that do not change what it does to a picture."""
 PROBE = "User: 0 Aé漢\n\nAssistant:"
-"""A text that tokenizers of other vocabularies encode otherwise."""
+"""A text that tokenizers with different vocabularies encode differently."""
+
+LAYER_STATES = {"token_shift0": 2, "token_shift1": 2, "wkv": 4}
+"""The states of a layer in a file, and how many dimensions each has: [B, C] and [B, H, K, V]."""
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Dtypes of token shifts and of pixels, by their names in safetensors."""
+PIXEL_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+NAME = re.compile(r"layers\.(0|[1-9]\d{0,4})\.(token_shift[01]|wkv)|[a-z_]+\.(0|[1-9]\d{0,5})")
 
 
 class SavedState(NamedTuple):
-    """`layers`: the states of each layer by name; `contents`: what each sample has read, int64 [T]."""
+    """What a file holds: see [`KeptState`] for the fields."""
 
-    layers: list[dict[str, Tensor]]
-    contents: Sequence[Tensor]
+    layers: Sequence[Mapping[str, Tensor]]
+    prompts: Sequence[PromptIdentity]
     pixel_dtype: torch.dtype
-    fingerprint: dict[str, dict[str, Any]]
+    fingerprint: Mapping[str, Mapping[str, Any]]
 
 
 def write_state(path: str | os.PathLike, state: SavedState) -> None:
-    """Writes the file under another name and renames it then."""
+    """Write a state to a new file beside `path` and then rename it to `path`.
+
+    The new file is on the disk before it gets its name, so that a killed process or a power cut leaves the old file or
+    the new one, whole.
+    """
     tensors = {
         f"layers.{i}.{name}": tensor for i, layer in enumerate(state.layers) for name, tensor in layer.items()
     }
-    tensors |= {f"contents.{row}": contents for row, contents in enumerate(state.contents)}
+    version = "2" if all(prompt.has_hashes for prompt in state.prompts) else "1"
+    for row, prompt in enumerate(state.prompts):
+        tensors[f"{ID_NAMES[version]}.{row}"] = prompt.ids
+        if version != "1" and prompt.picture_ends:
+            tensors[f"picture_ends.{row}"] = torch.tensor(prompt.picture_ends)
+            hashes = torch.frombuffer(bytearray(b"".join(prompt.picture_hashes)), dtype=torch.uint8)
+            tensors[f"picture_hashes.{row}"] = hashes.view(-1, HASH_BYTES)
     metadata = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": version,
         "pixel_dtype": str(state.pixel_dtype).removeprefix("torch."),
         "fingerprint": json.dumps(state.fingerprint),
     }
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-    path = Path(path)
+    replace_file(Path(path), data)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace the file `path` by one with these contents, in one step."""
     unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        unfinished.write_bytes(data)
+        with open(unfinished, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name itself is on the disk only when its folder is
+        folder = os.open(path.absolute().parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
-def read_state(path: str | os.PathLike) -> SavedState:
-    """What `write_state` wrote.
+def read_state(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> SavedState:
+    """Read what `write_state` wrote.
 
     Raises:
-        ValueError: the file is something else, of another version, or not whole.
+        ValueError: the file is something else, of another version, larger than `max_bytes`, or damaged.
         OSError: it cannot be read.
     """
-    with open(path, "rb"):  # safetensors has errors of its own for a file that is missing
-        pass
+    size = os.stat(path)
+    if not stat.S_ISREG(size.st_mode) and not stat.S_ISDIR(size.st_mode):
+        raise ValueError(f"{path} is not a regular file.")
+    with open(path, "rb") as file:  # for a folder or a missing permission: safetensors has errors of its own
+        header_size = int.from_bytes(file.read(8), "little")
+    if header_size > MAX_HEADER:
+        raise ValueError(
+            f"{path} is not a whole state of VisualRWKV: it begins with {header_size:,} bytes of names."
+        )
+    if size.st_size > max_bytes:
+        raise ValueError(
+            f"{path} has {size.st_size:,} bytes, more than max_bytes ({max_bytes:,}): it is not read."
+        )
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is a safetensors file, but no state of VisualRWKV.")
-            if metadata["version"] != VERSION:
-                raise ValueError(
-                    f"{path} is a state of version {metadata['version']}, this package reads version {VERSION}."
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        layers: dict[int, dict[str, Tensor]] = {}
-        for name in [name for name in tensors if name.startswith("layers.")]:
-            _, index, state = name.split(".")
-            layers.setdefault(int(index), {})[state] = tensors[name]
-        return SavedState(
-            [layers[i] for i in range(len(layers))],
-            [tensors[f"contents.{row}"] for row in range(len(tensors) - sum(map(len, layers.values())))],
-            getattr(torch, metadata["pixel_dtype"]),
-            json.loads(metadata["fingerprint"]),
+            return _checked(str(path), file)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole state of VisualRWKV: {_shown(error, 200)}") from error
+
+
+def _checked(path: str, file) -> SavedState:
+    """Return the contents of an open file; names, dtypes and shapes are checked before any tensor is read."""
+    metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is a safetensors file, but no state of VisualRWKV.")
+    if (version := metadata.get("version")) not in ID_NAMES:
+        raise ValueError(
+            f"{path} is a state of version {_shown(version)}, this package reads versions {', '.join(ID_NAMES)}."
         )
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is not a whole state of VisualRWKV: {error}") from error
+
+    def refuse(what: str) -> NoReturn:
+        raise ValueError(f"{path} is not a whole state of VisualRWKV: {what}.")
+
+    pixel_dtype = PIXEL_DTYPES.get(metadata.get("pixel_dtype", ""))
+    if pixel_dtype is None:
+        refuse(f"its pixel_dtype is {_shown(metadata.get('pixel_dtype'))}")
+    fingerprint = _parsed_fingerprint(metadata.get("fingerprint", ""))
+    if fingerprint is None:
+        refuse("its fingerprint cannot be read")
+    names = set(file.keys())
+    if unknown := [name for name in sorted(names) if not NAME.fullmatch(name)]:
+        refuse(f"it has a tensor named {_shown(unknown[0])}")
+    slices = {name: file.get_slice(name) for name in names}
+    kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+    num_layers = sum(name.endswith(".wkv") for name in names)
+    num_rows = sum(name.startswith(f"{ID_NAMES[version]}.") for name in names)
+    if fault := _fault_of_layers(kinds, num_layers, num_rows) or _fault_of_prompts(kinds, num_rows, version):
+        refuse(fault)
+
+    # Clones: the tensors themselves are a view of the file, which may change.
+    tensors = {name: file.get_tensor(name).clone() for name in sorted(names)}
+    layers = [{name: tensors[f"layers.{i}.{name}"] for name in LAYER_STATES} for i in range(num_layers)]
+    for i, layer in enumerate(layers):
+        for name, tensor in layer.items():
+            if not bool(torch.isfinite(tensor).all()):
+                refuse(f"layers.{i}.{name} holds NaN or infinite values")
+    prompts = [_read_prompt(tensors, row, ID_NAMES[version]) for row in range(num_rows)]
+    for row, prompt in enumerate(prompts):
+        if fault := _fault_of_pictures(prompt, version):
+            refuse(f"{fault} (row {row})")
+    return SavedState(layers, tuple(prompts), pixel_dtype, fingerprint)
+
+
+def _parsed_fingerprint(text: str) -> dict[str, dict[str, Any]] | None:
+    """Return the fingerprint of this JSON; None if it is none."""
+    try:
+        fingerprint = json.loads(text) if len(text) <= MAX_FINGERPRINT else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fingerprint, dict) or set(fingerprint) != {"model", "processor"}:
+        return None
+    return fingerprint if all(isinstance(part, dict) for part in fingerprint.values()) else None
+
+
+Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Dtype, as safetensors names it, and shape of each tensor of a file."""
+
+
+def _fault_of_layers(kinds: Kinds, num_layers: int, num_rows: int) -> str | None:
+    """Return what is wrong with names, dtypes or shapes of the layers' states; None if nothing is."""
+    if not num_layers or not num_rows:
+        return "it has no layers" if not num_layers else "it does not say what it has read"
+    wanted = {f"layers.{i}.{name}" for i in range(num_layers) for name in LAYER_STATES}
+    found = {name for name in kinds if name.startswith("layers.")}
+    if differing := sorted(wanted ^ found):
+        return f"{differing[0]} is {'missing' if differing[0] in wanted else 'one too many'}"
+    shapes = {name: kinds[f"layers.0.{name}"][1] for name in LAYER_STATES}
+    for name in sorted(found):
+        state = name.split(".")[2]
+        dtype, shape = kinds[name]
+        if dtype not in (("F32",) if state == "wkv" else DTYPES):
+            return f"{name} has dtype {dtype}"
+        if len(shape) != LAYER_STATES[state] or shape != shapes[state] or 0 in shape:
+            return f"{name} has shape {list(shape)}"
+        if shape[0] != num_rows:
+            return f"{name} is of {shape[0]} samples, the file says what {num_rows} have read"
+    _, heads, keys, values = shapes["wkv"]
+    if keys != values:
+        return f"its {heads} heads have states of {keys} x {values}, which is not square"
+    if shapes["token_shift0"] != shapes["token_shift1"]:
+        return (
+            f"its token shifts have shapes {list(shapes['token_shift0'])} and {list(shapes['token_shift1'])}"
+        )
+    return None
+
+
+def _fault_of_prompts(kinds: Kinds, num_rows: int, version: str) -> str | None:
+    """Return what is wrong with names, dtypes or shapes of what was read; None if nothing is."""
+    allowed = {f"{ID_NAMES[version]}.{row}" for row in range(num_rows)}
+    for name in sorted(allowed):
+        if name not in kinds:
+            return f"{name} is missing"
+        dtype, shape = kinds[name]
+        if dtype != "I64" or len(shape) != 1 or not shape[0]:
+            return f"{name} has dtype {dtype} and shape {list(shape)}"
+    if version != "1":
+        for row in range(num_rows):
+            ends, hashes = kinds.get(f"picture_ends.{row}"), kinds.get(f"picture_hashes.{row}")
+            if ends is None and hashes is None:
+                continue
+            count = ends[1][0] if ends and len(ends[1]) == 1 else 0
+            if not count or ends != ("I64", (count,)) or hashes != ("U8", (count, HASH_BYTES)):
+                return f"picture_ends.{row} and picture_hashes.{row} do not fit each other"
+            allowed |= {f"picture_ends.{row}", f"picture_hashes.{row}"}
+    others = sorted(name for name in kinds if not name.startswith("layers.") and name not in allowed)
+    return f"it has a tensor named {_shown(others[0])}" if others else None
+
+
+def _read_prompt(tensors: Mapping[str, Tensor], row: int, id_name: str) -> PromptIdentity:
+    ends = tensors.get(f"picture_ends.{row}", torch.empty(0, dtype=torch.long)).tolist()
+    hashes = tensors.get(f"picture_hashes.{row}", torch.empty(0, HASH_BYTES, dtype=torch.uint8))
+    return PromptIdentity(
+        tensors[f"{id_name}.{row}"], tuple(ends), tuple(bytes(hash_.tolist()) for hash_ in hashes)
+    )
+
+
+def _fault_of_pictures(prompt: PromptIdentity, version: str) -> str | None:
+    """Return what is wrong with the pictures of a row; None if nothing is."""
+    if version == "1":
+        return None
+    start = 0
+    for end, picture_hash in zip(prompt.picture_ends, prompt.picture_hashes):
+        if not start < end <= prompt.length:
+            return f"picture_ends holds {end} after {start}, of {prompt.length} tokens"
+        if int(prompt.ids[end - 1]) != picture_number(picture_hash):
+            return f"the picture that ends at token {end} has another hash"
+        start = end
+    return None if prompt.has_hashes else "it has pictures without hashes"
 
 
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What tells a model: fields of its configuration, and a hash over a few values of every weight.
+    """Return what identifies a model: fields of its configuration, and a hash of a few values of every weight.
 
-    The values are rounded to bfloat16, so that one checkpoint has one fingerprint in every dtype.
+    The values are rounded to bfloat16, so that a checkpoint has the same fingerprint in every dtype.
     """
     text = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
     fields = {name: getattr(text, name) for name in TEXT_FIELDS}
@@ -116,7 +289,7 @@ def _weights_hash(model: nn.Module) -> str:
 
 
 def processor_fingerprint(processor) -> dict[str, Any]:
-    """What tells a processor: hashes of its parts, and where it places pictures."""
+    """Return what identifies a processor: hashes of its parts, and where it places pictures."""
     tokenizer = getattr(processor, "tokenizer", processor)
     image_processor = getattr(processor, "image_processor", None)
     settings = {} if image_processor is None else image_processor.to_dict()
@@ -134,11 +307,38 @@ def _hash(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def refuse_other(name: str, theirs: dict[str, Any], ours: dict[str, Any], kind: str) -> None:
-    """Raises `ValueError` naming every field of two fingerprints that differs."""
+def refuse_other(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], kind: str) -> None:
+    """Raise `ValueError` that names every field in which two fingerprints differ."""
     fields = [field for field in {**theirs, **ours} if theirs.get(field) != ours.get(field)]
     if fields:
         differing = "; ".join(
-            f"{field} {theirs.get(field)} there, {ours.get(field)} here" for field in fields
+            f"{_shown(field)} {_shown(theirs.get(field))} there, {_shown(ours.get(field))} here"
+            for field in fields[:20]
         )
         raise ValueError(f"{name} was read by another {kind}: {differing}.")
+
+
+def refuse_other_shapes(name: str, layers: Sequence[Mapping[str, Tensor]], config: PreTrainedConfig) -> None:
+    """Raise `ValueError` if states do not have the shapes of a model's, whatever their fingerprint says."""
+    text = config.get_text_config(decoder=True)
+    wanted = {
+        "token_shift0": (text.hidden_size,),
+        "token_shift1": (text.hidden_size,),
+        "wkv": (text.num_attention_heads, text.head_dim, text.head_dim),
+    }
+    if len(layers) != text.num_hidden_layers:
+        raise ValueError(f"{name} has {len(layers)} layers, the model has {text.num_hidden_layers}.")
+    for i, layer in enumerate(layers):
+        for state, tensor in layer.items():
+            if tuple(tensor.shape[1:]) != wanted[state]:
+                raise ValueError(
+                    f"{name} has a {state} of shape {list(tensor.shape[1:])} in layer {i}, the model's is of "
+                    f"{list(wanted[state])}."
+                )
+
+
+def _shown(value: object, most: int = 60) -> str:
+    """Return a text for a message: short, on one line, and without characters that a terminal would obey."""
+    text = str(value)[: most + 1]
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -5,7 +5,8 @@ from threading import RLock
 
 from torch import Tensor
 
-from .cache_visualrwkv import VisualRWKVCache
+from .kept_state import KeptState
+from .prompt_identity import PromptIdentity
 
 
 class StateStore:
@@ -82,28 +83,34 @@ class StateStore:
         with self._shelf.lock:
             return self._shelf.nbytes
 
-    def add(self, state: VisualRWKVCache) -> None:
-        """Store a state itself, not a copy.
+    def add(self, state: KeptState) -> None:
+        """Store a state of one sample.
 
         Raises:
-            ValueError: the state is of several samples, or does not know what it has read.
+            ValueError: the state is of several samples, or is a cache that does not know what it has read.
         """
-        if len(state.contents) != 1:
+        prompts = getattr(state, "prompts", ())
+        if len(prompts) != 1:
             raise ValueError("Only a state of one sample that knows what it has read can be kept.")
+        length = prompts[0].length
+        key = (self.scope, length, prompts[0].digests([length])[length])
         with self._shelf.lock:
-            self._shelf.put((self.scope, _key(state.contents[0])), state)
+            self._shelf.put(key, state)
 
-    def find(self, contents: Tensor) -> VisualRWKVCache | None:
-        """Return the state that has read the longest beginning of `contents` [T], or None. It is not a copy."""
-        wanted, shelf = _key(contents), self._shelf
+    def find(self, prompt: PromptIdentity | Tensor) -> KeptState | None:
+        """Return the state that has read the longest beginning of `prompt`, or None.
+
+        Args:
+            prompt: what is to be read; for text also its token ids alone, int64 [T].
+        """
+        prompt, shelf = PromptIdentity(prompt) if isinstance(prompt, Tensor) else prompt, self._shelf
         with shelf.lock:
-            lengths = {len(key) for scope, key in shelf.states if scope == self.scope}
-            for length in sorted(lengths, reverse=True):
-                beginning = (self.scope, wanted[:length])
-                if length <= len(wanted) and beginning in shelf.states:
-                    shelf.states.move_to_end(beginning)
+            lengths = {length for scope, length, _ in shelf.states if scope == self.scope}
+            for length, digest in sorted(prompt.digests(lengths).items(), reverse=True):
+                if (key := (self.scope, length, digest)) in shelf.states:
+                    shelf.states.move_to_end(key)
                     shelf.hits += 1
-                    return shelf.states[beginning]
+                    return shelf.states[key]
             shelf.misses += 1
             return None
 
@@ -114,12 +121,16 @@ class StateStore:
                 del self._shelf.states[key]
 
 
+Key = tuple[str, int, bytes]
+"""Scope, number of tokens read, and SHA-256 of what was read: all token ids and the full hashes of all pictures."""
+
+
 class _Shelf:
     """What the views of a store share. Whoever uses it holds `lock`."""
 
     def __init__(self, max_states: int, max_bytes: int | None):
         self.max_states, self.max_bytes = max_states, max_bytes
-        self.states: OrderedDict[tuple[str, bytes], VisualRWKVCache] = OrderedDict()
+        self.states: OrderedDict[Key, KeptState] = OrderedDict()
         self.hits = self.misses = 0
         self.lock = RLock()
 
@@ -127,17 +138,13 @@ class _Shelf:
     def nbytes(self) -> int:
         return sum(state.nbytes for state in self.states.values())
 
-    def put(self, key: tuple[str, bytes], state: VisualRWKVCache) -> None:
+    def put(self, key: Key, state: KeptState) -> None:
         self.states[key] = state
         self.states.move_to_end(key)
         while len(self.states) > self.max_states or (
             self.max_bytes is not None and self.states and self.nbytes > self.max_bytes
         ):
             self.states.popitem(last=False)
-
-
-def _key(contents: Tensor) -> bytes:
-    return contents.numpy().tobytes()
 
 
 __all__ = ["StateStore"]

@@ -209,13 +209,13 @@ def test_hidden_states_and_attentions_are_given_on_request(which):
     assert all(attention.shape[:2] == (2, 4) for attention in outputs.attentions)
 
 
-def test_the_pixels_of_every_encoder_are_part_of_a_pictures_number():
-    """The number of a picture in a state: equal for equal pixels, another for any other encoder input."""
+def test_the_pixels_of_every_encoder_are_part_of_a_pictures_hash():
+    """The hash of a picture in a state: equal for equal pixels, another for any other encoder input."""
     config = VisualRWKVConfig(vision_config={"clip_config": CLIP, "dinov2_config": DINOV2})
     names = config.vision_config.pixel_inputs.values()
     pixels = {name: torch.randn(1, 3, 28, 28) for name in names}
-    numbers = Pictures.of(pixels, config).numbers(torch.float32)
-    assert Pictures.of(dict(pixels), config).numbers(torch.float32) == numbers
+    hashes = Pictures.of(pixels, config).hashes(torch.float32)
+    assert Pictures.of(dict(pixels), config).hashes(torch.float32) == hashes
     for name in names:
-        other = Pictures.of(pixels | {name: pixels[name] + 1}, config).numbers(torch.float32)
-        assert other != numbers
+        other = Pictures.of(pixels | {name: pixels[name] + 1}, config).hashes(torch.float32)
+        assert other != hashes

@@ -180,7 +180,7 @@ def test_a_users_cache_is_used(model, inputs):
 
 
 def test_a_key_value_cache_is_refused(model, inputs):
-    with pytest.raises(ValueError, match=r"must be a VisualRWKVCache, got DynamicCache"):
+    with pytest.raises(ValueError, match=r"must be a KeptState or a VisualRWKVCache, got DynamicCache"):
         model.generate(**inputs, **GREEDY, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="'quantized' has no meaning"):
         model.generate(**inputs, **GREEDY, cache_implementation="quantized")

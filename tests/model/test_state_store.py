@@ -1,6 +1,7 @@
 """StateStore: a prompt that begins like an earlier one reads only what is new."""
 
 import copy
+import dataclasses
 import pickle
 import threading
 
@@ -18,7 +19,8 @@ from tiny import awake, text_config
 from tiny_training import tiny_model, tiny_processor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from visualrwkv_hf import StateStore, VisualRWKVCache, VisualRWKVForCausalLM
+from visualrwkv_hf import KeptState, StateStore, VisualRWKVCache, VisualRWKVForCausalLM
+from visualrwkv_hf.prompt_identity import PromptIdentity, picture_number, refuse_other_beginning
 
 CHAT = [user("What is it?", "red"), assistant("A dot.")]
 
@@ -49,16 +51,12 @@ def without_store(model, **inputs) -> torch.Tensor:
         model.state_store = store
 
 
-def state_of(*contents: int, tokens: int = 1) -> VisualRWKVCache:
-    """A state of two layers, one head of 16, that says that it has read these."""
-    state = VisualRWKVCache(text_config(7, hidden_size=16, num_hidden_layers=2))
-    for layer in state.layers:
-        layer.update_recurrent_state(torch.zeros(1, 1, 16, 16))
-        for which in (0, 1):
-            layer.update_token_shift(which, tokens, torch.zeros(1, 16), lambda n, before: before)
-    state.advance(len(contents))
-    state.contents = [torch.tensor(contents)]
-    return state
+def state_of(*ids: int) -> KeptState:
+    """Return a state of two layers, one head of 16, that says that it has read these."""
+    layer = {"token_shift0": torch.zeros(1, 16), "token_shift1": torch.zeros(1, 16)}
+    return KeptState(
+        [layer | {"wkv": torch.zeros(1, 1, 16, 16)} for _ in range(2)], [PromptIdentity(torch.tensor(ids))]
+    )
 
 
 # --- the store ----------------------------------------------------------------------------------------
@@ -66,12 +64,12 @@ def state_of(*contents: int, tokens: int = 1) -> VisualRWKVCache:
 
 def test_the_longest_beginning_is_found():
     store = StateStore()
-    for contents in ((1,), (1, 2, 3), (1, 2, 4), (1, 2, 3, 4, 5)):
-        store.add(state_of(*contents))
+    for ids in ((1,), (1, 2, 3), (1, 2, 4), (1, 2, 3, 4, 5)):
+        store.add(state_of(*ids))
 
-    def found(*contents: int) -> list[int] | None:
-        state = store.find(torch.tensor(contents))
-        return None if state is None else state.contents[0].tolist()
+    def found(*ids: int) -> list[int] | None:
+        state = store.find(torch.tensor(ids))
+        return None if state is None else state.read_ids[0].tolist()
 
     assert found(1, 2, 3, 4) == [1, 2, 3]
     assert found(1, 2, 3, 4, 5) == [1, 2, 3, 4, 5]
@@ -103,6 +101,20 @@ def test_bytes_are_limited():
     assert not len(small)
 
 
+def test_pictures_are_compared_by_their_full_hashes():
+    """Two pictures whose hashes begin with the same 63 bits have one number among the ids, and are two."""
+    hashes = [bytes(range(8)) + bytes([last]) * 24 for last in (1, 2)]
+    number = picture_number(hashes[0])
+    assert number == picture_number(hashes[1]) < 0
+    one, other = (PromptIdentity(torch.tensor([5, number, number, 6, 7]), (3,), (each,)) for each in hashes)
+    store = StateStore()
+    store.add(dataclasses.replace(state_of(1), prompts=[one.beginning(4)]))
+    assert store.find(one) is not None and store.find(other) is None
+    with pytest.raises(ValueError, match="picture 1 is another one"):
+        refuse_other_beginning(one.beginning(4), other)
+    refuse_other_beginning(one.beginning(4), one)
+
+
 def test_states_that_nobody_could_find_are_refused():
     with pytest.raises(ValueError, match="of one sample that knows what it has read"):
         StateStore().add(VisualRWKVCache(text_config(7)))
@@ -125,7 +137,7 @@ def test_threads_share_a_store():
             for number in range(300):
                 store.add(state_of(start, number % 7))
                 found = store.find(torch.tensor([start, number % 7, 1]))
-                assert found is None or found.contents[0][0] == start
+                assert found is None or found.read_ids[0][0] == start
         except BaseException as error:
             errors.append(error)
 
@@ -230,7 +242,7 @@ def test_reading_is_found_and_finds(model, processor):
 def test_a_loaded_state_can_be_put_in(model, processor, tmp_path):
     model.read(processor, CHAT).save(tmp_path / "state")
     model.state_store.clear()
-    model.state_store.add(VisualRWKVCache.load(tmp_path / "state", model, processor))
+    model.state_store.add(KeptState.load(tmp_path / "state", model, processor))
     inputs = inputs_of(processor, *CHAT, user("Is it big?"))
     with counted_tokens(model) as tokens:
         actual = model.generate(**inputs, **GREEDY)

@@ -1,14 +1,18 @@
 """A state as a thing one can hold: read once, asked as often as wanted, copied, batched, moved, saved."""
 
+import copy
+import dataclasses
+import pickle
 import threading
 
 import pytest
 import torch
 from chats import FIRST, GREEDY, MODELS, assistant, counted_tokens, inputs_of, picture, user
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_training import tiny_model, tiny_processor
 
-from visualrwkv_hf import VisualRWKVCache, VisualRWKVProcessor, image_processor_for
+from visualrwkv_hf import KeptState, StateStore, VisualRWKVCache, VisualRWKVProcessor, image_processor_for
 from visualrwkv_hf.state_file import model_fingerprint
 
 LOGITS = dict(**GREEDY, output_logits=True, return_dict_in_generate=True)
@@ -52,8 +56,8 @@ def same_to_the_bit(one, other) -> bool:
     return torch.equal(one.sequences, other.sequences) and all(map(torch.equal, one.logits, other.logits))
 
 
-def tensors_of(state: VisualRWKVCache) -> list[torch.Tensor]:
-    return [tensor.clone() for layer in state.layers for tensor in layer.tensors().values()]
+def tensors_of(state: KeptState) -> list[torch.Tensor]:
+    return [tensor.clone() for layer in state.layers for tensor in layer.values()]
 
 
 # --- a question after a state is the question in one prompt -------------------------------------------
@@ -90,7 +94,7 @@ def test_a_question_after_a_saved_state_is_the_question_in_one_prompt(model, pro
     read, whole, template_variables = CHATS[chat]
     state = model.read(processor, read, **template_variables)
     state.save(tmp_path / "state.safetensors")
-    loaded = VisualRWKVCache.load(tmp_path / "state.safetensors", model=model, processor=processor)
+    loaded = KeptState.load(tmp_path / "state.safetensors", model=model, processor=processor)
     inputs = inputs_of(processor, *whole, **template_variables)
     expected = model.generate(**inputs, **LOGITS)
     for kept in (state, loaded):
@@ -147,7 +151,6 @@ def test_a_plain_cache_is_advanced_in_place(model, processor):
     inputs = inputs_of(processor, user("What is it?", "red"))
     output = model.generate(**inputs, **GREEDY, past_key_values=cache)
     assert cache.get_seq_length() == output.shape[1] - 1
-    assert not cache.contents
 
 
 @pytest.mark.parametrize(
@@ -200,8 +203,8 @@ def test_two_threads_give_what_one_gives(rwkv7, rwkv7_processor):
 
 def test_a_picture_alone_is_read_to_its_end(rwkv7, rwkv7_processor):
     state = rwkv7.read(rwkv7_processor, [user(None, "red")])
-    assert (state.contents[0] < 0).sum() == rwkv7.config.num_image_tokens
-    assert state.contents[0][-1] < 0
+    assert (state.read_ids[0] < 0).sum() == rwkv7.config.num_image_tokens
+    assert state.read_ids[0][-1] < 0
 
 
 def test_a_turn_is_read_to_its_end(model, processor):
@@ -214,20 +217,22 @@ def test_a_turn_is_read_to_its_end(model, processor):
 
 @pytest.mark.parametrize("template_variables", [{"image_position": "middle"}, {"image_position": "last"}])
 def test_a_picture_that_its_question_will_precede_is_not_read(model, processor, template_variables):
-    with pytest.raises(ValueError, match="image_position 'middle' and 'last' the question stands in front"):
+    with pytest.raises(
+        ValueError, match="image_position 'middle' and 'last' the question comes before its picture"
+    ):
         model.read(processor, [user(None, "red")], **template_variables)
 
 
 def test_the_originals_training_text_cannot_be_read(model, processor):
     """There later questions stand in front of the first picture."""
-    with pytest.raises(ValueError, match="sandwich_history=True puts even later questions in front"):
+    with pytest.raises(ValueError, match="sandwich_history=True puts even later questions before"):
         model.read(processor, [user("What?", "red")], image_position="middle", sandwich_history=True)
 
 
 def test_prompts_that_are_lengthened_cannot_be_read(rwkv7):
     processor = tiny_processor(rwkv7)
     processor.pad_prompt_to_multiple_of = 16
-    with pytest.raises(ValueError, match=r"no state can go on with it\. Set it to None"):
+    with pytest.raises(ValueError, match=r"no state can continue it\. Set it to None"):
         rwkv7.read(processor, [user("What?", "red")])
 
 
@@ -241,7 +246,7 @@ def test_several_chats_are_not_read(rwkv7, rwkv7_processor):
 
 def test_inputs_that_begin_otherwise_are_refused(model, processor):
     state = model.read(processor, [user("What is it?", "red"), assistant("A dot.")])
-    ids = state.contents[0].tolist()
+    ids = state.read_ids[0].tolist()
 
     def ask(*messages) -> None:
         model.generate(**inputs_of(processor, *messages), **GREEDY, past_key_values=state)
@@ -295,13 +300,16 @@ def test_another_model_is_refused_in_memory(rwkv7, rwkv7_processor):
 
 def test_a_branch_does_not_disturb_its_stem(model, processor):
     state = model.read(processor, [user("What is it?", "red")])
-    branch = state.copy()
     before = tensors_of(state)
+    branch = state.to_cache()
     with torch.no_grad():
-        model(torch.tensor([[70, 71]]), past_key_values=branch)
-    assert branch.get_seq_length() == state.get_seq_length() + 2
-    assert not branch.contents, "ids that nobody named were read"
+        expected = model(torch.tensor([[70, 71]]), past_key_values=branch).logits
+        output = model(torch.tensor([[70, 71]]), past_key_values=state)  # forward also continues from a copy
+    assert branch.get_seq_length() == output.past_key_values.get_seq_length() == state.get_seq_length() + 2
+    assert torch.equal(output.logits, expected)
     assert all(map(torch.equal, tensors_of(state), before))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        state.layers = branch.layers
 
 
 def test_bytes_do_not_depend_on_length(rwkv7, rwkv7_processor):
@@ -321,7 +329,7 @@ def test_states_of_different_lengths_make_a_batch(model, processor):
         [user("Hello."), assistant("Hi.")],
     ]
     states = [model.read(processor, chat) for chat in chats]
-    batch = VisualRWKVCache.stack(states)
+    batch = KeptState.stack(states)
     assert batch.batch_size == 3 and batch.nbytes == sum(state.nbytes for state in states)
     question = user("And how big is it?")
     whole = [[*chat, question] for chat in chats]
@@ -365,18 +373,17 @@ def test_states_that_do_not_fit_are_not_stacked(rwkv7, rwkv7_processor):
     state = rwkv7.read(rwkv7_processor, [user("a")])
     others = other.read(tiny_processor(other), [user("a")])
     with pytest.raises(ValueError, match=r"another model: vocab_size 1023 there, 1024 here"):
-        VisualRWKVCache.stack([state, others])
-    coarser = state.copy()
-    coarser.pixel_dtype = torch.bfloat16
+        KeptState.stack([state, others])
+    coarser = dataclasses.replace(state, pixel_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"of one dtype .* \['torch.bfloat16', 'torch.float32'\]"):
-        VisualRWKVCache.stack([state, coarser])
+        KeptState.stack([state, coarser])
     with pytest.raises(ValueError, match="at least one"):
-        VisualRWKVCache.stack([])
+        KeptState.stack([])
     with pytest.raises(ValueError, match="The state is of 2 samples, the inputs are of 1"):
         rwkv7.generate(
             **inputs_of(rwkv7_processor, user("a")),
             **GREEDY,
-            past_key_values=VisualRWKVCache.stack([state, state]),
+            past_key_values=KeptState.stack([state, state]),
         )
 
 
@@ -387,9 +394,9 @@ def test_a_state_moves_between_dtypes():
     processor = tiny_processor(model)
     state = model.read(processor, [user(None, "red")])
     halved = state.to(dtype=torch.bfloat16)
-    layer = halved.layers[1].tensors()
+    layer = halved.layers[1]
     assert layer["wkv"].dtype == torch.float32 and layer["token_shift0"].dtype == torch.bfloat16
-    assert state.layers[1].tensors()["token_shift0"].dtype == torch.float32
+    assert state.layers[1]["token_shift0"].dtype == torch.float32
     half = tiny_model(**MODELS["rwkv7"]).to(torch.bfloat16)
     inputs = inputs_of(processor, user("What is it?", "red"))
     for kept in (state, halved):
@@ -422,21 +429,23 @@ def saved(rwkv7, rwkv7_processor, tmp_path):
 
 
 def test_a_file_is_plain_safetensors_and_loads_without_a_model(saved, rwkv7, rwkv7_processor):
-    assert {"layers.0.wkv", "layers.1.token_shift1", "contents.0"} <= load_file(saved).keys()
-    state = VisualRWKVCache.load(saved)
+    assert {"layers.0.wkv", "layers.1.token_shift1", "read_ids.0", "picture_hashes.0"} <= load_file(
+        saved
+    ).keys()
+    state = KeptState.load(saved)
     inputs = inputs_of(rwkv7_processor, user("What?", "red"))
     expected = rwkv7.generate(**inputs, **GREEDY).tolist()
     assert rwkv7.generate(**inputs, **GREEDY, past_key_values=state).tolist() == expected
 
 
 def test_a_batch_of_states_is_saved_and_loaded(rwkv7, rwkv7_processor, tmp_path):
-    batch = VisualRWKVCache.stack(
+    batch = KeptState.stack(
         [rwkv7.read(rwkv7_processor, [user(text, "red")]) for text in ("a", "much longer")]
     )
     batch.save(tmp_path / "batch")
-    loaded = VisualRWKVCache.load(tmp_path / "batch", model=rwkv7)
+    loaded = KeptState.load(tmp_path / "batch", model=rwkv7)
     assert all(map(torch.equal, tensors_of(loaded), tensors_of(batch)))
-    assert all(map(torch.equal, loaded.contents, batch.contents))
+    assert all(map(torch.equal, loaded.read_ids, batch.read_ids))
 
 
 def test_a_state_for_another_model_is_refused_by_name(saved, rwkv7):
@@ -444,26 +453,26 @@ def test_a_state_for_another_model_is_refused_by_name(saved, rwkv7):
     with pytest.raises(
         ValueError, match=r"cat.safetensors was read by another model: vocab_size 1024 there, 1000"
     ):
-        VisualRWKVCache.load(saved, model=wider)
+        KeptState.load(saved, model=wider)
     tuned = tiny_model(**MODELS["rwkv7"])
     tuned.model.multi_modal_projector.load_state_dict(
         {name: weight * 1.1 for name, weight in tuned.model.multi_modal_projector.state_dict().items()}
     )
     with pytest.raises(ValueError, match=r"another model: weights [0-9a-f]{16} there, [0-9a-f]{16} here"):
-        VisualRWKVCache.load(saved, model=tuned)
+        KeptState.load(saved, model=tuned)
     with pytest.raises(ValueError, match="The state was read by another model: weights"):
-        tuned.generate(torch.ones(1, 99, dtype=torch.long), past_key_values=VisualRWKVCache.load(saved))
+        tuned.generate(torch.ones(1, 99, dtype=torch.long), past_key_values=KeptState.load(saved))
 
 
 def test_a_state_for_another_processor_is_refused_by_name(saved, rwkv7):
     processor = tiny_processor(rwkv7)
     processor.chat_template = processor.chat_template.replace("User:", "Human:")
     with pytest.raises(ValueError, match=r"another processor: chat_template \w+ there, \w+ here"):
-        VisualRWKVCache.load(saved, processor=processor)
+        KeptState.load(saved, processor=processor)
     processor = tiny_processor(rwkv7)
     processor.image_processor.image_mean = [0.0, 0.0, 0.0]
     with pytest.raises(ValueError, match=r"another processor: image_processor \w+ there, \w+ here"):
-        VisualRWKVCache.load(saved, processor=processor)
+        KeptState.load(saved, processor=processor)
 
 
 def test_a_model_and_a_processor_keep_their_fingerprints_in_a_folder(saved, rwkv7, rwkv7_processor, tmp_path):
@@ -474,8 +483,8 @@ def test_a_model_and_a_processor_keep_their_fingerprints_in_a_folder(saved, rwkv
         again = type(rwkv7).from_pretrained(tmp_path / "model", dtype=dtype)
         assert model_fingerprint(again) == model_fingerprint(rwkv7)
         processor = VisualRWKVProcessor.from_pretrained(tmp_path / "model")
-        state = VisualRWKVCache.load(saved, again, processor)
-        assert state.layers[0].tensors()["token_shift0"].dtype == dtype
+        state = KeptState.load(saved, again, processor)
+        assert state.layers[0]["token_shift0"].dtype == dtype
 
 
 def test_files_that_are_no_whole_state_are_refused(saved, tmp_path):
@@ -483,19 +492,19 @@ def test_files_that_are_no_whole_state_are_refused(saved, tmp_path):
     for length in (0, 7, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut").write_bytes(whole[:length])
         with pytest.raises(ValueError, match="cut is not a whole state of VisualRWKV"):
-            VisualRWKVCache.load(tmp_path / "cut")
+            KeptState.load(tmp_path / "cut")
     save_file({"weight": torch.zeros(2)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match="foreign is a safetensors file, but no state"):
-        VisualRWKVCache.load(tmp_path / "foreign")
+        KeptState.load(tmp_path / "foreign")
     metadata = {"format": "visualrwkv_hf.state", "version": "9"}
     save_file({"weight": torch.zeros(2)}, tmp_path / "newer", metadata)
-    with pytest.raises(ValueError, match="state of version 9, this package reads version 1"):
-        VisualRWKVCache.load(tmp_path / "newer")
+    with pytest.raises(ValueError, match="state of version 9, this package reads versions 1, 2"):
+        KeptState.load(tmp_path / "newer")
     save_file({"weight": torch.zeros(2)}, tmp_path / "bare", metadata | {"version": "1"})
     with pytest.raises(ValueError, match="bare is not a whole state"):
-        VisualRWKVCache.load(tmp_path / "bare")
+        KeptState.load(tmp_path / "bare")
     with pytest.raises(FileNotFoundError):
-        VisualRWKVCache.load(tmp_path / "nothing")
+        KeptState.load(tmp_path / "nothing")
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(saved, rwkv7, rwkv7_processor, monkeypatch):
@@ -508,6 +517,54 @@ def test_a_file_is_replaced_whole_or_not_at_all(saved, rwkv7, rwkv7_processor, m
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_a_plain_cache_is_not_saved(rwkv7, tmp_path):
+def test_a_state_of_an_unknown_processor_is_not_saved(rwkv7, rwkv7_processor, tmp_path):
+    state = rwkv7.read(rwkv7_processor, [user("a")])
     with pytest.raises(ValueError, match=r"Only a state that model\.read"):
-        VisualRWKVCache(rwkv7.config).save(tmp_path / "state")
+        dataclasses.replace(state, fingerprint=None).save(tmp_path / "state")
+
+
+def as_version_1(path) -> None:
+    """Write a state file as the first version of the format did: other names, no full hashes."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() | {"version": "1"}
+    tensors = {
+        name.replace("read_ids", "contents"): tensor
+        for name, tensor in load_file(path).items()
+        if not name.startswith("picture_")
+    }
+    save_file(tensors, path, metadata)
+
+
+def test_files_of_the_first_version_are_read(saved, rwkv7, rwkv7_processor, tmp_path):
+    as_version_1(saved)
+    assert "contents.0" in load_file(saved)
+    state = KeptState.load(saved, rwkv7, rwkv7_processor)
+    inputs = inputs_of(rwkv7_processor, user("What?", "red"))
+    expected = rwkv7.generate(**inputs, **LOGITS)
+    assert same_to_the_bit(rwkv7.generate(**inputs, **LOGITS, past_key_values=state), expected)
+    with pytest.raises(ValueError, match="picture 1 is another one"):
+        rwkv7.generate(**inputs_of(rwkv7_processor, user("What?", "blue")), **GREEDY, past_key_values=state)
+    state.save(tmp_path / "again")
+    again = KeptState.load(tmp_path / "again", rwkv7)
+    assert all(map(torch.equal, tensors_of(again), tensors_of(state)))
+    store = StateStore()
+    store.add(again)
+    full = rwkv7.read(rwkv7_processor, [user(None, "red")]).prompts[0]
+    assert store.find(full) is None, "without full hashes it is not known to be of the same picture"
+
+
+def test_the_names_of_the_last_release_still_work(saved, rwkv7):
+    with pytest.warns(DeprecationWarning, match=r"use KeptState\.load"):
+        state = VisualRWKVCache.load(saved, rwkv7)
+    with pytest.warns(DeprecationWarning, match=r"use KeptState\.stack"):
+        both = VisualRWKVCache.stack([state, state])
+    assert both.batch_size == 2 and isinstance(both, KeptState)
+    with pytest.warns(DeprecationWarning, match=r"use KeptState\.read_ids"):
+        assert torch.equal(state.contents[0], state.read_ids[0])
+
+
+def test_a_kept_state_can_be_pickled_and_copied(saved, rwkv7):
+    state = KeptState.load(saved, rwkv7)
+    for other in (pickle.loads(pickle.dumps(state)), copy.deepcopy(state), state.copy()):
+        assert all(map(torch.equal, tensors_of(other), tensors_of(state)))
+        other.refuse_other_model(rwkv7)

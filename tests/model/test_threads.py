@@ -60,7 +60,7 @@ def test_threads_with_their_own_chats(bench):
 def test_threads_with_one_kept_state(bench):
     history = [shown("teal"), said("It is teal.", "assistant")]
     state = bench.model.read(bench.processor, history)
-    before = [tensor.clone() for layer in state.layers for tensor in layer.tensors().values()]
+    before = [tensor.clone() for layer in state.layers for tensor in layer.values()]
     questions = ["Why?", "Is it dark?", "Are you sure of that?"]
 
     def follow_up(text: str) -> list[int]:
@@ -68,7 +68,7 @@ def test_threads_with_one_kept_state(bench):
 
     alone = [follow_up(text) for text in questions]
     assert at_once(follow_up, *questions, *questions) == alone * 2
-    after = [tensor for layer in state.layers for tensor in layer.tensors().values()]
+    after = [tensor for layer in state.layers for tensor in layer.values()]
     assert all(map(torch.equal, before, after))
 
 

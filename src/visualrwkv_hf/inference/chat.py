@@ -14,8 +14,8 @@ from typing import Any
 from PIL import Image
 from transformers import BatchFeature
 
-from ..cache_visualrwkv import VisualRWKVCache
 from ..image_processing_visualrwkv import open_picture
+from ..kept_state import KeptState
 from ..state_store import StateStore
 from .pictures import open_named_picture
 from .progress import Report
@@ -198,7 +198,7 @@ class Chat:
         inputs = chat_inputs(self.processor, messages, self.image_position)
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
-    def _state_of(self, messages: Sequence) -> VisualRWKVCache:
+    def _state_of(self, messages: Sequence) -> KeptState:
         """Return the state after `messages`. Only what the store no longer has is read again."""
         placement = {} if self.image_position is None else {"image_position": self.image_position}
         return self.model.read(self.processor, messages, **placement)
@@ -208,7 +208,7 @@ class Chat:
         with tempfile.TemporaryDirectory() as scratch:
             (state_file := Path(scratch) / "state.safetensors").write_bytes(state)
             try:
-                self.model.state_store.add(VisualRWKVCache.load(state_file, self.model, self.processor))
+                self.model.state_store.add(KeptState.load(state_file, self.model, self.processor))
             except ValueError as error:
                 return str(error).replace(f"{state_file}", "its state")
         return None
