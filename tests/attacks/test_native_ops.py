@@ -304,3 +304,30 @@ def test_child_of_a_fork_computes(filled):
         [sys.executable, "-c", textwrap.dedent(FORK)], timeout=120, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+# --- the C code itself -------------------------------------------------------------------------------------
+
+HARNESS = Path(__file__).with_name("fuzz_native_ops.c")
+SANITIZERS = [
+    "-O1",
+    "-g",
+    "-std=gnu11",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-DSTANDALONE",
+]
+
+
+@pytest.mark.parametrize("for_this_cpu", [["-march=native"], []], ids=["this CPU", "any CPU"])
+def test_random_arguments_under_sanitizers(for_this_cpu, tmp_path):
+    """Accesses outside of exactly allocated arrays, and undefined behaviour. README.md has the longer run by hand."""
+    compiler = next(filter(None, map(shutil.which, library.COMPILERS)))
+    program = tmp_path / "fuzz"
+    probe = [compiler, "-fsanitize=address,undefined", "-x", "c", "-", "-o", str(program)]
+    if subprocess.run(probe, input="int main(void) { return 0; }", text=True, capture_output=True).returncode:
+        pytest.skip("the compiler has no sanitizers")
+    command = [compiler, *SANITIZERS, *for_this_cpu, str(HARNESS), "-o", str(program), "-lm"]
+    subprocess.run(command, check=True)
+    done = subprocess.run([program, "600"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "600 inputs\n", done.stderr

@@ -11,7 +11,9 @@
 /* Compute y [count, out] = scale x W^T for x [count, in] and W [out, in]. */
 int visualrwkv_linear(int threads, int64_t count, int64_t in, int64_t out, int64_t format, const void *weight,
                       const float *scale, const float *x, float *y) {
-    if (count < 0 || in < 1 || in % COLUMN_MULTIPLE || out < 0) return SIZE_OUT_OF_RANGE;
+    if (in < 1 || in % COLUMN_MULTIPLE || !is_countable(count, in, 1) || !is_countable(count, out, 1) ||
+        !is_countable(out, in, 1))
+        return SIZE_OUT_OF_RANGE;
     if (format < 0 || format >= FORMAT_COUNT) return FORMAT_UNKNOWN;
 #pragma omp parallel num_threads(threads)
     multiply((Linear){weight, scale, format}, itself, count, in, out, x, y);
@@ -306,12 +308,14 @@ static int64_t lay_out(Block *l, float *scratch) {
 }
 
 static int check_block(const Sizes *s, const Weights *weights) {
+    int64_t most = 1 << 24;
     if (s->version < 5 || s->version > 7 || s->B < 1 || s->C < 1 || s->F < 1 || s->H < 1) return SIZE_OUT_OF_RANGE;
+    if (s->B > most || s->C > most || s->A > most || s->F > most) return SIZE_OUT_OF_RANGE;
     if (s->A < 1 || s->A % s->H || s->A / s->H > MAX_KEYS) return SIZE_OUT_OF_RANGE;
     if (s->C % COLUMN_MULTIPLE || s->A % COLUMN_MULTIPLE || s->F % COLUMN_MULTIPLE) return SIZE_OUT_OF_RANGE;
     if (s->version == 6 && s->rank[LOW_SHIFT] % (5 * LOW_RANK_MULTIPLE)) return SIZE_OUT_OF_RANGE;
     for (int i = 0; i < LOW_RANK; i++)
-        if (s->rank[i] < 0 || s->rank[i] % LOW_RANK_MULTIPLE) return SIZE_OUT_OF_RANGE;
+        if (s->rank[i] < 0 || s->rank[i] > most || s->rank[i] % LOW_RANK_MULTIPLE) return SIZE_OUT_OF_RANGE;
     if (!is_float_format(s->format)) return FORMAT_UNKNOWN;
     for (int i = 0; i < LINEAR; i++)
         if (weights->linear[i].format < 0 || weights->linear[i].format >= FORMAT_COUNT) return FORMAT_UNKNOWN;

@@ -181,9 +181,18 @@ static int check_order(int64_t N, int64_t tokens, const int64_t *begin, const in
     return OK;
 }
 
+/* Whether an array of three dimensions has sizes whose bytes can be counted. */
+static int is_countable(int64_t a, int64_t b, int64_t c) {
+    int64_t bytes;
+    return a >= 0 && b >= 0 && c >= 0 && !__builtin_mul_overflow(a, b, &bytes) &&
+           !__builtin_mul_overflow(bytes, c, &bytes) && !__builtin_mul_overflow(bytes, 8, &bytes);
+}
+
 static int check_recurrence(int64_t N, int64_t tokens, int64_t H, int64_t K, int64_t V, const int64_t *begin,
                             const int64_t *order) {
-    if (N < 0 || tokens < 0 || H < 1 || K < 1 || K > MAX_KEYS || V < 1) return SIZE_OUT_OF_RANGE;
+    if (H < 1 || K < 1 || K > MAX_KEYS || V < 1 || V > INT32_MAX) return SIZE_OUT_OF_RANGE;
+    if (!is_countable(tokens, H, K) || !is_countable(tokens, H, V) || !is_countable(N, H, K * V))
+        return SIZE_OUT_OF_RANGE;
     return check_order(N, tokens, begin, order);
 }
 

@@ -1,0 +1,171 @@
+/* Fuzz the C ops: sizes, orders, formats and values come from the input. Every array is allocated with exactly the size
+   that ops.c may use, so that AddressSanitizer sees each access outside of one. README.md says how to run this. */
+#include "../../src/visualrwkv_hf/cpu/ops.c"
+
+#include <stddef.h>
+#include <stdio.h>
+
+typedef struct {
+    const uint8_t *data;
+    size_t size, at;
+    uint64_t random; /* continues where the input ends */
+} Input;
+
+static uint8_t byte(Input *in) {
+    if (in->at < in->size) return in->data[in->at++];
+    in->random = in->random * 6364136223846793005u + 1442695040888963407u;
+    return in->random >> 56;
+}
+
+static int64_t between(Input *in, int64_t low, int64_t high) { return low + byte(in) % (high - low + 1); }
+
+/* One in sixteen sizes is far out of range. */
+static int64_t size(Input *in, int64_t low, int64_t high, int64_t step) {
+    static const int64_t extremes[] = {0, -1, INT64_MIN, INT64_MAX, INT32_MAX, 1 << 20, 257, 7};
+    return byte(in) % 16 ? between(in, low, high) * step : extremes[byte(in) % 8];
+}
+
+static int64_t mostly(Input *in, int64_t usual) { return byte(in) % 64 ? usual : (int8_t)byte(in); }
+
+/* At most one block of memory for each pointer; all are freed together. */
+enum { MOST_BLOCKS = 256, MOST_BYTES = 1 << 24 };
+static void *blocks[MOST_BLOCKS];
+static int block_count, is_too_large;
+
+static void *array(int64_t count, int64_t bytes) {
+    if (count < 0 || count > MOST_BYTES / bytes || block_count == MOST_BLOCKS) {
+        is_too_large = 1;
+        return NULL;
+    }
+    return blocks[block_count++] = calloc(count ? count : 1, bytes);
+}
+
+static float number(Input *in) {
+    uint8_t kind = byte(in);
+    if (kind < 250) return (kind - 125) / 64.0f;
+    uint32_t bits = (uint32_t)byte(in) << 24 | byte(in) << 16 | byte(in) << 8 | byte(in); /* NaN, denormal, ... */
+    return float_of_bits(bits);
+}
+
+static float *floats(Input *in, int64_t count) {
+    float *x = array(count, sizeof(float));
+    for (int64_t i = 0; x && i < count; i++) x[i] = i < 64 ? number(in) : x[i % 64];
+    return x;
+}
+
+static void *stored(Input *in, int64_t count, int64_t format) {
+    int64_t bytes = format >= 0 && format < FORMAT_COUNT ? BYTES[format] : 4;
+    uint8_t *x = array(count, bytes);
+    for (int64_t i = 0; x && i < count * bytes; i++) x[i] = i < 256 ? byte(in) : x[i % 256];
+    return x;
+}
+
+static int64_t product_of(int64_t a, int64_t b) {
+    int64_t ab;
+    return a < 0 || b < 0 || __builtin_mul_overflow(a, b, &ab) ? -1 : ab;
+}
+
+/* --- the ops ------------------------------------------------------------------------------------------ */
+
+static void fuzz_recurrence(Input *in) {
+    int64_t N = between(in, 0, 3), T = between(in, 0, 40), H = size(in, 1, 3, 1), K = size(in, 1, 70, 1);
+    int64_t V = size(in, 1, 140, 1), keys = product_of(product_of(T, H), K), values = product_of(product_of(T, H), V);
+    int64_t states = product_of(product_of(product_of(N, H), K), V);
+    int is_rwkv7 = byte(in) & 1, has_gradient = byte(in) & 1;
+    if (keys < 0 || values < 0 || states < 0) /* ops.c must refuse before it reads */
+        keys = values = states = 0;
+    int64_t *begin = array(N + 1, sizeof(int64_t)), *order = array(T, sizeof(int64_t));
+    for (int64_t n = 0; n <= N; n++) begin[n] = mostly(in, n * T / (N ? N : 1));
+    for (int64_t p = 0; p < T; p++) order[p] = mostly(in, byte(in) % 8 ? p : ~p);
+    float *r = floats(in, keys), *decay = floats(in, keys), *k = floats(in, keys), *v = floats(in, values);
+    float *a = is_rwkv7 ? floats(in, keys) : NULL, *b = is_rwkv7 ? floats(in, keys) : NULL;
+    float *u = is_rwkv7 ? NULL : floats(in, keys ? product_of(H, K) : 0), *state = floats(in, states);
+    float *out = floats(in, values), *gradients[6];
+    if (is_too_large) return;
+    if (!has_gradient) {
+        visualrwkv_wkv(2, N, T, H, K, V, begin, order, r, decay, k, v, a, b, u, state, out);
+        return;
+    }
+    for (int i = 0; i < 6; i++) gradients[i] = i < 4 || is_rwkv7 ? floats(in, i == 3 ? values : keys) : NULL;
+    float *du = is_rwkv7 ? NULL : array(product_of(product_of(N, H), K), sizeof(float)), *dstate = floats(in, states);
+    if (is_too_large) return;
+    visualrwkv_wkv_backward(2, N, T, H, K, V, begin, order, r, decay, k, v, a, b, u, state, out, gradients[0],
+                            gradients[1], gradients[2], gradients[3], gradients[4], gradients[5], du, dstate);
+}
+
+static void fuzz_linear(Input *in) {
+    int64_t count = size(in, 0, 4, 1), columns = size(in, 1, 9, 16), rows = size(in, 0, 40, 1);
+    int64_t format = mostly(in, between(in, 0, FORMAT_COUNT - 1));
+    int64_t weights = product_of(rows, columns), inputs = product_of(count, columns), outputs = product_of(count, rows);
+    if (weights < 0 || inputs < 0 || outputs < 0) weights = inputs = outputs = 0;
+    void *weight = stored(in, weights, format);
+    float *scale = byte(in) & 1 ? floats(in, rows < 0 ? 0 : rows) : NULL;
+    float *x = floats(in, inputs), *y = floats(in, outputs);
+    if (!is_too_large) visualrwkv_linear(2, count, columns, rows, format, weight, scale, x, y);
+}
+
+static void fuzz_block(Input *in) {
+    Sizes s = {.version = between(in, 5, 7), .B = between(in, 1, 3), .C = between(in, 1, 4) * 16};
+    s.H = between(in, 1, 3), s.A = s.H * 16 * between(in, 1, 5), s.F = between(in, 1, 6) * 16;
+    s.format = between(in, F32, F16);
+    for (int i = 0; i < LOW_RANK; i++) s.rank[i] = between(in, 1, 5) * LOW_RANK_MULTIPLE;
+    s.rank[LOW_SHIFT] *= 5;
+    int is_rwkv7 = s.version == 7, is_first = byte(in) & 1;
+    Weights w = {0};
+    for (int i = 0; i < VECTORS; i++) w.vector[i] = stored(in, i < W0 ? s.C : s.A, s.format);
+    if (is_rwkv7) w.vector[FFN_SHIFT_R] = NULL;
+    for (int i = 0; i < LOW_RANK; i++) {
+        int is_there = i == LOW_SHIFT ? s.version == 6 : i == LOW_W ? s.version > 5 : is_rwkv7;
+        if (!is_there || (i == LOW_V && is_first)) continue;
+        w.low_rank[i].down = stored(in, s.C * s.rank[i], s.format);
+        w.low_rank[i].up = stored(in, s.rank[i] * (i == LOW_SHIFT ? s.C : s.A), s.format);
+    }
+    for (int i = 0; i < LINEAR; i++) {
+        int64_t columns = i == OUTPUT ? s.A : i == FFN_VALUE ? s.F : s.C, format = between(in, 0, FORMAT_COUNT - 1);
+        int64_t rows = i == FFN_KEY ? s.F : i < OUTPUT ? s.A : s.C;
+        if (is_rwkv7 && (i == GATE || i == FFN_RECEPTANCE)) continue;
+        w.linear[i] = (Linear){stored(in, rows * columns, format), NULL, format};
+        if (format == INT8) w.linear[i].scale = floats(in, rows);
+    }
+    void *att = stored(in, s.B * s.C, s.format), *ffn = stored(in, s.B * s.C, s.format);
+    float *state = floats(in, s.B * s.A * (s.A / s.H)), *v_first = floats(in, s.B * s.A), *x = floats(in, s.B * s.C);
+    uint8_t *mask = byte(in) & 1 ? stored(in, s.B, INT8) : NULL;
+    switch (byte(in) % 32) { /* sizes that must be refused */
+    case 0: s.version = byte(in); s.version = s.version >= 5 && s.version <= 7 ? 8 : s.version; break;
+    case 1: s.C += 8; break;
+    case 2: s.H = 0; break;
+    case 3: s.A = s.H * 272; break;
+    case 4: s.format = INT8; break;
+    case 5: s.rank[LOW_W] += 2; break;
+    case 6: w.linear[KEY].format = -1; break;
+    case 7: s.B = INT64_MAX; break;
+    }
+    if (!is_too_large) visualrwkv_block(2, 1e-5f, 1e-5f, 0.6f, &s, &w, att, ffn, state, mask, v_first, x);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t count) {
+    Input in = {data, count, 0, count};
+    void (*const targets[])(Input *) = {fuzz_recurrence, fuzz_linear, fuzz_block};
+    block_count = is_too_large = 0;
+    targets[byte(&in) % 3](&in);
+    while (block_count) free(blocks[--block_count]);
+    return 0;
+}
+
+#ifdef STANDALONE /* without libFuzzer: so many random inputs */
+int main(int count, char **arguments) {
+    int runs = count > 1 ? atoi(arguments[1]) : 1000;
+    uint64_t random = 1;
+    for (int run = 0; run < runs; run++) {
+        uint8_t data[512];
+        for (size_t i = 0; i < sizeof data; i++) {
+            random = random * 6364136223846793005u + 1442695040888963407u;
+            data[i] = random >> 56;
+        }
+        data[0] = run; /* each op in turn */
+        LLVMFuzzerTestOneInput(data, sizeof data);
+    }
+    printf("%d inputs\n", runs);
+    return 0;
+}
+#endif
