@@ -8,6 +8,7 @@ import base64
 import binascii
 import json
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,8 +171,12 @@ def read_request(kind: str, body: Mapping[str, Any], rules: Rules) -> Asked:
 
 def shown(value: Any) -> str:
     """Return a value as an error may quote it: short, and nothing of a picture."""
-    text = repr(value)
-    return "a long value" if len(text) > 80 else text
+    return _DATA.sub("data:...", _SHORT.repr(value))
+
+
+_DATA = re.compile(r"data:[^'\"]+", re.IGNORECASE)
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 60, 60, 40
 
 
 # Fields. A check takes a field's name, its value, which is not null, and the rules; it returns what the value means.
