@@ -31,7 +31,8 @@ from benchmarking import (
 )
 from torch import Tensor
 
-from visualrwkv_hf import VisualRWKVTextConfig, sliced_loss, visualrwkv_loss
+from visualrwkv_hf import VisualRWKVTextConfig
+from visualrwkv_hf.loss_visualrwkv import sliced_loss, visualrwkv_loss
 
 SHAPES = ["1x1088", "4x1088", "8x1088"]
 """A picture of 1,024 tokens and 64 words, alone and in batches."""

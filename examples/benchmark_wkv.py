@@ -36,7 +36,8 @@ from benchmarking import (
 )
 from torch import Tensor
 
-from visualrwkv_hf import build_native_ops, kernel_backend, wkv6, wkv7
+from visualrwkv_hf import kernel_backend, wkv6, wkv7
+from visualrwkv_hf.cpu import build_native_ops
 
 HEAD_SIZE = 64
 MIN_LOG_DECAY = -0.6065306597126334

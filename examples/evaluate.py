@@ -30,7 +30,7 @@ from jinja2 import TemplateError
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from visualrwkv_hf import exit_together  # the import also makes transformers know VisualRWKV
+from visualrwkv_hf.training import exit_together  # the import also makes transformers know VisualRWKV
 
 WAIT = timedelta(weeks=1)
 """For the slowest process: the default would end a run whose last pictures take half an hour longer."""

@@ -31,12 +31,11 @@ from visualrwkv_hf import (
     VisualRWKVDataCollator,
     VisualRWKVTrainer,
     VisualRWKVTrainingArguments,
-    exit_together,
     load_conversations,
     lora_config,
     train_only,
-    training_card,
 )
+from visualrwkv_hf.training import exit_together, training_card
 
 PRESETS = Path(__file__).parent / "presets"
 

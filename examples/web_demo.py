@@ -24,7 +24,8 @@ from jinja2 import TemplateError
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from visualrwkv_hf import Chat, bundled_model, reading_figure
+from visualrwkv_hf import Chat, bundled_model
+from visualrwkv_hf.inference import reading_figure
 
 TITLE = "VisualRWKV"
 DESCRIPTION = """

@@ -14,8 +14,9 @@ from PIL import Image
 from tiny_training import save_tiny_model
 from typer.testing import CliRunner
 
-from visualrwkv_hf import Captioning, VisualRWKVForConditionalGeneration, VisualRWKVProcessor, chat_inputs
+from visualrwkv_hf import VisualRWKVForConditionalGeneration, VisualRWKVProcessor
 from visualrwkv_hf.cli.app import app
+from visualrwkv_hf.inference import Captioning, chat_inputs
 from visualrwkv_hf.inference.captioning import as_line, finished_names, one_ahead, pictures_in
 
 PROMPT = "What is this?"

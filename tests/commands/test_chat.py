@@ -21,16 +21,11 @@ from PIL import Image
 from tiny_training import save_tiny_model, tiny_model, tiny_processor
 from typer.testing import CliRunner
 
-from visualrwkv_hf import (
-    Chat,
-    VisualRWKVForConditionalGeneration,
-    VisualRWKVProcessor,
-    chat_inputs,
-    stream_answer,
-)
+from visualrwkv_hf import Chat, VisualRWKVForConditionalGeneration, VisualRWKVProcessor
 from visualrwkv_hf.cli.app import app
 from visualrwkv_hf.cli.chat_terminal import COMMANDS, paths_in
 from visualrwkv_hf.cli.options import answering_source
+from visualrwkv_hf.inference import chat_inputs, stream_answer
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 

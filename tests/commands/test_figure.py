@@ -10,17 +10,12 @@ from tiny_training import save_tiny_model, tiny_model, tiny_processor
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from visualrwkv_hf import (
-    SCANS,
-    VisualRWKVForCausalLM,
-    VisualRWKVImageProcessor,
-    VisualRWKVProcessor,
-    reading_figure,
-)
+from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVImageProcessor, VisualRWKVProcessor
 from visualrwkv_hf.cli.app import app
 from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
+from visualrwkv_hf.inference import reading_figure
 from visualrwkv_hf.inference.figure import Item, as_seen, prompt_items, what_is_seen, wrapped
-from visualrwkv_hf.scan_orders import grid_permutation
+from visualrwkv_hf.scan_orders import SCANS, grid_permutation
 
 QUESTION = "What is in the picture?"
 

@@ -13,8 +13,9 @@ from tiny_training import save_tiny_model, tiny_model, tiny_processor
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from visualrwkv_hf import VisualRWKVCache, VisualRWKVConfig, VisualRWKVForCausalLM, image_processor_for
+from visualrwkv_hf import VisualRWKVCache, VisualRWKVConfig, VisualRWKVForCausalLM
 from visualrwkv_hf.cli.app import app
+from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
 from visualrwkv_hf.inference.facts import facts_of, title_of
 from visualrwkv_hf.inference.loading import may_be_on_hub
 from visualrwkv_hf.inference.progress import in_bytes

@@ -14,10 +14,10 @@ from visualrwkv_hf import (
     VisualRWKVForConditionalGeneration,
     VisualRWKVProcessor,
     VisualRWKVVisionModel,
-    image_processor_for,
 )
 from visualrwkv_hf.conversion.world_tokenizer import build_world_tokenizer
 from visualrwkv_hf.encoders import ENCODERS, IMAGENET, Encoder, pixel_inputs
+from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
 from visualrwkv_hf.prompt_identity import Pictures
 
 TOKENIZER = build_world_tokenizer()

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_training import tiny_model, tiny_processor
 
-from visualrwkv_hf import KeptState, StateStore, VisualRWKVCache, VisualRWKVProcessor, image_processor_for
+from visualrwkv_hf import KeptState, StateStore, VisualRWKVCache, VisualRWKVProcessor
+from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
 from visualrwkv_hf.state_file import model_fingerprint
 
 LOGITS = dict(**GREEDY, output_logits=True, return_dict_in_generate=True)

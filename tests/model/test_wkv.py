@@ -17,8 +17,7 @@ from oracles import wkv as oracle
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
-from visualrwkv_hf import dispatch, scan_orders, wkv
-from visualrwkv_hf.dispatch import kernel_backend
+from visualrwkv_hf import dispatch, kernel_backend, scan_orders, wkv
 from visualrwkv_hf.wkv import wkv6, wkv7
 
 OPS = {"wkv6": (wkv6, oracle.wkv6), "wkv7": (wkv7, oracle.wkv7)}

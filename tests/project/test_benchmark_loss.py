@@ -7,7 +7,7 @@ import pytest
 import typer
 from paths import EXAMPLES
 
-from visualrwkv_hf import sliced_loss
+from visualrwkv_hf.loss_visualrwkv import sliced_loss
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from paths import EXAMPLES, ROOT, TESTS
+from paths import EXAMPLES, ROOT, SUPPORT, TESTS
 
 import visualrwkv_hf
 from visualrwkv_hf import remote_code
 
-WINGS = ("cli", "cpu", "inference", "training")
+WINGS = ("bundled", "cli", "cpu", "inference", "training")
 PARTS = {
     "visualrwkv_hf": ROOT / "src/visualrwkv_hf",
     **{f"visualrwkv_hf.{wing}": ROOT / "src/visualrwkv_hf" / wing for wing in WINGS},
@@ -27,7 +27,11 @@ PARTS = {
     "visualrwkv_hf.conversion": ROOT / "conversion",
 }
 """Package -> its folder."""
-TEST_MODULES = {path.stem for path in TESTS.rglob("*.py")} | {"tests", "oracles", "support"}
+TEST_MODULES = {path.stem for path in [*TESTS.glob("*.py"), *SUPPORT.glob("*.py")]} | {
+    "tests",
+    "oracles",
+    "support",
+}
 KERNELS = "visualrwkv_hf.triton_kernels"
 KERNEL_PACKAGES = (KERNELS, "visualrwkv_hf.cpu.kernels")
 """Packages of kernels: `dispatch.py` alone imports them, late."""
@@ -97,8 +101,9 @@ ROOT_ONLY = {"__init__", "auto_classes"}
 """Modules of the root package that do not travel to the Hub."""
 
 WING_MAY_IMPORT = {
+    "bundled": set(),
     "cli": {"inference", "training"},
-    "inference": {"cpu"},
+    "inference": {"bundled", "cpu"},
     "training": set(),
     "cpu": set(),
 }
@@ -132,7 +137,8 @@ def test_the_root_imports_only_the_root():
 def test_a_wing_imports_the_root_and_named_wings(wing):
     """`from .name` is a file of the wing, `from ..name` of the root or of a wing that it may use."""
     folder = PARTS[f"visualrwkv_hf.{wing}"]
-    others = {f"{other}.{path.stem}" for other in WING_MAY_IMPORT[wing] for path in wing_files(other)}
+    names = [f"{other}.{path.stem}" for other in WING_MAY_IMPORT[wing] for path in wing_files(other)]
+    others = {name.removesuffix(".__init__") for name in names}
     allowed = {1: {path.stem for path in wing_files(wing)}, 2: {"", *others}}
     allowed[2] |= {path.stem for path in ROOT_PACKAGE.glob("*.py")}
     refuse(item for item in imports_of(folder) if item.level and item.module not in allowed[item.level])
@@ -213,9 +219,11 @@ def test_examples_use_public_names():
 
 
 def is_public(item: Import) -> bool:
-    if item.name is None or item.module == "visualrwkv_hf":
-        return item.name is None or item.name in visualrwkv_hf.__all__
-    return re.fullmatch(r"visualrwkv_hf\.conversion\.\w+", item.module) is not None
+    """Whether a name is in the list of a package, or one that the root package had in an earlier version."""
+    if item.name is None or item.module.startswith("visualrwkv_hf.conversion"):
+        return True
+    listed = getattr(importlib.import_module(item.module), "__all__", ())
+    return item.name in listed or item.module == f"visualrwkv_hf.{visualrwkv_hf._MOVED.get(item.name)}"
 
 
 def test_public_names_exist():
@@ -290,15 +298,9 @@ def test_package_data_patterns_match_every_file(setup_cfg):
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Files of a package that are not code. A wing's are its own, not the root's."""
-    others = {other for other in PARTS.values() if other != folder}
+    """Files in a package's folder that are not code."""
     return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and path.suffix not in (".py", ".pyc")
-        and "__pycache__" not in path.parts
-        and not others & set(path.parents)
+        path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix not in (".py", ".pyc")
     ]
 
 

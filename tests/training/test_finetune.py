@@ -36,11 +36,10 @@ from visualrwkv_hf import (
     VisualRWKVDataCollator,
     VisualRWKVTrainer,
     VisualRWKVTrainingArguments,
-    learning_rate_at,
     load_conversations,
     train_only,
-    training_card,
 )
+from visualrwkv_hf.training import learning_rate_at, training_card
 from visualrwkv_hf.training.card import base_model_of
 from visualrwkv_hf.training.conversations import sample_order
 

@@ -1,1 +1,5 @@
 """Fast ops for CPUs, written in C, and the layers that use them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

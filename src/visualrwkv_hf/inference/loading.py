@@ -64,7 +64,7 @@ def model_source(model: str | None) -> str:
         ValueError: the folder holds no model of ours, or the name can be neither a folder nor a Hub id.
     """
     if model is None:
-        from .. import bundled_model
+        from ..bundled import bundled_model
 
         return str(bundled_model())
     path = Path(model).expanduser()

@@ -1,0 +1,9 @@
+from .captioning import Captioning as Captioning
+from .captioning import pictures_in as pictures_in
+from .chat import Chat as Chat
+from .chat import chat_inputs as chat_inputs
+from .figure import reading_figure as reading_figure
+from .figure import save_figure as save_figure
+from .onnx_export import export_onnx as export_onnx
+from .server import serve as serve
+from .streaming import stream_answer as stream_answer

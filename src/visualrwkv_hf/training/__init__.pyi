@@ -1,0 +1,13 @@
+from .arguments import VisualRWKVTrainingArguments as VisualRWKVTrainingArguments
+from .card import training_card as training_card
+from .collator import VisualRWKVDataCollator as VisualRWKVDataCollator
+from .collator import load_conversations as load_conversations
+from .collator import messages_to_conversation as messages_to_conversation
+from .conversations import PROMPT_FORMATS as PROMPT_FORMATS
+from .conversations import encode_turns as encode_turns
+from .recipe import TRAINABLE_PARTS as TRAINABLE_PARTS
+from .recipe import learning_rate_at as learning_rate_at
+from .recipe import lora_config as lora_config
+from .recipe import train_only as train_only
+from .trainer import VisualRWKVTrainer as VisualRWKVTrainer
+from .trainer import exit_together as exit_together
