@@ -31,7 +31,8 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool = False) -> str:
 
     Args:
         op: a name of `KERNELS`.
-        tensors: r and v of a recurrence, x of a token shift or a low-rank map, x and the state of a decoding step.
+        tensors: r and v of a recurrence, x and carried of a token shift, x of a low-rank map, x and the
+            state of a decoding step.
         gradient: whether one will be asked for.
     """
     if op in ("wkv6", "wkv7"):
@@ -39,6 +40,11 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool = False) -> str:
         reason = unsupported_recurrence(r, v, gradient)
     elif tensors[0].dtype not in DTYPES:
         reason = f"{tensors[0].dtype} is not served"
+    elif op == "token_shift" and len(tensors) > 1 and len(tensors[1]) != len(tensors[0]):
+        x, carried = tensors
+        reason = (
+            f"it serves one carried token per row, not {len(carried)} for {len(x)} rows (packed sequences)"
+        )
     elif op.endswith("decode") and tensors[1].shape[-1] not in HEAD_SIZES:
         reason = f"head sizes K = V in {HEAD_SIZES} are served, not {tensors[1].shape[-1]}"
     else:

@@ -44,7 +44,7 @@ TABLES = {
     "AutoModelForImageTextToText": Table(MODELS, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", GENERATING),
     "AutoModelForMultimodalLM": Table(MODELS, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", GENERATING),
     "AutoModelForCausalLM": Table(
-        MODELS, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {"visualrwkv_text": "VisualRWKVForCausalLM"}
+        MODELS, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {"visualrwkv_text": "VisualRWKVForCausalLM"} | GENERATING
     ),
     "AutoProcessor": Table(
         "transformers.models.auto.processing_auto",

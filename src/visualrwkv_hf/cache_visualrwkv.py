@@ -2,157 +2,18 @@
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
+
+from .cache_layer import VisualRWKVCacheLayer
+from .layer_state import is_token
 
 if TYPE_CHECKING:
     from .kept_state import KeptState
-
-TIME_MIX_SHIFT, CHANNEL_MIX_SHIFT = 0, 1
-"""Which of a layer's two token shifts."""
-
-SHIFT, WKV = "token_shift{}", "wkv"
-"""Names of a layer's states."""
-
-
-class _Step(NamedTuple):
-    """What one forward did to one state; kept only while the past is recorded."""
-
-    length: int
-    before: torch.Tensor | None
-    after: Callable[
-        [int, torch.Tensor | None], torch.Tensor
-    ]  # the state after the first n tokens of the step
-
-
-class VisualRWKVCacheLayer(LinearAttentionLayer):
-    """State of one block: two token shifts [B, C] and one matrix per head [B, H, K, V] in float32.
-
-    The tensors stand where transformers' linear attention layers keep theirs (`conv_states` as [B, C, 1],
-    `recurrent_states`), are written in place and keep their address, so that beam search, resetting and CUDA
-    graphs work unchanged.
-    """
-
-    is_croppable = True
-
-    def __init__(self, **kwargs):
-        super().__init__(number_of_states=2)
-        self.history: dict[str, list[_Step]] = {}
-
-    def token_shift(self, which: int) -> torch.Tensor | None:
-        """The last real token [B, C] that shift `which` saw, or None before the first."""
-        return self.conv_states[which][..., 0] if self.has_previous_state[which] else None
-
-    def wkv_state(self) -> torch.Tensor | None:
-        """The state of the recurrence [B, H, K, V], or None before the first token."""
-        return self.recurrent_states[0] if self.has_previous_state[TIME_MIX_SHIFT] else None
-
-    def update_token_shift(
-        self,
-        which: int,
-        length: int,
-        last: torch.Tensor,
-        after: Callable[[int, torch.Tensor | None], torch.Tensor],
-    ) -> None:
-        """Keeps `last` [B, C], what shift `which` read last of a step of `length` tokens.
-
-        `after(n, before)` gives what it had read last after the first n of them, starting from `before`.
-        """
-        if self.record_past:
-            self._record(f"shift{which}", length, self.token_shift(which), after)
-        if not self.is_conv_states_initialized[which]:
-            self.lazy_initialization(conv_states=last[..., None], state_idx=which)
-        self.conv_states[which].copy_(last[..., None])
-        self.has_previous_state[which] = True
-
-    def update_wkv_state(
-        self,
-        length: int,
-        state: torch.Tensor,
-        after: Callable[[int, torch.Tensor | None], torch.Tensor],
-    ) -> None:
-        """Keeps `state` [B, H, K, V]; to be called before the layer's token shifts are updated.
-
-        `after(n, before)` gives the state after the first n of the step's `length` tokens, starting from `before`.
-        """
-        if self.record_past:
-            self._record("wkv", length, self.wkv_state(), after)
-        self.update_recurrent_state(state)
-
-    def _record(self, name: str, length: int, before: torch.Tensor | None, after: Callable) -> None:
-        before = None if before is None else before.clone()
-        self.history.setdefault(name, []).append(_Step(length, before, after))
-
-    @torch.no_grad()
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` tokens and forgets the record; 0 only forgets it.
-
-        Raises:
-            RuntimeError: if the past was not recorded, or not that many tokens of it.
-            ValueError: if the number is positive.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop() takes the number of tokens to remove as a negative int, got {tokens_to_remove}."
-            )
-        if tokens_to_remove and not self.record_past:
-            raise RuntimeError(
-                "crop() needs a recorded past: call activate_past_recording() before the tokens to remove."
-            )
-        states = (
-            {name: self._rewound(name, -tokens_to_remove) for name in self.history}
-            if tokens_to_remove
-            else {}
-        )
-        self.history.clear()
-        for which in (TIME_MIX_SHIFT, CHANNEL_MIX_SHIFT):
-            if (name := f"shift{which}") in states:
-                last = states[name]
-                self.has_previous_state[which] = last is not None
-                self.conv_states[which].copy_(0 if last is None else last[..., None])
-        if "wkv" in states:
-            self.recurrent_states[0].copy_(0 if states["wkv"] is None else states["wkv"])
-
-    def _rewound(self, name: str, remove: int) -> torch.Tensor | None:
-        """The state `name` as it was `remove` tokens ago."""
-        recorded = sum(step.length for step in self.history[name])
-        if remove > recorded:
-            raise RuntimeError(f"Cannot remove {remove} tokens: only the last {recorded} are recorded.")
-        for step in reversed(self.history[name]):
-            if remove < step.length:
-                return step.after(step.length - remove, step.before)
-            remove -= step.length
-            if not remove:
-                return step.before
-        raise AssertionError("unreachable: the record is at least as long as what is removed")
-
-    def reset(self) -> None:
-        super().reset()
-        self.history.clear()
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The states there are, by name: the shifts [B, C], and `WKV` [B, H, K, V]."""
-        shifts = {SHIFT.format(which): self.token_shift(which) for which in self.has_previous_state}
-        return {
-            name: tensor for name, tensor in (shifts | {WKV: self.wkv_state()}).items() if tensor is not None
-        }
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "VisualRWKVCacheLayer":
-        """A layer with copies of such states, without a record of the past."""
-        layer = cls()
-        if WKV in tensors:
-            layer.update_recurrent_state(tensors[WKV])
-        for which in layer.has_previous_state:
-            if (last := tensors.get(SHIFT.format(which))) is not None:
-                layer.lazy_initialization(conv_states=last[..., None], state_idx=which)
-                layer.conv_states[which].copy_(last[..., None])
-                layer.has_previous_state[which] = True
-        return layer
 
 
 class VisualRWKVCache(DynamicCache):
@@ -307,10 +168,10 @@ def moved(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Return the states on `device`, all but the WKV states in `dtype`; None leaves either as it is."""
+    """Return the states on `device`, tokens in `dtype` and matrices in float32; None leaves either as it is."""
     return [
         {
-            name: tensor.to(device=device, dtype=None if name == WKV else dtype)
+            name: tensor.to(device=device, dtype=dtype if is_token(tensor) else None)
             for name, tensor in tensors.items()
         }
         for tensors in layers
@@ -365,7 +226,7 @@ class VisualRWKVStaticCache(VisualRWKVCache, StaticCache):
         return True
 
     def advance(self, num_tokens: int) -> None:
-        device = self.layers[0].conv_states[TIME_MIX_SHIFT].device
+        device = self.layers[0].device
         if self._length.device != device:  # a CUDA graph takes no tensor of the CPU, nor one that moves
             self._length = self._length.to(device)
         if not torch.compiler.is_compiling():

@@ -7,6 +7,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, classproperty
 
 from .encoders import ENCODERS, pixel_inputs
+from .generations import GENERATIONS
 from .image_tokens import ImageTokens, class_token_places, num_views
 from .scan_orders import SCANS
 
@@ -34,18 +35,12 @@ else:
     PartConfig = dict | PreTrainedConfig | None
 
 
-def _low_rank(hidden_size: int, factor: float, exponent: float) -> int:
-    """RWKV-7's rule for the rank of a low-rank map, a multiple of 32 (RWKV-LM, `RWKV-v7`)."""
-    size = max(0, hidden_size)  # a negative size is refused later, by its name
-    return max(32, 32 * round(factor * size**exponent / 32))
-
-
 @strict
 class VisualRWKVTextConfig(PreTrainedConfig):
     r"""Configuration of the language model: RWKV-5 (x052), RWKV-6 (x060) or RWKV-7 (x070).
 
     rwkv_version (`int`, defaults to 7):
-        The generation of the time mix: 5, 6 or 7.
+        The generation, a key of `generations.GENERATIONS`: 5, 6 or 7.
     vocab_size (`int`, defaults to 65536):
         Rows of the embedding. The RWKV World vocabulary uses ids 0 to 65535.
     hidden_size (`int`, defaults to 768):
@@ -68,7 +63,7 @@ class VisualRWKVTextConfig(PreTrainedConfig):
     layer_norm_eps (`float`, defaults to 1e-5):
         Epsilon of every LayerNorm.
     group_norm_eps (`float`, defaults to 6.4e-4):
-        Epsilon of the per-head norm behind the recurrence: 1e-5 times the square of the original's divisor 8.
+        Epsilon of the per-head norm after the recurrence: 1e-5 times the square of the original's divisor 8.
     loss_reduction (`"sample"` or `"token"`, defaults to `"sample"`):
         Cross entropy averaged per sample and then over the batch (v6.0 and later), or over all labels (v5).
     l2_wrap (`float`, defaults to 1e-4):
@@ -82,7 +77,7 @@ class VisualRWKVTextConfig(PreTrainedConfig):
     base_config_key = "text_config"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    rwkv_version: Literal[5, 6, 7] = 7
+    rwkv_version: int = 7
     vocab_size: int = 65536
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -105,31 +100,21 @@ class VisualRWKVTextConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 0
 
     def __post_init__(self, **kwargs):
-        wide = self.hidden_size >= 4096
-        rule = {
-            5: {},
-            6: {"mix_low_rank_dim": 64 if wide else 32, "decay_low_rank_dim": 128 if wide else 64},
-            7: {
-                "decay_low_rank_dim": _low_rank(self.hidden_size, 1.8, 0.5),
-                "a_low_rank_dim": _low_rank(self.hidden_size, 1.8, 0.5),
-                "v_low_rank_dim": _low_rank(self.hidden_size, 1.3, 0.5),
-                "gate_low_rank_dim": _low_rank(self.hidden_size, 0.6, 0.8),
-            },
-        }
-        for name, rank in rule.get(self.rwkv_version, {}).items():
-            if getattr(self, name) is None:
-                setattr(self, name, rank)
         if self.attention_size is None:
             self.attention_size = self.hidden_size
-        if self.intermediate_size is None:
-            four = 4 * self.hidden_size
-            self.intermediate_size = (
-                four if self.rwkv_version == 7 else int(self.hidden_size * 3.5) // 32 * 32
-            )
+        if generation := GENERATIONS.get(self.rwkv_version):  # another version is refused below
+            for name, rank in generation.ranks.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, rank(self.hidden_size))
+            if self.intermediate_size is None:
+                self.intermediate_size = generation.intermediate_size(self.hidden_size)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Refuses sizes that do not fit together."""
+        """Refuse an unknown generation and sizes that do not fit together."""
+        if self.rwkv_version not in GENERATIONS:
+            known = ", ".join(map(str, GENERATIONS))
+            raise ValueError(f"rwkv_version must be one of {known}, got {self.rwkv_version}.")
         for name in SIZES + RANKS:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -138,9 +123,11 @@ class VisualRWKVTextConfig(PreTrainedConfig):
             raise ValueError(
                 f"attention_size ({self.attention_size}) must be a multiple of head_dim ({self.head_dim})."
             )
-        if self.rwkv_version == 7 and self.attention_size != self.hidden_size:
+        needs_equal = GENERATIONS[self.rwkv_version].attention_size_is_hidden_size
+        if needs_equal and self.attention_size != self.hidden_size:
             raise ValueError(
-                f"RWKV-7 needs attention_size ({self.attention_size}) equal to hidden_size ({self.hidden_size})."
+                f"RWKV-{self.rwkv_version} needs attention_size ({self.attention_size}) equal to "
+                f"hidden_size ({self.hidden_size})."
             )
 
     @property
@@ -154,8 +141,8 @@ class VisualRWKVTextConfig(PreTrainedConfig):
 
     @property
     def number_of_conv_states(self) -> int:
-        """Two token shifts a layer: in front of the time mix and in front of the channel mix."""
-        return 2
+        """Number of states of a layer that are tokens, such as those of its token shifts."""
+        return sum(len(state.sizes) == 1 for state in GENERATIONS[self.rwkv_version].states)
 
 
 @strict
@@ -438,10 +425,10 @@ class VisualRWKVConfig(PreTrainedConfig):
             raise ValueError(f"compressor_num_layers must be at least 0, got {self.compressor_num_layers}.")
         if not self.compressor_num_layers:
             return
-        if self.text_config.rwkv_version != 7:
-            raise ValueError(
-                f"The compressor is made of RWKV-7 blocks, got rwkv_version {self.text_config.rwkv_version}."
-            )
+        version = self.text_config.rwkv_version
+        if not GENERATIONS[version].makes_compressors:
+            fitting = " or ".join(f"RWKV-{v}" for v, row in GENERATIONS.items() if row.makes_compressors)
+            raise ValueError(f"The compressor is made of {fitting} blocks, got rwkv_version {version}.")
         if self.compressor_num_tokens is None or self.compressor_num_tokens < 1:
             raise ValueError(
                 f"A compressor needs compressor_num_tokens of at least 1, got {self.compressor_num_tokens}."

@@ -11,7 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 IGNORE_INDEX = -100
 
 LOGITS_AT_ONCE = 2**26
-"""Logits held at a time while training: 256 MiB in float32, the logits of 1,024 positions of 65,536 words."""
+"""Number of logits held at a time while training: 256 MiB in float32, the logits of 1,024 positions of 65,536 words."""
 
 
 class L2Wrap(torch.autograd.Function):
@@ -35,9 +35,9 @@ class L2Wrap(torch.autograd.Function):
 
 
 class _Targets(NamedTuple):
-    """What the positions are to say, and how much each counts."""
+    """What each position has to predict, and how much it counts."""
 
-    ids: torch.Tensor  # [B T] the label of the position behind it, -100: none
+    ids: torch.Tensor  # [B T] the label that each position predicts, -100: none
     weights: torch.Tensor  # [B T] share of its cross entropy in the loss, float32
     pull: float  # strength of L2Wrap per position
     smoothing: float  # share of a uniform distribution in each target
@@ -45,56 +45,59 @@ class _Targets(NamedTuple):
 
 def visualrwkv_loss(
     logits: torch.Tensor,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     config: PreTrainedConfig,
     num_items_in_batch: torch.Tensor | int | None = None,
     label_smoothing: float = 0.0,
+    shift_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The training loss of `logits` [B, T, vocab_size] for `labels` [B, T], as a scalar.
+    """Return the training loss of `logits` [B, T, vocab_size] as a scalar.
 
     Args:
-        logits: of every position; the logits of position t are for the label of position t + 1.
-        labels: token ids, -100 where there is none.
+        logits: of every position.
+        labels: token ids [B, T], -100 where there is none; position t predicts label t + 1.
         config: the language model's; `loss_reduction` and `l2_wrap` are read.
         num_items_in_batch: with `loss_reduction="token"`, the number of labels that the sum is divided by
-            (gradient accumulation); by default those of this batch.
+            (gradient accumulation); by default those of this batch. Without effect on a mean over samples.
         label_smoothing: epsilon of smoothed targets, (1 - epsilon) one-hot + epsilon / vocab_size (Szegedy et al.
             2016, section 7).
+        shift_labels: token ids [B, T] used instead of `labels`: position t predicts `shift_labels[:, t]`.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ, or there are no labels.
     """
-    if logits.shape[:2] != labels.shape:
-        raise ValueError(
-            f"logits are for {tuple(logits.shape[:2])} positions, labels for {tuple(labels.shape)}."
-        )
-    targets = _targets(labels.to(logits.device), config, num_items_in_batch, label_smoothing)
+    targets = _targets(logits, labels, shift_labels, config, num_items_in_batch, label_smoothing)
     return _weighted_loss(logits.flatten(0, 1), *targets)
 
 
 def sliced_loss(
     hidden_states: torch.Tensor,
     lm_head: Callable[[torch.Tensor], torch.Tensor],
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     config: PreTrainedConfig,
     num_items_in_batch: torch.Tensor | int | None = None,
     label_smoothing: float = 0.0,
+    shift_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`visualrwkv_loss(lm_head(hidden_states), ...)`, with at most `LOGITS_AT_ONCE` logits held at a time.
+    """Return `visualrwkv_loss(lm_head(hidden_states), ...)` with at most `LOGITS_AT_ONCE` logits held at a time.
 
-    The backward computes each slice anew: one product with the head more, for memory that does not grow with
-    the batch.
+    The backward pass computes the logits of each slice a second time: one more product with the head, for memory
+    that does not grow with the batch.
 
     Args:
         hidden_states: of every position, [B, T, C].
         lm_head: [N, C] -> [N, vocab_size].
-        labels: token ids, -100 where there is none, [B, T].
+        labels: see [`visualrwkv_loss`].
         config: the language model's.
         num_items_in_batch: see [`visualrwkv_loss`].
-        label_smoothing: see [`visualrwkv_loss`].
+        label_smoothing: likewise.
+        shift_labels: likewise.
+
+    Raises:
+        ValueError: see [`visualrwkv_loss`].
     """
     ids, weights, pull, smoothing = _targets(
-        labels.to(hidden_states.device), config, num_items_in_batch, label_smoothing
+        hidden_states, labels, shift_labels, config, num_items_in_batch, label_smoothing
     )
     positions = max(1, LOGITS_AT_ONCE // config.vocab_size)
 
@@ -106,17 +109,34 @@ def sliced_loss(
 
 
 def loss_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return those keyword arguments of a model's `forward` that its loss reads."""
-    return {name: kwargs[name] for name in ("num_items_in_batch", "label_smoothing") if name in kwargs}
+    """Return the keyword arguments of a model's `forward` that only its loss reads.
+
+    They are no parameters of `forward`: transformers' Trainer takes every parameter with "label" in its name for one
+    that a data set must have.
+    """
+    names = ("num_items_in_batch", "label_smoothing", "shift_labels")
+    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _targets(
-    labels: torch.Tensor,
+    predictions: torch.Tensor,
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
     config: PreTrainedConfig,
     num_items_in_batch: torch.Tensor | int | None,
     label_smoothing: float,
 ) -> _Targets:
-    ids = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # [B, T]
+    """Return the targets of `predictions` [B, T, ...]."""
+    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    if given is None:
+        raise ValueError("A loss needs labels or shift_labels.")
+    if predictions.shape[:2] != given.shape:
+        raise ValueError(
+            f"logits are for {tuple(predictions.shape[:2])} positions, {name} for {tuple(given.shape)}."
+        )
+    ids = given.to(predictions.device)  # [B, T]
+    if shift_labels is None:
+        ids = F.pad(ids[:, 1:], (0, 1), value=IGNORE_INDEX)
     weights = REDUCTIONS[config.loss_reduction](ids != IGNORE_INDEX, num_items_in_batch)
     return _Targets(ids.flatten(), weights.flatten(), config.l2_wrap / ids.numel(), label_smoothing)
 
@@ -132,45 +152,22 @@ def _weighted_loss(
 
 
 def mean_of_samples(valid: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-    """Weights [B, T] of a mean over each sample's labels, then over the samples; one without labels counts as 0."""
+    """Return weights [B, T] that average over each sample's labels, then over the samples.
+
+    A sample without labels counts as 0.
+    """
     return valid / (valid.sum(dim=1, keepdim=True).clamp(min=1) * valid.shape[0])
 
 
 def mean_of_tokens(valid: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-    """Weights [B, T] of a mean over all labels of the batch, or of the batches that are accumulated."""
+    """Return weights [B, T] that average over all labels of the batch, or of the batches that are accumulated."""
     return valid / (valid.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 REDUCTIONS = {"sample": mean_of_samples, "token": mean_of_tokens}
 
 
-def is_worth_slicing(hidden_states: torch.Tensor, labels: torch.Tensor | None, vocab_size: int) -> bool:
-    """Whether a step for `labels` would hold more logits than `LOGITS_AT_ONCE` for its backward."""
+def is_worth_slicing(hidden_states: torch.Tensor, vocab_size: int) -> bool:
+    """Return whether a training step on `hidden_states` [B, T, C] would hold more logits than `LOGITS_AT_ONCE`."""
     positions = hidden_states.shape[0] * hidden_states.shape[1]
-    return labels is not None and torch.is_grad_enabled() and positions * vocab_size > LOGITS_AT_ONCE
-
-
-class LateLogits:
-    """For the output of a sliced training step: `logits` are computed when they are read, and not part of it.
-
-    Who trains on long batches need not hold them, and who looks at them still can. They carry no gradient.
-    """
-
-    _logits: Callable[[], torch.Tensor] | None = None
-
-    @property
-    def logits(self) -> torch.Tensor | None:
-        """[B, T, vocab_size], computed anew at each look."""
-        if self._logits is None:
-            return None
-        with torch.no_grad():
-            return self._logits()
-
-    @logits.setter
-    def logits(self, value: None) -> None:
-        """The field's default."""
-
-    def computing(self, logits: Callable[[], torch.Tensor]) -> Any:
-        """The output, whose logits `logits()` gives."""
-        self._logits = logits
-        return self
+    return torch.is_grad_enabled() and positions * vocab_size > LOGITS_AT_ONCE

@@ -1,4 +1,4 @@
-"""The low-rank maps of a time mix: what the data say about its decay, its gate and the like."""
+"""The low-rank maps of a time mix, which make its decay, its gate and the like depend on the data."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 FEW_ROWS = 8
-"""Of a batch: each of them has a kernel read all weights."""
+"""Largest batch for which the kernel is used. It reads all weights once per row; beyond, matrix products are faster."""
 
 
 def low_rank(
@@ -22,7 +22,7 @@ def low_rank(
     up: Sequence[torch.Tensor],
     functions: Sequence[str],
 ) -> Sequence[torch.Tensor]:
-    """f_m(x_m W1_m) W2_m for M maps (RWKV-7: arXiv 2503.14456, section 4; RWKV-6: 2404.05892, section 4).
+    """Compute f_m(x_m W1_m) W2_m for M maps (RWKV-7: arXiv 2503.14456, section 4; RWKV-6: 2404.05892, section 4).
 
     Args:
         x: M times [B, T, C].

@@ -4,7 +4,6 @@ Letters: N pictures, L tokens of a picture, D channels of the vision tower, B ba
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -17,13 +16,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 from .configuration_visualrwkv import VisualRWKVConfig
 from .generation_visualrwkv import VisualRWKVGenerationMixin
 from .image_tokens import class_token_places
-from .loss_visualrwkv import LateLogits, is_worth_slicing, loss_options, sliced_loss, visualrwkv_loss
-from .modeling_rwkv import (
-    RwkvBlock,
-    VisualRWKVPreTrainedModel,
-    VisualRWKVTextModel,
-    kept_positions,
-)
+from .loss_visualrwkv import loss_options
+from .modeling_base import LanguageModelHead, VisualRWKVPreTrainedModel, predicts_next_token
+from .modeling_rwkv import RwkvBlock, VisualRWKVTextModel
 from .modeling_vision import PROJECTORS, VisualRWKVVisionModel, pool_patches
 from .scan_orders import is_identity, num_directions, sequence_orders
 
@@ -48,10 +43,6 @@ class VisualRWKVCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
-
-
-class LateVisualRWKVCausalLMOutputWithPast(LateLogits, VisualRWKVCausalLMOutputWithPast):  # type: ignore[misc]
-    """Of a sliced training step."""
 
 
 class VisualTokenCompressor(nn.Module):
@@ -80,7 +71,7 @@ class VisualTokenCompressor(nn.Module):
             backwards = layer_idx % 2 == 1
             if backwards:
                 hidden_states, v_first = hidden_states.flip(1), v_first.flip(1)
-            hidden_states, v_first = layer(hidden_states, v_first)
+            hidden_states, v_first, _ = layer(hidden_states, v_first)
             if backwards:
                 hidden_states, v_first = hidden_states.flip(1), v_first.flip(1)
         return self.norm(hidden_states)[:, -length:]
@@ -306,7 +297,10 @@ def is_trivial(scan: str) -> bool:
     return all(is_identity(scan, direction) for direction in range(num_directions(scan)))
 
 
-class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, VisualRWKVGenerationMixin):
+@predicts_next_token
+class VisualRWKVForConditionalGeneration(
+    LanguageModelHead, VisualRWKVPreTrainedModel, VisualRWKVGenerationMixin
+):
     """VisualRWKV with its language-modelling head: pictures and text in, text out.
 
     Example:
@@ -363,16 +357,15 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, VisualRWKVGe
         scan_orders: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VisualRWKVCausalLMOutputWithPast:
-        """Logits [B, T, vocab_size] and, with `labels` [B, T] (-100: no label), the loss.
+        """Return the logits [B, T, vocab_size] and, with labels, the loss.
 
-        In a training step whose logits would take more than 256 MiB the loss is computed slice by slice, and the
-        logits only if they are looked at.
-
-        Args: see [`VisualRWKVModel.forward`]; `logits_to_keep` keeps the last n positions (0: all), or those that
-        it indexes.
+        Args: see [`VisualRWKVModel.forward`] for the inputs, and [`VisualRWKVForCausalLM.forward`] for `labels`,
+        `logits_to_keep`, `skip_logits` and the options of the loss: a training step whose logits would exceed 256 MiB
+        returns `logits=None` by default.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -385,21 +378,16 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, VisualRWKVGe
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        hidden_states, config = outputs.last_hidden_state, self.config.text_config
-        rest = dict(
+        logits, loss = self.logits_and_loss(
+            outputs.last_hidden_state, labels, logits_to_keep, skip_logits, **loss_options(kwargs)
+        )
+        return VisualRWKVCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             image_hidden_states=outputs.image_hidden_states,
         )
-        if is_worth_slicing(hidden_states, labels, config.vocab_size):
-            loss = sliced_loss(hidden_states, self.lm_head, labels, config, **loss_options(kwargs))
-            return LateVisualRWKVCausalLMOutputWithPast(loss=loss, **rest).computing(
-                partial(self.lm_head, hidden_states)
-            )
-        logits, loss = self.lm_head(kept_positions(hidden_states, logits_to_keep)), None
-        if labels is not None:
-            loss = visualrwkv_loss(logits, labels, config, **loss_options(kwargs))
-        return VisualRWKVCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
 
 __all__ = ["VisualRWKVForConditionalGeneration", "VisualRWKVModel", "VisualRWKVPreTrainedModel"]

@@ -1,16 +1,16 @@
-"""The WKV recurrences of RWKV-5, 6 and 7, in plain torch where no faster kernel serves.
+"""The WKV recurrences of RWKV-5, 6 and 7, in plain torch unless a faster kernel serves.
 
-Letters: B batch, T time, H heads, K / V key / value size of a head, C tokens of a chunk, n chunks,
-N = n * B * H. The state S is [B, H, K, V]: key rows, value columns. (The original CUDA kernel of RWKV-7
-keeps the transpose.) All arithmetic and the state are float32 whatever the inputs are, inside autocast
-too; float64 inputs are computed in float64. No scale is applied to r.
+Letters: B batch, T time, H heads, K / V key / value size of a head, C tokens of a chunk, n chunks, N = n * B * H.
+The state S is [B, H, K, V]: key rows, value columns. (The original CUDA kernel of RWKV-7 keeps the transpose.) The
+state and all arithmetic are float32 whatever the dtype of the inputs, inside autocast too; float64 inputs are computed
+in float64. r is not scaled.
 
-Both ops read their tokens in any order, pass over pads and take several packed sequences:
+Both ops read their tokens in any order, skip padding and take several packed sequences:
 
-order: position p of the recurrence is token order[b, p]; an entry ~token (negative) is a pad: the state
-    passes it unchanged, and its y and its gradients are 0. int64 [B, T].
-cu_seqlens: where packed sequences begin and end along T, [0, ..., T] int [S + 1]; B is 1, there is a state
-    per sequence, and order stays within each.
+order: position p of the recurrence is token order[b, p]; an entry ~token (negative) is padding: the state passes it
+    unchanged, and its y and its gradients are 0. int64 [B, T].
+cu_seqlens: where packed sequences begin and end along T, [0, ..., T] int [S + 1]; B is 1, each sequence has a state
+    of its own, and order stays within each.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .dispatch import kernel
 from .scan_orders import inverse_order
 
 CHUNK_SIZE = 32
-# Up to here stepping token by token is faster than filling a chunk.
 MAX_STEPS = 16
+"""Longest sequence that is computed token by token, which is faster than filling a chunk."""
 
 
 def wkv6(
@@ -58,15 +58,16 @@ def wkv6(
         u: bonus of the current token, [H, K].
         initial_state: S_0, [B, H, K, V] in float32 (float64 with float64 inputs), [S, H, K, V] with
             cu_seqlens; None is zeros.
-        order: see above; None is the order of the text.
-        cu_seqlens: see above; None is one sequence a row.
-        chunk_size: tokens that plain torch computes at once, a power of two. Changes speed and rounding only.
+        order: see the module's docstring; None is the order of positions.
+        cu_seqlens: likewise; None is one sequence per row.
+        chunk_size: tokens that plain torch computes at once, a power of two; changes speed and rounding only.
 
     Returns:
-        y [B, T, H, V] in the dtype of r, and the last state, of the shape and dtype of the initial one.
+        y [B, T, H, V] in the dtype of r, and the state after the last token, shaped and typed like the initial one.
 
     Raises:
-        ValueError: shapes that do not fit, T = 0, a state of another dtype, a chunk size not a power of two.
+        ValueError: shapes that do not fit, T = 0, a state of another dtype, a chunk size that is not a power of two;
+            on the CPU also an order that names a token outside the sequence.
         RuntimeError: `kernel_backend("triton")` is in force and there is no such kernel.
     """
     w = _check(r, w, k, v, initial_state, order, cu_seqlens, chunk_size)
@@ -111,20 +112,21 @@ def wkv7(
         w: log decay, <= 0; [B, T, H, K] or anything that broadcasts to it.
         k: key, [B, T, H, K].
         v: value, [B, T, H, V].
-        a: what is read from the state before it decays, [B, T, H, K].
-        b: where that is written, [B, T, H, K].
+        a: the row with which the state is read before it decays, [B, T, H, K].
+        b: the column to which the result is written, [B, T, H, K].
         initial_state: S_0, [B, H, K, V] in float32 (float64 with float64 inputs), [S, H, K, V] with
             cu_seqlens; None is zeros.
-        order: see above; None is the order of the text.
-        cu_seqlens: see above; None is one sequence a row.
-        min_log_decay: a known lower bound of w. RWKV-7's is -e^(-1/2); knowing it makes kernels faster.
-        chunk_size: tokens that plain torch computes at once, a power of two. Changes speed and rounding only.
+        order: see the module's docstring; None is the order of positions.
+        cu_seqlens: likewise; None is one sequence per row.
+        min_log_decay: a lower bound of w, if known: kernels are faster with it. RWKV-7's is -e^(-1/2).
+        chunk_size: tokens that plain torch computes at once, a power of two; changes speed and rounding only.
 
     Returns:
-        y [B, T, H, V] in the dtype of r, and the last state, of the shape and dtype of the initial one.
+        y [B, T, H, V] in the dtype of r, and the state after the last token, shaped and typed like the initial one.
 
     Raises:
-        ValueError: shapes that do not fit, T = 0, a state of another dtype, a chunk size not a power of two.
+        ValueError: shapes that do not fit, T = 0, a state of another dtype, a chunk size that is not a power of two;
+            on the CPU also an order that names a token outside the sequence.
         RuntimeError: `kernel_backend("triton")` is in force and there is no such kernel.
     """
     w = _check(r, w, k, v, initial_state, order, cu_seqlens, chunk_size)
@@ -155,7 +157,7 @@ def _check(
     cu_seqlens: Tensor | None,
     chunk_size: int,
 ) -> Tensor:
-    """Refuse what does not fit; return w as [B, T, H, K]."""
+    """Raise for arguments that do not fit; return w as [B, T, H, K]."""
     if r.dim() != 4 or r.shape[1] == 0:
         raise ValueError(f"r must be [B, T, H, K] with T >= 1, got {list(r.shape)}.")
     if not r.is_floating_point():
@@ -170,6 +172,8 @@ def _check(
         raise ValueError(
             f"order must be [B, T] = {list(r.shape[:2])} in torch.int64, got {list(order.shape)} in {order.dtype}."
         )
+    if order is not None:
+        refuse_tokens_out_of_range("order", order, -r.shape[1], r.shape[1])
     if cu_seqlens is not None and (cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or r.shape[0] != 1):
         raise ValueError(
             f"cu_seqlens must be [S + 1] and B 1, got {list(cu_seqlens.shape)} and B = {r.shape[0]}."
@@ -187,6 +191,18 @@ def _check(
     return w.expand(r.shape)
 
 
+def refuse_tokens_out_of_range(name: str, order: Tensor, low: int, high: int) -> None:
+    """Raise `ValueError` if an entry of `order` is not in low, ..., high - 1.
+
+    Only the CPU looks: on a GPU that would wait for all work before, and its own bounds checks stop the program.
+    """
+    if order.device.type != "cpu" or torch.compiler.is_compiling() or not order.numel():
+        return
+    least, most = (int(x) for x in torch.aminmax(order))
+    if least < low or most >= high:
+        raise ValueError(f"{name} must hold tokens from {low} to {high - 1}, got {least} to {most}.")
+
+
 def _needs_gradient(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
@@ -202,7 +218,7 @@ def _computed(
     order: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`compute(*inputs, state)` on the tokens in `order`, sequence by sequence."""
+    """Run `compute(*inputs, state)` on the tokens in `order`, sequence by sequence."""
     r, _, _, v = inputs[:4]
     B, _, H, K = r.shape
     dtype = _compute_dtype(r)
@@ -238,26 +254,26 @@ def _each_sequence(
 
 
 def _in_order(inputs: tuple[Tensor, ...], order: Tensor) -> tuple[Tensor, ...]:
-    """Inputs as the recurrence meets them; at a pad nothing is written and nothing decays: all but r and v is 0."""
-    pad = (order < 0)[..., None, None]
+    """Return the inputs in the order of reading. At padding all but r and v are 0: nothing is written or decays."""
+    padding = (order < 0)[..., None, None]
     r, w, k, v, *ab = take(tokens_of(order), *inputs)
-    w, k, *ab = (x.masked_fill(pad, 0) for x in (w, k, *ab))
+    w, k, *ab = (x.masked_fill(padding, 0) for x in (w, k, *ab))
     return r, w, k, v, *ab
 
 
 def _back_in_place(out: Tensor, order: Tensor) -> Tensor:
-    """`out` [B, T, H, V] of the order's positions -> of the tokens, 0 at pads."""
+    """Return `out` [B, T, H, V], given by position in the order, by token; 0 at padding."""
     out = out.masked_fill((order < 0)[..., None, None], 0)
     return take(inverse_order(tokens_of(order)), out)[0]
 
 
 def tokens_of(order: Tensor) -> Tensor:
-    """The tokens of an order's positions, those of pads too."""
+    """Return the token at each position of an order, padding included."""
     return torch.where(order < 0, ~order, order)
 
 
 def take(index: Tensor, *sequences: Tensor) -> tuple[Tensor, ...]:
-    """Each of `sequences` [B, L, ...] read at `index` [B, N] -> [B, N, ...]."""
+    """Gather from each of `sequences` [B, L, ...] at `index` [B, N] -> [B, N, ...]."""
     B, L = sequences[0].shape[:2]
     rows = (index + L * torch.arange(B, device=index.device)[:, None]).flatten()
     return tuple(x.flatten(0, 1).index_select(0, rows).unflatten(0, index.shape) for x in sequences)
@@ -279,7 +295,7 @@ def _wkv6_steps(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, S: Tensor
 
 
 def _wkv6_step(S: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """S_t, and y_t without its bonus, from S_{t-1} [B, H, K, V] and r, decay, k, v [B, H, X] of a token."""
+    """Return S_t, and y_t without its bonus, from S_{t-1} [B, H, K, V] and r, decay, k, v [B, H, X] of a token."""
     r, decay, k, v = token
     return torch.addcmul(k[..., None] * v[:, :, None], decay[..., None], S), (r[:, :, None] @ S).squeeze(-2)
 
@@ -291,7 +307,7 @@ def _wkv7_steps(
 
 
 def _wkv7_step(S: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """S_t and y_t from S_{t-1} [B, H, K, V] and r, decay, (b, k) [B, H, K, 2], v, a of a token."""
+    """Return S_t and y_t from S_{t-1} [B, H, K, V] and r, decay, (b, k) [B, H, K, 2], v, a of a token."""
     r, decay, bk, v, a = token
     sa_v = torch.cat([a[:, :, None] @ S, v[:, :, None]], -2)  # [B, H, 2, V]
     S = torch.addcmul(bk @ sa_v, decay[..., None], S)
@@ -301,9 +317,9 @@ def _wkv7_step(S: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 def _stepped(
     step: Callable[..., tuple[Tensor, Tensor]], S: Tensor, tokens: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
-    """`step(S, token)` -> S and y, over the T of `tokens` [B, T, H, ...]: all y [B, T, H, V], and the last S."""
+    """Run `step(S, token) -> S, y` over the T of `tokens` [B, T, H, ...]; return all y [B, T, H, V] and the last S."""
     if _is_open(tokens[0]):
-        from torch._higher_order_ops.scan import scan  # private still, so imported only where it is needed
+        from torch._higher_order_ops.scan import scan  # still private, so imported only here
 
         S, ys = scan(step, S, tuple(x.transpose(0, 1) for x in tokens))
         return ys.transpose(0, 1), S
@@ -315,7 +331,7 @@ def _stepped(
 
 
 def _is_open(r: Tensor) -> bool:
-    """Whether torch.export is to leave the number of tokens open: no Python loop may run over them then."""
+    """Return whether torch.export leaves the number of tokens open, so that no Python loop may run over them."""
     return isinstance(r.shape[1], torch.SymInt)
 
 
@@ -328,11 +344,11 @@ def _is_open(r: Tensor) -> bool:
 
 
 def _decayed_products(rows: Tensor, cols: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A[t, s] = rows_t^T D(s, t-1] cols_s for s < t and 0 elsewhere, by doubling the size of a block.
+    """Compute A[t, s] = rows_t^T D(s, t-1] cols_s for s < t and 0 elsewhere, doubling the size of a block each time.
 
-    Two neighbouring blocks meet where the first ends: the columns of the first are decayed to its end, the
-    rows of the second from its start. Every exponent is a sum of log decays, so <= 0; nothing is divided or
-    subtracted. So no decay overflows or cancels, be it 0 or 1, and its gradient does not either.
+    Two neighbouring blocks meet where the first ends: the columns of the first are decayed to its end, the rows of the
+    second from its start. Every exponent is a sum of log decays, so <= 0, and nothing is divided or subtracted: neither
+    the decays nor their gradients can overflow or cancel, even for decays of 0 or 1.
 
     Args:
         rows: [N, C, R, K], R vectors per token.
@@ -360,10 +376,10 @@ def _decayed_products(rows: Tensor, cols: Tensor, w: Tensor) -> tuple[Tensor, Te
 
 
 def _inverse(A: Tensor) -> Tensor:
-    """(1 - A)^-1 of strictly lower triangular A [N, C, C], by doubling the size of a block.
+    """Compute (1 - A)^-1 of strictly lower triangular A [N, C, C], doubling the size of a block each time.
 
-    [[1 - A11, 0], [-A21, 1 - A22]]^-1 = [[T1, 0], [T2 A21 T1, T2]] is substitution by blocks. (The power
-    series would not do: with equal keys the powers of A grow as binomials and cancel.)
+    [[1 - A11, 0], [-A21, 1 - A22]]^-1 = [[T1, 0], [T2 A21 T1, T2]] is substitution by blocks. (The power series is
+    useless here: with equal keys the powers of A grow like binomials and cancel.)
     """
     N, C, _ = A.shape
     T = A.new_ones(()).expand(N * C, 1, 1)
@@ -377,18 +393,18 @@ def _inverse(A: Tensor) -> Tensor:
 
 
 def _lower(upper_left: Tensor, lower_left: Tensor, lower_right: Tensor) -> Tensor:
-    """Four blocks [i, m, m], of which the upper right is 0 -> [i, 2 m, 2 m]."""
+    """Join four blocks [i, m, m], of which the upper right is 0, to [i, 2 m, 2 m]."""
     upper = pad(upper_left, (0, upper_left.shape[-1]))
     return torch.cat([upper, torch.cat([lower_left, lower_right], -1)], -2)
 
 
 def _halves(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """[2 i, ...] -> the even and the odd blocks, [i, ...] each."""
+    """Return the even and the odd blocks of [2 i, ...], [i, ...] each."""
     return blocks[0::2], blocks[1::2]
 
 
 def _chunks(x: Tensor, C: int) -> Tensor:
-    """[B, T, H, X] -> [N, C, X], chunks outermost. Zeros fill the last one: the state passes through them."""
+    """[B, T, H, X] -> [N, C, X], chunks outermost. Zeros fill the last chunk and leave the state unchanged."""
     B, T, H, X = x.shape
     n = len(range(0, T, C))  # a plain number, where a division would stay symbolic under torch.compile
     x = pad(x, (0, 0, 0, 0, 0, n * C - T))
@@ -410,7 +426,7 @@ def _wkv6_chunks(
 
     A, r_in, k_out, total = _decayed_products(r[:, :, None], k[:, :, None], w)
     r_in, k_out = r_in.squeeze(2), k_out.squeeze(2)  # [N, C, K]
-    out = torch.baddbmm(bonus * v, A, v)  # [N, C, V], what the chunk's own tokens say
+    out = torch.baddbmm(bonus * v, A, v)  # [N, C, V], from the chunk's own tokens
 
     per_chunk = (x.unflatten(0, (-1, B * H)).unbind() for x in (total[..., None], k_out.mT @ v))
     S = S.flatten(0, 1)
@@ -426,14 +442,14 @@ def _wkv7_chunks(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor, C: int
 ) -> tuple[Tensor, Tensor]:
     B, T, H, _ = r.shape
-    # y_t reads S_t and not S_{t-1}: beside the row r_t exp(w_t), which reads S_{t-1}, it sees what t writes.
+    # y_t reads S_t, not S_{t-1}: the row r_t exp(w_t) reads S_{t-1}, and what token t writes is added.
     r_k, r_b = (_chunks((r * x).sum(-1, keepdim=True), C) for x in (k, b))  # [N, C, 1]
     rows = torch.stack([_chunks(r * w.exp(), C), _chunks(a, C)], 2)  # [N, C, 2, K]
     cols = torch.stack([_chunks(k, C), _chunks(b, C)], 2)
     v, w = _chunks(v, C), _chunks(w, C)
 
     A, rows_in, cols_out, total = _decayed_products(rows, cols, w)
-    A_r, A_a = A.view(-1, C, 2, 2 * C).unbind(2)  # [N, C, 2 C], the two columns of a token side by side
+    A_r, A_a = A.view(-1, C, 2, 2 * C).unbind(2)  # [N, C, 2 C], the two columns of a token are neighbours
     A_ak, A_ab = A_a.view(-1, C, C, 2).unbind(-1)
     r_in, a_in = rows_in.unbind(2)  # [N, C, K]
     k_out, b_out = cols_out.unbind(2)

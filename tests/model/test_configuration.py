@@ -228,8 +228,8 @@ COMPRESSED = {"compressor_num_layers": 1, "compressor_num_tokens": 4}
 
 TEXT, VISION, WHOLE = VisualRWKVTextConfig, VisualRWKVVisionConfig, VisualRWKVConfig
 REFUSED = [
-    (TEXT, {"rwkv_version": 4}, "'rwkv_version' expected one of (5, 6, 7), got 4"),
-    (TEXT, {"rwkv_version": "7"}, "'rwkv_version' expected one of (5, 6, 7), got 7"),
+    (TEXT, {"rwkv_version": 4}, "rwkv_version must be one of 5, 6, 7, got 4."),
+    (TEXT, {"rwkv_version": "7"}, "'rwkv_version' expected int, got str (value: '7')"),
     (TEXT, {"layer_norm_eps": 1}, "'layer_norm_eps' expected float, got int (value: 1)"),
     (TEXT, {"l2_wrap": 0}, "'l2_wrap' expected float, got int (value: 0)"),
     (TEXT, {"hidden_size": 64.0}, "'hidden_size' expected int, got float (value: 64.0)"),

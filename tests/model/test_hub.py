@@ -36,21 +36,32 @@ from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 PROCESSOR_FILES = {"chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
-IMAGE_CODE = {
+LANGUAGE_MODEL_CODE = {
+    "channel_mix.py",
+    "dispatch.py",
+    "generations.py",
+    "layer_state.py",
+    "low_rank.py",
+    "time_mix.py",
+    "token_order.py",
+    "wkv.py",
+}
+"""What the configuration imports: its table of generations names the classes that compute them."""
+IMAGE_CODE = LANGUAGE_MODEL_CODE | {
     "configuration_visualrwkv.py",
     "image_processing_visualrwkv.py",
     "remote_code.py",
     "scan_orders.py",
 }
 PROCESSOR_CODE = IMAGE_CODE | {"processing_visualrwkv.py"}
-MODEL_CODE = {
+MODEL_CODE = LANGUAGE_MODEL_CODE | {
+    "cache_layer.py",
     "cache_visualrwkv.py",
     "configuration_visualrwkv.py",
-    "dispatch.py",
     "generation_visualrwkv.py",
     "kept_state.py",
     "loss_visualrwkv.py",
-    "low_rank.py",
+    "modeling_base.py",
     "modeling_rwkv.py",
     "modeling_vision.py",
     "modeling_visualrwkv.py",
@@ -60,8 +71,6 @@ MODEL_CODE = {
     "scan_orders.py",
     "state_file.py",
     "state_store.py",
-    "token_order.py",
-    "wkv.py",
 }
 OUTSIDE = """
     import sys

@@ -8,7 +8,9 @@ from oracles import rwkv as oracle
 from tiny import awake, text_config
 
 from visualrwkv_hf import VisualRWKVCache, VisualRWKVForCausalLM, VisualRWKVTextModel
-from visualrwkv_hf.modeling_rwkv import refuse_non_finite
+from visualrwkv_hf.generations import GENERATIONS
+from visualrwkv_hf.layer_state import TIME_MIX_SHIFT, WKV
+from visualrwkv_hf.modeling_base import refuse_non_finite
 
 VERSIONS = (5, 6, 7)
 ATOL = 1e-9  # float64, values around 4; float32 would hide an error behind the head norm's amplification
@@ -160,11 +162,12 @@ def test_state_is_float32_whatever_the_model(model):
     with torch.no_grad():
         logits = half(ids, past_key_values=cache).logits
     assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
-    config = model.config
     for layer in cache.layers:
-        assert layer.wkv_state().dtype == torch.float32
-        assert layer.wkv_state().shape == (2, config.num_attention_heads, config.head_dim, config.head_dim)
-        assert layer.token_shift(0).shape == layer.token_shift(1).shape == (2, config.hidden_size)
+        shapes = {name: tuple(tensor.shape) for name, tensor in layer.tensors().items()}
+        specs = GENERATIONS[model.config.rwkv_version].states
+        assert shapes == {spec.name: (2, *spec.shape(model.config)) for spec in specs}
+        assert layer.tensors()[WKV].dtype == torch.float32
+        assert layer.tensors()[TIME_MIX_SHIFT].dtype == torch.bfloat16
 
 
 @torch.no_grad()

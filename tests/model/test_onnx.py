@@ -209,9 +209,10 @@ def state_of(cache) -> dict[str, torch.Tensor]:
     """A cache by the names of the graphs' outputs."""
     state = {}
     for number, layer in enumerate(cache.layers):
-        state[f"present.{number}.time_mix_shift"] = layer.token_shift(0)
-        state[f"present.{number}.channel_mix_shift"] = layer.token_shift(1)
-        state[f"present.{number}.wkv"] = layer.wkv_state()
+        tensors = layer.tensors()
+        state[f"present.{number}.time_mix_shift"] = tensors["token_shift0"]
+        state[f"present.{number}.channel_mix_shift"] = tensors["token_shift1"]
+        state[f"present.{number}.wkv"] = tensors["wkv"]
     return state
 
 

@@ -1,11 +1,14 @@
-"""How a layer reads: indices of token shift and order, against a loop over what is read."""
+"""The order in which a layer reads: indices of token shift and order, against a loop over the tokens."""
 
 import pytest
 import torch
 from tiny import awake, text_config
+from torch.nn import functional as F
 
 from visualrwkv_hf import VisualRWKVForCausalLM
-from visualrwkv_hf.token_order import AS_IT_COMES, last_token, readings_of, token_shift
+from visualrwkv_hf.generations import GENERATIONS
+from visualrwkv_hf.layer_state import LayerState, PlainStateHolder, empty_pool
+from visualrwkv_hf.token_order import IN_ORDER, last_token, token_orders, token_shift
 
 
 def randn(*shape, seed=0):
@@ -43,31 +46,31 @@ def by_hand(x, carried, mix, mask, order):
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-def test_token_shift_follows_the_order_past_the_pads(mask, order):
+def test_token_shift_follows_the_order_past_the_padding(mask, order):
     x, carried, mix = randn(2, 7, 3), randn(2, 3, seed=1), randn(4, 3, seed=2)
-    (reading,) = readings_of(positions(2, 7), mask, [order])
+    (indices,) = token_orders(positions(2, 7), mask, [order])
     expected, last = by_hand(x, carried, mix, mask, order)
-    torch.testing.assert_close(torch.stack(token_shift(x, carried, mix, reading)), expected)
-    assert torch.equal(last_token(x, carried, reading), last)
+    torch.testing.assert_close(torch.stack(token_shift(x, carried, mix, indices.previous)), expected)
+    assert torch.equal(last_token(x, carried, indices), last)
 
 
 @pytest.mark.parametrize("length", range(1, 8))
 def test_last_token_of_the_first_positions(length):
     x, carried = randn(2, 7, 3), randn(2, 3, seed=1)
     mask, order = MASKS["right and middle"], ORDERS["two patches and five"]
-    (reading,) = readings_of(positions(2, 7), mask, [order])
+    (indices,) = token_orders(positions(2, 7), mask, [order])
     _, expected = by_hand(x, carried, randn(1, 3), mask, order[:, :length])
-    assert torch.equal(last_token(x, carried, reading, length), expected)
-    assert torch.equal(last_token(x, carried, AS_IT_COMES, length), x[:, length - 1])
+    assert torch.equal(last_token(x, carried, indices, length), expected)
+    assert torch.equal(last_token(x, carried, IN_ORDER, length), x[:, length - 1])
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_following_is_the_inverse_of_previous(mask):
-    (reading,) = readings_of(positions(2, 7), mask, [ORDERS["two patches and five"]])
-    if reading.following is None:
+    (indices,) = token_orders(positions(2, 7), mask, [ORDERS["two patches and five"]])
+    if indices.following is None:
         assert mask is None
         return
-    for previous, following in zip(reading.previous.tolist(), reading.following.tolist()):
+    for previous, following in zip(indices.previous.tolist(), indices.following.tolist()):
         readers = {entry: [t for t, seen in enumerate(previous) if seen == entry] for entry in range(8)}
         assert all(len(tokens) <= 1 for tokens in readers.values()), "one reader at most"
         assert following == [readers[entry][0] if readers[entry] else -1 for entry in range(8)]
@@ -75,15 +78,15 @@ def test_following_is_the_inverse_of_previous(mask):
 
 def test_data_dependent_weights_are_added():
     x, carried, mix, dynamic = randn(1, 5, 3), randn(1, 3, seed=1), randn(2, 3, seed=2), randn(2, 1, 5, 3)
-    constant = token_shift(x, carried, mix, AS_IT_COMES)
-    only = token_shift(x, carried, torch.zeros_like(mix), AS_IT_COMES, dynamic)
-    both = token_shift(x, carried, mix, AS_IT_COMES, dynamic)
+    constant = token_shift(x, carried, mix)
+    only = token_shift(x, carried, torch.zeros_like(mix), dynamic=dynamic)
+    both = token_shift(x, carried, mix, dynamic=dynamic)
     for m in range(2):
         torch.testing.assert_close(both[m], constant[m] + only[m] - x)
 
 
-def test_one_without_pads_and_order_reads_as_it_comes():
-    assert readings_of(positions(2, 3), None, [None]) == [AS_IT_COMES]
+def test_without_padding_and_order_there_are_no_indices():
+    assert token_orders(positions(2, 3), None, [None]) == [IN_ORDER]
 
 
 @pytest.mark.parametrize("version", [5, 6, 7])
@@ -97,3 +100,87 @@ def test_packed_sequences_equal_each_alone(version):
     torch.testing.assert_close(packed, alone, atol=1e-10, rtol=0)
     with pytest.raises(ValueError, match="use_cache must be False"):
         model.eval()(torch.cat(texts, 1), use_cache=True, cu_seq_lens_q=cu_seqlens)
+
+
+@pytest.mark.parametrize("lengths", [(3, 1, 4), (2, 0, 5, 1), (8,), (0, 8)], ids=str)
+@pytest.mark.parametrize("mask", [None, "middle"])
+def test_shift_of_packed_sequences_begins_with_their_own_carried_tokens(lengths, mask):
+    """Each sequence equals itself alone after its carried token; an empty one hands its token on."""
+    T, S = sum(lengths), len(lengths)
+    x, carried, mix = randn(1, T, 3), randn(S, 3, seed=1), randn(4, 3, seed=2)
+    real = None if mask is None else torch.tensor([[t % 3 != 1 for t in range(T)]])
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    (indices,) = token_orders(positions(1, T), real, [None], cu_seqlens)
+    shifted, last = token_shift(x, carried, mix, indices.previous), last_token(x, carried, indices)
+    for s, (begin, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens[1:].tolist())):
+        own_real = None if real is None else real[:, begin:end]
+        expected, own_last = by_hand(x[:, begin:end], carried[s : s + 1], mix, own_real, None)
+        torch.testing.assert_close(torch.stack(shifted)[:, :, begin:end], expected)
+        assert torch.equal(last[s : s + 1], own_last)
+    for entry, token in enumerate(indices.following[0].tolist()):
+        assert token == -1 or indices.previous[0, token] == entry
+
+
+def test_gradients_of_carried_tokens_are_those_of_each_sequence():
+    x, mix = randn(1, 5, 3), randn(2, 3, seed=2)
+    carried = randn(2, 3, seed=1).requires_grad_()
+    (indices,) = token_orders(positions(1, 5), None, [None], torch.tensor([0, 2, 5]))
+    torch.stack(token_shift(x, carried, mix, indices.previous)).sum().backward()
+    torch.testing.assert_close(carried.grad, mix.sum(0).expand(2, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("version", [5, 6, 7])
+@pytest.mark.parametrize("pooled", [False, True], ids=["rows", "pool"])
+def test_continued_packed_sequences_equal_each_alone(version, pooled):
+    """Chunked prefill: three texts in one row, each continuing its own state, which may be a slot of a pool."""
+    model = awake(VisualRWKVForCausalLM(text_config(version))).double()
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(1, 300, (1, n), generator=generator) for n in (30, 7, 25)]
+    cuts = [(0, 12, 30), (0, 5, 7), (0, 1, 25)]  # where each text's two chunks begin and end
+    holders = [holder_of(model.config, pooled) for _ in model.model.layers]
+    chunks = []
+    for number in (0, 1):
+        parts = [text[:, cut[number] : cut[number + 1]] for text, cut in zip(texts, cuts)]
+        lengths = torch.tensor([part.shape[1] for part in parts])
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
+        embeds = model.model.embed_tokens(torch.cat(parts, 1))
+        orders = token_orders(positions(1, embeds.shape[1]), None, [None], cu_seqlens)
+        chunks.append(model.model.run_blocks(embeds, orders, holders).split(lengths.tolist(), 1))
+    for text, chunk in zip(texts, zip(*chunks)):
+        alone = model(text, use_cache=False).logits
+        torch.testing.assert_close(
+            model.lm_head(model.model.norm(torch.cat(chunk, 1))), alone, atol=1e-9, rtol=0
+        )
+
+    # The sequences decode on as the rows of a batch, and a row alone gives the same.
+    tokens = torch.tensor([[5], [6], [7]])
+    embeds = model.model.embed_tokens(tokens)
+    decoded = model.lm_head(model.model.norm(model.model.run_blocks(embeds, [IN_ORDER], holders)))
+    for row, text in enumerate(texts):
+        alone = model(torch.cat([text, tokens[row : row + 1]], 1), use_cache=False).logits[0, -1:]
+        torch.testing.assert_close(decoded[row], alone, atol=1e-9, rtol=0)
+    if pooled:
+        pool = holders[0].state().tensors
+        assert all((tensor[torch.tensor([0, 1, 3, 5])] == 7).all() for tensor in pool.values()), (
+            "others' slots"
+        )
+
+
+SLOTS = torch.tensor([4, 6, 2])
+
+
+def holder_of(config, pooled: bool) -> PlainStateHolder:
+    """A layer's state at the start: none, or three slots of a pool of seven, the others full of sevens."""
+    if not pooled:
+        return PlainStateHolder(LayerState({}))
+    pool = empty_pool(GENERATIONS[config.rwkv_version].states, config, 7, torch.float64, "cpu")
+    pool = {name: torch.full_like(tensor, 7, dtype=torch.float64) for name, tensor in pool.items()}
+    for tensor in pool.values():
+        tensor[SLOTS] = 0
+    return PlainStateHolder(LayerState(pool, SLOTS))
+
+
+def test_orders_outside_the_sequence_are_refused():
+    with pytest.raises(ValueError, match="scan_orders must hold tokens from 0 to 2, got 0 to 3"):
+        token_orders(positions(1, 3), None, [torch.tensor([[0, 1, 3]])])

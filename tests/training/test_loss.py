@@ -1,13 +1,15 @@
 """The training loss by hand: cross entropy per sample or per token, and L2Wrap's pull on the largest logits."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import pixels, prompt, text_config, tiny_vlm
+from accelerate.state import AcceleratorState
+from tiny import awake, pixels, prompt, text_config, tiny_vlm
 from transformers import Trainer, TrainingArguments
 
-from visualrwkv_hf import loss_visualrwkv
+from visualrwkv_hf import VisualRWKVForCausalLM, loss_visualrwkv
 from visualrwkv_hf.loss_visualrwkv import visualrwkv_loss
 
 LOGITS = torch.randn(3, 6, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -65,7 +67,7 @@ def test_shapes_that_differ_are_refused():
 @pytest.mark.parametrize("num_items", [None, 30])
 @pytest.mark.parametrize("reduction", ["sample", "token"])
 def test_slices_give_the_loss_and_the_gradients_of_the_whole(monkeypatch, reduction, num_items):
-    """And the logits only to those who look at them."""
+    """And the logits only to those who ask for them."""
     model = tiny_vlm(version=7, scan="bidirectional").float()  # logits in float64, losses in float32
     model.config.text_config.loss_reduction = reduction
     samples = _samples(model)
@@ -87,10 +89,93 @@ def test_slices_give_the_loss_and_the_gradients_of_the_whole(monkeypatch, reduct
     torch.testing.assert_close(sliced.loss, whole.loss, atol=0, rtol=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5)
-    assert "logits" not in sliced and len(sliced.to_tuple()) == len(whole.to_tuple()) - 1
-    torch.testing.assert_close(sliced.logits, whole.logits)
+    assert sliced.logits is None and len(sliced.to_tuple()) == len(whole.to_tuple()) - 1
+    asked_for = model(**batch, use_cache=False, skip_logits=False)
+    assert torch.equal(asked_for.logits, whole.logits) and torch.equal(asked_for.loss, whole.loss)
     with torch.no_grad():
-        assert "logits" in model(**batch, use_cache=False), "who only evaluates wants them"
+        assert model(**batch, use_cache=False).logits is not None, "an evaluation needs them"
+
+
+HEADS = {
+    "text": lambda: awake(VisualRWKVForCausalLM(text_config(7))),
+    "vlm": lambda: tiny_vlm(version=7, scan="unidirectional"),
+}
+
+
+@pytest.fixture(params=HEADS)
+def head(request):
+    return HEADS[request.param]().float()
+
+
+def test_logits_are_skipped_or_kept_as_asked(head):
+    """By argument, or for a trainer that passes none by the attribute of the model."""
+    ids = torch.randint(1, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    whole = head(ids, labels=ids)
+    skipped = head(ids, labels=ids, skip_logits=True)
+    assert whole.logits.shape[:2] == (2, 9) and skipped.logits is None
+    torch.testing.assert_close(skipped.loss, whole.loss, atol=0, rtol=1e-6)
+    head.skip_logits = True
+    assert head(ids, labels=ids).logits is None
+    assert head(ids, labels=ids, skip_logits=False).logits is not None
+    assert head(ids).logits is not None, "without labels the logits are all there is"
+    with pytest.raises(ValueError, match="skip_logits=True needs labels"):
+        head(ids, skip_logits=True)
+
+
+@pytest.mark.parametrize("skip_logits", [True, False])
+@pytest.mark.parametrize("reduction", ["sample", "token"])
+def test_shift_labels_are_the_labels_where_they_are_predicted(head, reduction, skip_logits):
+    head.config.get_text_config().loss_reduction = reduction
+    ids = torch.randint(1, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :4] = -100
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    expected = head(ids, labels=labels).loss
+    for given in ({}, {"labels": labels}, {"labels": torch.full_like(labels, -100)}):
+        loss = head(ids, shift_labels=shifted, skip_logits=skip_logits, **given).loss
+        torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"logits are for \(2, 9\) positions, shift_labels for \(2, 8\)"):
+        head(ids, shift_labels=shifted[:, 1:])
+
+
+@pytest.mark.parametrize("sizes", [{"cp_size": 2}, {"sp_size": 2}], ids=str)
+def test_a_process_with_a_part_of_each_sequence_is_refused(head, monkeypatch, sizes):
+    """Context and sequence parallelism of accelerate: the state would start anew in every part."""
+    config = SimpleNamespace(
+        cp_enabled="cp_size" in sizes, sp_enabled="sp_size" in sizes, cp_size=1, sp_size=1
+    )
+    config.__dict__.update(sizes)
+    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", config)
+    ids = torch.randint(1, 300, (2, 9))
+    assert head(ids, labels=ids).loss.isfinite()
+    with pytest.raises(ValueError, match="splits each sequence over processes"):
+        head(ids, shift_labels=ids)
+
+
+def test_trainer_smooths_the_label_of_the_next_token(head, tmp_path):
+    """`label_smoothing_factor`: the Trainer computes that loss itself, from logits that predict the next label."""
+    ids = torch.randint(1, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    arguments = TrainingArguments(
+        tmp_path, label_smoothing_factor=0.1, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    trainer = Trainer(head, arguments)
+    with torch.no_grad():
+        loss = trainer.compute_loss(head, {"input_ids": ids, "labels": ids})
+        logits = head(ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_trainer_counts_the_labels_that_are_predicted(head, tmp_path):
+    """`num_items_in_batch`: all but the first of each sample, which no position predicts."""
+    head.config.get_text_config().loss_reduction = "token"
+    trainer = Trainer(head, TrainingArguments(tmp_path, report_to=[], use_cpu=True, save_strategy="no"))
+    ids = torch.randint(1, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    count = trainer._get_num_items_in_batch([{"input_ids": ids, "labels": ids}], torch.device("cpu"))
+    assert int(count) == 16
+    whole = head(ids, labels=ids).loss
+    torch.testing.assert_close(head(ids, labels=ids, num_items_in_batch=count).loss, whole)
+    assert trainer.label_names == ["labels"], "shift_labels must not look like labels to the Trainer"
 
 
 def most_positions(head: torch.nn.Module) -> list[int]:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..cache_visualrwkv import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, VisualRWKVCacheLayer
-from ..modeling_rwkv import CHANNEL_MIX, DECAY_SCALE, TIME_MIX, RwkvBlock
-from ..token_order import Reading
+from ..generations import GENERATIONS
+from ..layer_state import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, WKV, LayerState
+from ..modeling_rwkv import RwkvBlock
+from ..time_mix import DECAY_SCALE
+from ..token_order import TokenOrder
 from .formats import FLOAT_DTYPES, FORMAT_OF, SCALED_DTYPES
 from .layers import NATIVE_LINEARS, is_plain, serves
 from .ops import library
@@ -105,7 +107,10 @@ class _Paths(NamedTuple):
         return cls(split(column(VECTORS_OF_C, VECTORS_OF_A)), split(halves), split(column(LINEARS)))
 
 
-_PATHS = {version: _Paths.of(version) for version in TIME_MIX}
+VERSIONS = tuple(int(field.removeprefix("v")) for field in Slot._fields[1:])
+"""Generations that ops.c knows."""
+
+_PATHS = {version: _Paths.of(version) for version in VERSIONS}
 
 
 class _Weights(NamedTuple):
@@ -170,8 +175,8 @@ def decode_block(
     block: RwkvBlock,
     hidden_states: Tensor,
     v_first: Tensor | None,
-    state: VisualRWKVCacheLayer,
-    reading: Reading,
+    state: LayerState,
+    token_order: TokenOrder,
 ) -> tuple[Tensor, Tensor | None] | None:
     """Compute `RwkvBlock.forward` of one token in one call, in float32 whatever the format of the weights.
 
@@ -180,22 +185,23 @@ def decode_block(
         hidden_states: x, [B, 1, C].
         v_first: layer 0's values [B, 1, A] (RWKV-7), None in layer 0.
         state: what the block has read before, which is updated in place.
-        reading: its `order` [B, 1] is negative at pads.
+        token_order: its `order` [B, 1] is negative at padding.
 
     Returns:
-        What the block returns, or None where its parts have to compute it one by one: because they have been replaced
-        (LoRA) or have hooks, because there are too many rows, or because a weight or a state is not as ops.c reads it.
+        The hidden states [B, 1, C] and `v_first`, or None where the block's parts have to compute it one by one:
+        because they have been replaced (LoRA) or have hooks, because there are too many rows, or because a weight or a
+        state is not as ops.c reads it.
     """
-    if not serves(hidden_states) or not has_native_parts(block):
+    if state.indices is not None or not serves(hidden_states) or not has_native_parts(block):
         return None
     version = block.att.config.rwkv_version
     weights = _Weights.of(block, version)
-    shifts = [state.conv_states[which] for which in (TIME_MIX_SHIFT, CHANNEL_MIX_SHIFT)]
-    wkv_state = state.wkv_state()
+    shifts = [state.tensors[name] for name in (TIME_MIX_SHIFT, CHANNEL_MIX_SHIFT)]
+    wkv_state = state.tensors[WKV]
     sizes = _sizes(block, weights, hidden_states)
     if not _suits(sizes, weights, hidden_states, shifts, wkv_state):
         return None
-    mask = None if reading.order is None else reading.order >= 0
+    mask = token_order.mask()
     x = hidden_states.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     v_first = x.new_empty(sizes.B, 1, sizes.A) if v_first is None else v_first.float().contiguous()
     numbers = (*sizes, *weights.ranks)
@@ -220,7 +226,13 @@ def has_native_parts(block: RwkvBlock) -> bool:
     )
 
 
-_NATIVE_PARTS = {nn.LayerNorm, nn.GroupNorm, *NATIVE_LINEARS, *TIME_MIX.values(), *CHANNEL_MIX.values()}
+_NATIVE_PARTS = {
+    nn.LayerNorm,
+    nn.GroupNorm,
+    *NATIVE_LINEARS,
+    *(GENERATIONS[version].time_mix for version in VERSIONS),
+    *(GENERATIONS[version].channel_mix for version in VERSIONS),
+}
 
 
 def _sizes(block: RwkvBlock, weights: _Weights, hidden_states: Tensor) -> _Sizes:
@@ -240,7 +252,7 @@ def _suits(
 
     All but the linear layers must have the dtype of `hidden_states` [B, 1, C]. A linear layer's weight must have it
     too, for torch would refuse to multiply the two, or be int8 with float32 scales. `shifts` are the previous tokens of
-    both token shifts, [B, C, 1] each, and `wkv_state` is [B, H, K, K].
+    both token shifts, [B, C] each, and `wkv_state` is [B, H, K, K].
     """
     _, B, C, A, _, H, _ = sizes
     dtype = hidden_states.dtype
@@ -251,7 +263,7 @@ def _suits(
         and all(is_stored_well(*pair, dtype) for pair in weights.linear if pair)
         and wkv_state.shape == (B, H, A // H, A // H)
         and wkv_state.dtype == torch.float32
-        and all(x.shape == (B, C, 1) for x in shifts)
+        and all(x.shape == (B, C) for x in shifts)
         and all(map(is_plain, (*weights.tensors, *shifts, wkv_state)))
     )
 

@@ -11,7 +11,7 @@ one, B batch, T time, D directions of the scan, C hidden size, H heads.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,24 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim
-from torch.nn import functional as F
 
+from ..configuration_visualrwkv import VisualRWKVTextConfig
 from ..dispatch import kernel_backend
+from ..generations import GENERATIONS
 from ..image_processing_visualrwkv import GRIDS_700, VisualRWKVImageProcessor
 from ..image_tokens import class_token_places
+from ..layer_state import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, LayerState, PlainStateHolder, StateSpec
 from ..modeling_visualrwkv import VisualRWKVForConditionalGeneration, VisualTokenCompressor, is_trivial
 from ..processing_visualrwkv import SHORT_ANSWER, TURN_END, VisualRWKVProcessor
 from ..scan_orders import sequence_orders
-from ..token_order import AS_IT_COMES, Reading
+from ..token_order import IN_ORDER, TokenOrder, token_orders
 
 WEIGHTS = "weights.data"
 LEAST_EXTERNAL = 1024
 """Bytes from which on a constant is written beside the graphs, where they share it."""
 
-STATE = ("time_mix_shift", "channel_mix_shift", "wkv")
-"""What a layer keeps: two tokens [B, C] and the state of its recurrence [B, H, K, V]."""
+PARTS = {TIME_MIX_SHIFT: "time_mix_shift", CHANNEL_MIX_SHIFT: "channel_mix_shift"}
+"""Names of a layer's states in the graphs, where they are not ours."""
 
 CUTTINGS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -44,38 +46,6 @@ CUTTINGS: dict[str, dict[str, Any]] = {
     "closest": {"grids": None, "stretched": True, "surplus": True},
 }
 """Tiling of the image processor -> what is not as `cutting_recipe` has it."""
-
-
-class LayerState:
-    """A layer's state as values that a graph computes: the part of `VisualRWKVCacheLayer` that a block uses."""
-
-    record_past = False
-
-    def __init__(self, time_mix_shift: torch.Tensor, channel_mix_shift: torch.Tensor, wkv: torch.Tensor):
-        self.shifts = [time_mix_shift, channel_mix_shift]
-        self.wkv = wkv
-
-    def token_shift(self, which: int) -> torch.Tensor:
-        return self.shifts[which]
-
-    def wkv_state(self) -> torch.Tensor:
-        return self.wkv
-
-    def update_token_shift(self, which: int, length: int, last: torch.Tensor, after: Callable) -> None:
-        self.shifts[which] = last
-
-    def update_wkv_state(self, length: int, state: torch.Tensor, after: Callable) -> None:
-        self.wkv = state
-
-
-class States:
-    """The states of all layers, from and to the flat list of a graph's inputs and outputs."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor]):
-        self.layers = [LayerState(*tensors[i : i + len(STATE)]) for i in range(0, len(tensors), len(STATE))]
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [tensor for layer in self.layers for tensor in (*layer.shifts, layer.wkv)]
 
 
 class PictureGraph(nn.Module):
@@ -121,15 +91,15 @@ class LanguageGraph(nn.Module):
         self.image_token_id = model.config.image_token_id
 
     def read(
-        self, inputs_embeds: torch.Tensor, readings: Sequence[Reading], states: Sequence[torch.Tensor]
+        self, inputs_embeds: torch.Tensor, orders: Sequence[TokenOrder], states: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """[B, T, C] -> the logits [B, vocab_size] behind the last token, and the states."""
-        cache, v_first = States(states), None
-        hidden_states = self.language_model.embed_norm(inputs_embeds)
-        for number, layer in enumerate(self.language_model.layers):
-            reading = readings[number % len(readings)]
-            hidden_states, v_first = layer(hidden_states, v_first, past_key_values=cache, reading=reading)
-        return self.lm_head(self.language_model.norm(hidden_states[:, -1])), *cache.tensors()
+        """Read [B, T, C]; return the logits [B, vocab_size] after the last token, and the new states."""
+        names = [spec.name for spec in states_of(self.language_model.config)]
+        layers = [states[i : i + len(names)] for i in range(0, len(states), len(names))]
+        holders = [PlainStateHolder(LayerState(dict(zip(names, layer)))) for layer in layers]
+        hidden_states = self.language_model.run_blocks(inputs_embeds, orders, holders)
+        after = [holder.state().tensors[name] for holder in holders for name in names]
+        return self.lm_head(self.language_model.norm(hidden_states[:, -1])), *after
 
 
 class ReadGraph(LanguageGraph):
@@ -146,21 +116,20 @@ class ReadGraph(LanguageGraph):
         nth = (placeholders.long().cumsum(1) - 1).clamp(min=0)  # of the tokens of pictures
         embeds = self.language_model.embed_tokens(input_ids)
         embeds = torch.where(placeholders[..., None], image_features[nth], embeds)
-        return self.read(embeds, [reading_in(order) for order in scan_orders.unbind(1)], states)
+        positions = torch.arange(input_ids.shape[1])[None]
+        return self.read(embeds, token_orders(positions, None, scan_orders.unbind(1)), states)
 
 
 class StepGraph(LanguageGraph):
     """One token of each sample: ids [B, 1]."""
 
     def forward(self, input_ids: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.read(self.language_model.embed_tokens(input_ids), [AS_IT_COMES], states)
+        return self.read(self.language_model.embed_tokens(input_ids), [IN_ORDER], states)
 
 
-def reading_in(order: torch.Tensor) -> Reading:
-    """`reading.readings_of` for one order [B, T] without pads, in operations that ONNX has."""
-    before = F.pad(order[:, :-1] + 1, (1, 0))
-    previous = torch.empty_like(order).scatter(1, order, before)
-    return Reading(order, previous, None, order[:, -1] + 1)
+def states_of(config: VisualRWKVTextConfig) -> tuple[StateSpec, ...]:
+    """Return the states of each layer, in the order in which a graph takes them."""
+    return GENERATIONS[config.rwkv_version].states
 
 
 def export_onnx(
@@ -175,9 +144,10 @@ def export_onnx(
     and the state -> `logits` [1, vocab_size] of the next token and the new state.
     `step.onnx`: `input_ids` [B, 1] and the state -> `logits` [B, vocab_size] and the new state.
 
-    The state is `past.{layer}.{part}` going in and `present.{layer}.{part}` coming out, parts as in `STATE`; zeros
-    at the start. Everything is float32. The graphs share `weights.data`; `tokenizer.json` and `chat.json` say the
-    rest: prompts, how pictures are cut and become pixels, in which orders the layers read one.
+    The state is `past.{layer}.{part}` going in and `present.{layer}.{part}` coming out, with parts `time_mix_shift`,
+    `channel_mix_shift` and `wkv`; zeros at the start. Everything is float32. The graphs share `weights.data`;
+    `tokenizer.json` and `chat.json` say the rest: prompts, how pictures are cut and become pixels, in which orders the
+    layers read one.
 
     Args:
         model: in float32.
@@ -211,14 +181,14 @@ def pixel_names(config: Any) -> list[str]:
 
 def state_names(model: VisualRWKVForConditionalGeneration, when: str) -> list[str]:
     """`when` is "past" or "present"."""
-    layers = range(model.config.text_config.num_hidden_layers)
-    return [f"{when}.{layer}.{part}" for layer in layers for part in STATE]
+    config = model.config.text_config
+    parts = [PARTS.get(spec.name, spec.name) for spec in states_of(config)]
+    return [f"{when}.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in parts]
 
 
 def example_state(model: VisualRWKVForConditionalGeneration, batch: int) -> tuple[torch.Tensor, ...]:
     config = model.config.text_config
-    heads, size = config.num_attention_heads, config.head_dim
-    shapes = [(batch, config.hidden_size)] * 2 + [(batch, heads, size, size)]
+    shapes = [(batch, *spec.shape(config)) for spec in states_of(config)]
     return tuple(torch.zeros(shape) for _ in range(config.num_hidden_layers) for shape in shapes)
 
 

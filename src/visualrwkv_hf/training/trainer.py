@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from ..modeling_rwkv import make_base_paths_absolute
+from ..modeling_base import make_base_paths_absolute
 from .arguments import VisualRWKVTrainingArguments
 from .card import training_card
 from .files import UNFINISHED, checkpoints_to_discard, discard, move_into
