@@ -139,6 +139,47 @@ def test_a_picture_that_the_processor_refuses_spoils_no_batch(folder, model_fold
     assert len(lines_of(tmp_path / "out.jsonl")) == 8
 
 
+def test_links_are_followed_and_those_that_lead_nowhere_are_told(caption, folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    draw(elsewhere / "far.png", 1)
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "b" / "round").symlink_to(folder)  # its pictures are there already
+    (folder / "alias.png").symlink_to(elsewhere / "far.png")
+    (folder / "nowhere.png").symlink_to(tmp_path / "none.png")
+    os.mkfifo(folder / "pipe.png")  # opening it would wait for ever
+    (folder / "drawer.png").mkdir()
+    assert set(pictures_in(folder)) >= {"linked/far.png", "alias.png", "nowhere.png", "pipe.png"}
+    assert not any("round" in name for name in pictures_in(folder))
+    result = caption()
+    assert result.exit_code == 3, result.stderr
+    assert "nowhere.png: cannot be read as a picture: the link leads nowhere" in result.stderr
+    assert "pipe.png: cannot be read as a picture: it is not a file" in result.stderr
+    assert "11 of 13 pictures are in" in result.stderr
+
+
+def test_hidden_files_and_folders_are_skipped(folder):
+    before = pictures_in(folder)
+    draw(folder / ".thumbnails" / "small.png", 1)
+    (folder / "._0.png").write_bytes(b"resource fork")
+    (folder / "b" / ".hidden.png").touch()
+    assert pictures_in(folder) == before
+
+
+def test_a_picture_in_a_linked_folder_has_its_name_without_the_link(folder):
+    (folder / "a link").symlink_to(folder / "b")  # sorted before what it leads to
+    assert not any(name.startswith("a link") for name in pictures_in(folder))
+
+
+def test_reasons_are_kept_without_paths(caption, folder, tmp_path):
+    """Else a folder of 100,000 broken files would take as many long texts."""
+    for number in range(20):
+        (folder / f"broken {number}.png").touch()
+    assert caption().exit_code == 3
+    summary = json.loads((tmp_path / "out.jsonl.summary.json").read_text())
+    reasons = {entry["error"] for entry in summary["bad"]}
+    assert len(summary["bad"]) == 20 and len(reasons) == 1 and str(folder) not in reasons.pop()
+
+
 def test_half_a_line_is_cut_off_and_written_again(caption, tmp_path):
     caption()
     output = tmp_path / "out.jsonl"

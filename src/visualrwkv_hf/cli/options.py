@@ -94,8 +94,9 @@ def is_of_jinja(error: BaseException) -> bool:
 
 
 def show_answer(text: str, end: str = "") -> None:
-    """Print a piece of an answer at once; to a terminal without characters that could steer it."""
-    typer.echo((printable(text) if sys.stdout.isatty() else text) + end, nl=False)
+    """Print a piece of an answer at once: to a terminal without what could steer it, to a pipe or a file as it is."""
+    sys.stdout.write((printable(text) if sys.stdout.isatty() else text) + end)
+    sys.stdout.flush()
 
 
 def answering_source(model: str | None) -> str:

@@ -11,6 +11,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .checks import (
+    MAX_TEXT_FILE_BYTES,
+    refuse_strange_config,
+    refuse_strange_files,
+    refuse_strange_generation,
+    refuse_strange_index,
+    refuse_strange_processor,
+    refuse_strange_template,
+    refuse_unusable_template,
+)
 from .progress import loading_reported
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -31,11 +41,13 @@ IGNORED_KEYS = frozenset(
 )
 """Keys of `config.json` that name code to import or kernels to fetch. Neither is wanted from a stranger's folder."""
 
+INDEX_FILE = "model.safetensors.index.json"
+
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
     "model*.safetensors",
-    "model.safetensors.index.json",
+    INDEX_FILE,
     "processor_config.json",
     "preprocessor_config.json",
     "tokenizer.json",
@@ -44,9 +56,6 @@ MODEL_FILES = (
     "chat_template.jinja",
 )
 """What is fetched of a model on the Hub: data, no code, and no tensors that only the way back needs."""
-
-MAX_JSON_BYTES = 64 * 2**20
-"""Largest configuration or tokenizer file that is read. The tokenizer of the releases takes 4 MB."""
 
 Result = TypeVar("Result")
 
@@ -114,8 +123,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: it is missing, too large, no JSON, or not an object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"it is larger than {MAX_JSON_BYTES} bytes")
+        if path.stat().st_size > MAX_TEXT_FILE_BYTES:
+            raise ValueError(f"it is larger than {MAX_TEXT_FILE_BYTES} bytes")
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -153,6 +162,7 @@ def model_folder(source: str) -> Path:
     """
     if Path(source).is_dir():
         model_type_of(Path(source))
+        refuse_strange_files(Path(source))
         return Path(source)
     from huggingface_hub import snapshot_download
 
@@ -178,7 +188,13 @@ def load_config(source: str) -> Any:
     from ..configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig
 
     config_class = VisualRWKVTextConfig if model_type == TEXT_MODEL else VisualRWKVConfig
-    return in_a_sentence(f"The configuration in {folder}", lambda: config_class.from_dict(fields))
+
+    def load() -> Any:
+        config = config_class.from_dict(fields)
+        refuse_strange_config(config, folder)
+        return config
+
+    return in_a_sentence(f"The configuration in {folder}", load)
 
 
 def load_processor(source: str) -> Any:
@@ -194,10 +210,17 @@ def load_processor(source: str) -> Any:
             read_json(folder / name)
     from ..processing_visualrwkv import VisualRWKVProcessor
 
-    return in_a_sentence(
-        f"The processor in {folder}",
-        lambda: VisualRWKVProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True),
-    )
+    def load() -> Any:
+        processor = VisualRWKVProcessor.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        refuse_strange_processor(processor, config, folder)
+        refuse_strange_template(processor.chat_template, folder)
+        refuse_unusable_template(processor, folder)
+        return processor
+
+    config = load_config(source)
+    return in_a_sentence(f"The processor in {folder}", load)
 
 
 def load_model(
@@ -232,6 +255,10 @@ def load_model(
     config = load_config(source)
     from ..modeling_visualrwkv import VisualRWKVForConditionalGeneration
 
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")
+    if (folder / INDEX_FILE).is_file():
+        refuse_strange_index(read_json(folder / INDEX_FILE), folder / INDEX_FILE)
     options: dict[str, Any] = dict(config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with loading_reported(report, num_bytes):
@@ -241,6 +268,7 @@ def load_model(
                 folder, local_files_only=True, **options
             ),
         )
+    refuse_strange_generation(model.generation_config, folder)
     model = model.to(device).eval()
     if accelerate:
         from ..cpu.layers import accelerate_on_cpu
@@ -259,7 +287,9 @@ def in_a_sentence(what: str, load: Callable[[], Result]) -> Result:
     """
     try:
         return load()
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in the tokenizers' Rust code is not an `Exception`
         reason = str(error).strip().rstrip(".") or "it is damaged"
         kind = "" if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__}: "
         raise ValueError(f"{what} cannot be loaded: {kind}{reason}.") from error
