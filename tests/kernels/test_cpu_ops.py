@@ -5,15 +5,18 @@ import itertools
 import math
 import mmap
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import awake, text_config, tiny_vlm
+from tiny import awake, pixels, prompt, text_config, tiny_vlm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from visualrwkv_hf import VisualRWKVForCausalLM
-from visualrwkv_hf.cpu import block, formats, library
+from visualrwkv_hf.cpu import block, formats, library, memory, products
 from visualrwkv_hf.cpu import layers as native_layers
 from visualrwkv_hf.cpu import ops as native
 from visualrwkv_hf.dispatch import chosen_backend, kernel_backend, wkv_backend
@@ -692,3 +695,130 @@ def test_float16_is_read_and_written_as_torch_does(monkeypatch, tmp_path):
     one[0, 0] = 1
     found, finite = native.linear(one, weight)[0], numbers.isfinite()
     assert torch.equal(found[finite], numbers[finite].float())
+
+
+# --- products of many rows ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_units(monkeypatch):
+    """A CPU that multiplies neither bfloat16 nor float16 fast."""
+    monkeypatch.setattr(products, "has_unit", lambda dtype: dtype not in products.UNITS)
+
+
+@pytest.fixture
+def panels(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes of the weights that are multiplied panel by panel: without it plain might be compared with plain."""
+    seen, multiply = [], native_layers.multiply_panels
+    monkeypatch.setattr(
+        native_layers,
+        "multiply_panels",
+        lambda x, w, *a, **k: (seen.append(w.shape), multiply(x, w, *a, **k))[1],
+    )
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows, columns, has_bias", [(1000, 72, True), (512, 64, False), (5, 16, True)])
+def test_panels_round_the_result_only(rows, columns, has_bias, dtype, without_units):
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((2, 7, columns), (rows, columns), (rows,)))
+    bias = bias if has_bias else None
+    found = products.multiply_panels(x, weight, bias=bias)
+    expected = nn.functional.linear(x.double(), weight.double(), bias if bias is None else bias.double())
+    assert found.dtype == dtype and found.shape == expected.shape
+    assert error(found, expected) < torch.finfo(dtype).eps
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_model_without_units_rounds_no_more_than_torch(version, dtype, without_units, panels):
+    model = causal_lm(version, hidden_size=128)
+    ids = torch.randint(1, 320, (2, 40))
+    exact = model(ids).logits
+    plain = error(model.to(dtype)(ids).logits, exact)
+    native_layers.accelerate_on_cpu(model)
+    assert error(model(ids).logits, exact) < 1.1 * plain
+    # Every linear layer of the blocks and the head.
+    assert len(panels) == 3 * len(block._PATHS[version].linear) - 3 * (version == 7) * 2 + 1
+
+
+@torch.no_grad()
+def test_towers_and_projectors_multiply_in_panels(without_units, panels):
+    model = tiny_vlm().bfloat16()
+    inputs = dict(input_ids=prompt(model), pixel_values=pixels(1))
+    exact = tiny_vlm()(**inputs).logits
+    plain = error(model(**inputs).logits, exact)
+    linears = [m for m in model.model.vision_tower.modules() if type(m) is nn.Linear]
+    native_layers.accelerate_on_cpu(model)
+    panels.clear()
+    features = model.get_image_features(inputs["pixel_values"])
+    assert len(panels) >= len(linears) and features is not None
+    assert error(model(**inputs).logits, exact) < 1.2 * plain
+
+
+def test_panels_are_for_inference_only(without_units, panels):
+    """With a gradient, traced, under autocast or with the torch backend, torch multiplies."""
+    layer = native_layers.accelerated_linear(nn.Linear(64, 32).bfloat16(), int8=False)
+    x = torch.randn(20, 64, dtype=torch.bfloat16)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad(), kernel_backend("torch"):
+        layer(x)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x)
+    assert not panels
+    with torch.no_grad():
+        layer(x)
+    assert panels
+
+
+def test_layers_with_hooks_keep_them():
+    model, seen = causal_lm(7), []
+    model.model.layers[0].att.key.register_forward_hook(lambda *_: seen.append(1))
+    native_layers.accelerate_on_cpu(model)
+    with torch.no_grad():
+        model(torch.ones(1, 3, dtype=torch.long))
+    assert seen
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+MEMORY = """
+import sys, torch
+from visualrwkv_hf import VisualRWKVForCausalLM, accelerate_on_cpu
+
+def resident() -> int:
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+model = VisualRWKVForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+for weight in model.parameters():
+    weight.sum()  # read it from the file
+accelerate_on_cpu(VisualRWKVForCausalLM(model.config.__class__(**{**model.config.to_dict(), "num_hidden_layers": 1})))
+before = resident()
+accelerate_on_cpu(model)
+print(sum(x.nbytes for x in model.parameters()), resident() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="weights move on Linux only")
+def test_accelerating_keeps_no_second_copy(tmp_path):
+    """What is moved to huge pages was mapped from a file, which leaves the memory."""
+    config = text_config(7, hidden_size=512, head_dim=64, num_hidden_layers=8)
+    VisualRWKVForCausalLM(config).save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    weights, more = map(int, done.stdout.split())
+    assert weights > 60e6 and more < 0.2 * weights
+
+
+def test_pages_of_a_file_are_unmapped_only_if_nobody_wrote_to_them(tmp_path):
+    (tmp_path / "weights").write_bytes(bytes(2**20))
+    storage = torch.UntypedStorage.from_file(str(tmp_path / "weights"), shared=False, nbytes=2**20)
+    weight = torch.tensor([], dtype=torch.float32).set_(storage, 0, (2**18,))
+    inside = [low <= weight.data_ptr() < high for low, high in memory.mapped_files()]
+    assert any(inside) == Path("/proc/self/smaps").exists()
+    weight[1000] = 5
+    assert not any(low <= weight.data_ptr() < high for low, high in memory.mapped_files())

@@ -19,7 +19,8 @@ from ..modeling_rwkv import RwkvBlock
 from ..time_mix import DECAY_SCALE
 from ..token_order import TokenOrder
 from .formats import FLOAT_DTYPES, FORMAT_OF, SCALED_DTYPES
-from .layers import NATIVE_LINEARS, is_plain, serves
+from .layers import NATIVE_LINEARS, serves
+from .memory import is_plain
 from .ops import library
 
 
@@ -222,6 +223,7 @@ def has_native_parts(block: RwkvBlock) -> bool:
     return not _has_any_global_hook() and all(
         type(part) in _NATIVE_PARTS
         and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
+        and (type(part) not in NATIVE_LINEARS or part._parameters.get("bias") is None)
         for part in parts
     )
 

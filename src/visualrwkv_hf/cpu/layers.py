@@ -7,9 +7,7 @@ model = accelerate_on_cpu(model)             # or accelerate_on_cpu(model, int8=
 
 from __future__ import annotations
 
-import mmap
 import warnings
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,17 +18,11 @@ from transformers.modeling_utils import PreTrainedModel
 from ..dispatch import chosen_backend
 from ..modeling_rwkv import RwkvBlock
 from .formats import FLOAT_DTYPES
+from .memory import is_plain, mapped_files, move_to_huge_pages, unmap
 from .ops import MAX_ROWS, linear, unsupported, unusable
-
-CACHE_LINE = 64
-"""Bytes."""
+from .products import compute_dtype, may_use_panels, multiply_panels
 
 # --- linear layers ----------------------------------------------------------------------------------------
-
-
-def is_plain(weight: Tensor) -> bool:
-    """Return whether a weight is in this process's memory as C reads it: not quantised, on a disk or elsewhere."""
-    return type(weight) in (nn.Parameter, Tensor) and weight.is_cpu and weight.is_contiguous()
 
 
 def serves(x: Tensor) -> bool:
@@ -43,7 +35,10 @@ def serves(x: Tensor) -> bool:
 
 
 class NativeLinear(nn.Linear):
-    """A linear layer that multiplies few rows as fast as memory gives it the weight. More rows are torch's."""
+    """A linear layer that multiplies few rows as fast as memory gives it the weight.
+
+    More rows are torch's where the CPU multiplies the weight's dtype fast, and go panel by panel in float32 elsewhere.
+    """
 
     def tensors(self) -> tuple[Tensor, None]:
         """Return the weight [out, in] and None: there is no scale."""
@@ -52,10 +47,12 @@ class NativeLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         weight = self.weight
-        is_float = weight.dtype == input.dtype and weight.dtype in FLOAT_DTYPES  # torch refuses a mixture
-        if is_float and self.bias is None and serves(input) and is_plain(weight):
-            return linear(input, weight)
-        return super().forward(input)
+        if weight.dtype == input.dtype and weight.dtype in FLOAT_DTYPES and is_plain(weight):
+            if self.bias is None and serves(input):
+                return linear(input, weight)
+            if compute_dtype(weight.dtype) != weight.dtype and may_use_panels(input):
+                return multiply_panels(input, weight, bias=self.bias)
+        return super().forward(input)  # torch refuses to multiply two dtypes
 
 
 class Int8Linear(nn.Module):
@@ -87,6 +84,8 @@ class Int8Linear(nn.Module):
         """[..., in] -> [..., out]."""
         if serves(input):
             return linear(input, self.weight, self.scale)
+        if may_use_panels(input):
+            return multiply_panels(input, self.weight, self.scale)
         # int8 is exact in bfloat16, so that only the scale is rounded.
         return F.linear(input, self.weight.to(input.dtype)) * self.scale.to(input.dtype)
 
@@ -120,15 +119,20 @@ NATIVE_LINEARS = (NativeLinear, Int8Linear)
 
 
 def accelerate_on_cpu(model: PreTrainedModel, int8: bool = False) -> PreTrainedModel:
-    """Let a model compute with native ops on a CPU: the language model's blocks and the head.
+    """Let a model compute with native ops on a CPU: the language model's blocks and all linear layers.
+
+    The linear layers of vision towers and projectors are among them: where the CPU has no unit for the weights' dtype,
+    such as bfloat16 without AVX512-BF16 and AMX, they multiply in float32, which is several times faster, and keep
+    their weights as they are stored.
 
     Only this model changes, in place. `kernel_backend("torch")` has it compute with plain torch again; the layers
     themselves are not changed back.
 
     Args:
         model: a `VisualRWKVForConditionalGeneration` or `VisualRWKVForCausalLM`.
-        int8: whether to round the weights of the linear layers to int8, which takes a quarter of float32's bytes and
-            is not for training. The embedding, the low-rank maps and the vision tower keep their weights.
+        int8: whether to round the weights of the blocks' linear layers and of the head to int8, which takes a quarter
+            of float32's bytes and is not for training. The embedding, the low-rank maps, the vision tower and the
+            projector keep their weights.
 
     Returns:
         The model. Where native ops cannot be built, such as without a C compiler, a `RuntimeWarning` says why and the
@@ -144,46 +148,36 @@ def accelerate_on_cpu(model: PreTrainedModel, int8: bool = False) -> PreTrainedM
         warnings.warn(f"The model computes with plain torch. {reason}", RuntimeWarning, stacklevel=2)
     for block in blocks:
         block.accelerated = not reason
-        for part in (block.att, block.ffn):
-            for name, module in part.named_children():
-                if type(module) is nn.Linear:
-                    setattr(part, name, accelerated_linear(module, int8))
+        _accelerate_linears(block, int8)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         head = accelerated_linear(head, int8)
         model.set_output_embeddings(head)
+    _accelerate_linears(model, int8=False)  # of the towers and the projector
     move_to_huge_pages(nn.ModuleList([*blocks, *([] if head is None else [head])]))
     return model
 
 
+def _accelerate_linears(module: nn.Module, int8: bool) -> None:
+    """Replace all layers in a module that are nn.Linear, and no class derived from it."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, accelerated_linear(child, int8))
+
+
 def accelerated_linear(linear: nn.Linear, int8: bool) -> nn.Module:
-    """Return the layer with native ops, or the same layer where they cannot read its weight."""
-    if linear.bias is not None or not is_plain(linear.weight):
+    """Return the layer with native ops, or the same layer where it has hooks or they cannot read its weight."""
+    is_watched = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
+    if not is_plain(linear.weight) or is_watched:
         return linear
-    if int8:
-        return Int8Linear(linear)
+    if int8 and linear.bias is None:
+        rounded = Int8Linear(linear)
+        unmap(linear.weight, mapped_files())
+        return rounded
     native = NativeLinear(linear.in_features, linear.out_features, bias=False, device="meta")
-    native.weight = linear.weight
+    native.weight, native.bias = linear.weight, linear.bias
     return native.train(linear.training)
-
-
-def move_to_huge_pages(module: nn.Module) -> None:
-    """Move the weights of a module on the CPU to pages of 2 MB, which are read faster, if the system has them.
-
-    The parameters and buffers stay the same objects.
-    """
-    weights = [x for x in (*module.parameters(), *module.buffers()) if is_plain(x) and x.numel()]
-    room = [-(-x.nbytes // CACHE_LINE) * CACHE_LINE for x in weights]
-    if not weights or not hasattr(mmap, "MADV_HUGEPAGE"):  # only Linux has it
-        return
-    pages = mmap.mmap(-1, sum(room), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them
-        return
-    for weight, offset in zip(weights, accumulate(room, initial=0)):
-        moved = torch.frombuffer(pages, dtype=weight.dtype, count=weight.numel(), offset=offset)
-        weight.data = moved.view(weight.shape).copy_(weight.data)
 
 
 __all__ = ["Int8Linear", "NativeLinear", "accelerate_on_cpu"]

@@ -200,9 +200,9 @@ static int check_recurrence(int64_t N, int64_t tokens, int64_t H, int64_t K, int
 int visualrwkv_wkv(int threads, int64_t N, int64_t tokens, int64_t H, int64_t K, int64_t V, const int64_t *begin,
                    const int64_t *order, const float *r, const float *decay, const float *k, const float *v,
                    const float *a, const float *b, const float *u, float *state, float *out) {
-    int64_t blocks = (V + COLUMNS - 1) / COLUMNS;
     int error = check_recurrence(N, tokens, H, K, V, begin, order);
     if (error) return error;
+    int64_t blocks = (V + COLUMNS - 1) / COLUMNS;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t task = 0; task < N * H * blocks; task++) {
         int64_t n = task / blocks / H, h = task / blocks % H, column = task % blocks * COLUMNS;
