@@ -15,7 +15,7 @@ CACHE_LINE = 64
 """Bytes."""
 
 MADV_DONTNEED = 4
-"""Linux's advice to unmap pages now. Pages of a file stay in the system's cache and are mapped again when they are read.
+"""Linux's advice to unmap pages now. Pages of a file stay in the system's cache, and reading maps them again.
 What was written to a private mapping would be lost, so this is only for mappings that nobody has written to."""
 
 
