@@ -38,7 +38,9 @@ SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, tuple[int, ...], str], None]] =
 
 def load(source: str, dtype: torch.dtype = torch.float32, config: Any = None) -> torch.nn.Module:
     quantised = {} if config is None else {"quantization_config": config}
-    return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **quantised).eval()
+    return AutoModelForImageTextToText.from_pretrained(
+        source, dtype=dtype, trust_remote_code=False, **quantised
+    ).eval()
 
 
 def torchao_int8(source: str) -> torch.nn.Module:
@@ -139,7 +141,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     source = model or str(bundled_model())
-    inputs = prompts(AutoProcessor.from_pretrained(source), pictures)
+    inputs = prompts(AutoProcessor.from_pretrained(source, trust_remote_code=False), pictures)
     missing = [
         name for name, (module, _) in ENGINES.items() if module and not importlib.util.find_spec(module)
     ]

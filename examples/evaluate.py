@@ -28,9 +28,9 @@ from accelerate.utils import tqdm
 from benchmarks_vqa import BENCHMARKS, Answer, Benchmark, Question
 from jinja2 import TemplateError
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from visualrwkv_hf.training import exit_together  # the import also makes transformers know VisualRWKV
+from visualrwkv_hf.inference import load_config, load_model, load_processor
+from visualrwkv_hf.training import exit_together
 
 WAIT = timedelta(weeks=1)
 """For the slowest process: the default would end a run whose last pictures take half an hour longer."""
@@ -198,9 +198,8 @@ def answer_rows(rows: list[int], questions: list[Question], parts: Parts, how: H
         ValueError: one of them cannot be asked, unless such rows are to be skipped.
     """
     settings = parts.settings
-    processor = AutoProcessor.from_pretrained(settings.model)
-    model = AutoModelForImageTextToText.from_pretrained(settings.model, dtype=settings.dtype)
-    model = model.to(how.device).eval()
+    processor = load_processor(settings.model)
+    model = load_model(settings.model, str(how.device), settings.dtype)
     inputs_of = partial(prepare, questions=questions, processor=processor, settings=settings)
     batches = DataLoader(rows, how.batch_size, collate_fn=inputs_of, num_workers=how.workers)
     with tqdm(total=len(rows), unit="row") as bar:
@@ -251,7 +250,7 @@ def read_benchmark(name: str, questions: Path, model: str) -> tuple[Benchmark, l
     if name not in BENCHMARKS:
         raise ValueError(f"The benchmark must be one of {', '.join(BENCHMARKS)}, got {name!r}.")
     benchmark = BENCHMARKS[name]
-    version = AutoConfig.from_pretrained(model).text_config.rwkv_version
+    version = load_config(model).text_config.rwkv_version
     return benchmark, benchmark.read(questions, benchmark.rwkv7_suffix if version == 7 else "")
 
 

@@ -8,11 +8,10 @@ python examples/onnx_chat.py onnx cat.png "What is this?"
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from visualrwkv_hf import export_onnx
+from visualrwkv_hf.inference import load_model, load_processor
 
 
 def main(
@@ -20,8 +19,8 @@ def main(
     output: Annotated[Path, typer.Argument(help="The folder to make.")],
 ) -> None:
     """Writes vision.onnx, read.onnx, step.onnx and what belongs to them."""
-    vlm = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
-    folder = export_onnx(vlm, AutoProcessor.from_pretrained(model), output)
+    vlm = load_model(model, "cpu", "float32")
+    folder = export_onnx(vlm, load_processor(model), output)
     for file in sorted(folder.iterdir()):
         typer.echo(f"{file}  {file.stat().st_size:,} bytes")
 

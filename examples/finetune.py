@@ -137,7 +137,9 @@ def read_preset(name: str) -> dict:
 
 def load_model(options: FinetuneArguments) -> torch.nn.Module:
     """Load the model, freeze the parts that are not trained, and add adapters if asked to."""
-    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=options.dtype)
+    model = AutoModelForImageTextToText.from_pretrained(
+        options.model, dtype=options.dtype, trust_remote_code=False
+    )
     if options.loss_reduction:
         model.config.text_config.loss_reduction = options.loss_reduction
     train_only(model, options.train)
@@ -187,7 +189,7 @@ def last_losses(log: list[dict]) -> dict[str, float]:
 def main(command_line: list[str]) -> None:
     options, arguments = parse(command_line)
     set_seed(arguments.seed)  # adapters are random
-    processor = AutoProcessor.from_pretrained(options.model)
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=False)
     collator = VisualRWKVDataCollator(
         processor,
         prompt_format=options.prompt_format,

@@ -21,9 +21,9 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 from PIL import Image, ImageSequence, UnidentifiedImageError
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from visualrwkv_hf import VisualRWKVCache, bundled_model
+from visualrwkv_hf.inference import load_model, load_processor
 
 
 def frames_of(source: Path) -> Iterator[Image.Image]:
@@ -160,8 +160,8 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 32,
 ) -> None:
     folder = model or str(bundled_model())
-    processor = AutoProcessor.from_pretrained(folder)
-    vlm = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
+    processor = load_processor(folder)
+    vlm = load_model(folder, device)
     watcher, times = Watcher(vlm, processor), []
     try:
         for seen in watch(watcher, islice(frames_of(source), max_frames)):

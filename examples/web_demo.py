@@ -22,10 +22,9 @@ import gradio as gr
 import typer
 from jinja2 import TemplateError
 from PIL import Image, ImageDraw, ImageFont
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from visualrwkv_hf import Chat, bundled_model
-from visualrwkv_hf.inference import reading_figure
+from visualrwkv_hf.inference import load_model, load_processor, reading_figure
 
 TITLE = "VisualRWKV"
 DESCRIPTION = """
@@ -60,8 +59,8 @@ def main(
 
 def answerer(source: str, max_new_tokens: int) -> Callable:
     """The function behind the page, with the model of `source`."""
-    processor = AutoProcessor.from_pretrained(source)
-    vlm = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", device_map="auto").eval()
+    processor = load_processor(source)
+    vlm = load_model(source)
 
     def answer(
         message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]

@@ -4,6 +4,9 @@ from .chat import Chat as Chat
 from .chat import chat_inputs as chat_inputs
 from .figure import reading_figure as reading_figure
 from .figure import save_figure as save_figure
+from .loading import load_config as load_config
+from .loading import load_model as load_model
+from .loading import load_processor as load_processor
 from .onnx_export import export_onnx as export_onnx
 from .server import serve as serve
 from .streaming import stream_answer as stream_answer

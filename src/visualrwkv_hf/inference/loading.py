@@ -164,6 +164,8 @@ def model_folder(source: str) -> Path:
         model_type_of(Path(source))
         refuse_strange_files(Path(source))
         return Path(source)
+    if not may_be_on_hub(source):
+        raise FileNotFoundError(f"There is no folder {source}{suggestion(source)}.")
     from huggingface_hub import snapshot_download
 
     from visualrwkv_hf.conversion.hub_files import HubFile, download, hub_sentences
