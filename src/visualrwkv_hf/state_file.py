@@ -84,7 +84,12 @@ def write_state(path: str | os.PathLike, state: SavedState) -> None:
         "pixel_dtype": str(state.pixel_dtype).removeprefix("torch."),
         "fingerprint": json.dumps(state.fingerprint),
     }
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    # Clones, since safetensors refuses tensors that share memory, as the samples of a stacked state may.
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    data = save(tensors, metadata)
     replace_file(Path(path), data)
 
 
@@ -262,7 +267,9 @@ def _fault_of_pictures(prompt: PromptIdentity, version: str) -> str | None:
         if int(prompt.ids[end - 1]) != picture_number(picture_hash):
             return f"the picture that ends at token {end} has another hash"
         start = end
-    return None if prompt.has_hashes else "it has pictures without hashes"
+    known = {picture_number(picture_hash) for picture_hash in prompt.picture_hashes}
+    numbers = set(prompt.ids[prompt.ids < 0].unique().tolist())
+    return "it has tokens of pictures without hashes" if numbers - known else None
 
 
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:

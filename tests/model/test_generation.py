@@ -1,11 +1,19 @@
 """generate() over the recurrent state: every way of decoding, with and without pictures, cached or not."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny import pixels, prompt, tiny_vlm
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
-from visualrwkv_hf import VisualRWKVCache, VisualRWKVForConditionalGeneration, VisualRWKVStaticCache
+from visualrwkv_hf import (
+    KeptState,
+    VisualRWKVCache,
+    VisualRWKVForConditionalGeneration,
+    VisualRWKVStaticCache,
+)
+from visualrwkv_hf.prompt_identity import Pictures, identify_prompt
 
 VERSIONS = (5, 6, 7)
 GREEDY = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -23,6 +31,17 @@ def inputs(model) -> dict:
 
 def new_tokens(output: torch.Tensor, inputs: dict) -> torch.Tensor:
     return output[:, inputs["input_ids"].shape[1] :]
+
+
+@contextmanager
+def counted_calls(module):
+    """Yield a list that gets an entry at each call of `module`."""
+    calls: list = []
+    handle = module.register_forward_hook(lambda *args: calls.append(None))
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 def test_cached_equals_recomputed(model, inputs):
@@ -67,6 +86,59 @@ def test_assisted_decoding_by_a_text_model_gives_the_greedy_answer(model):
         helper.eval()
         assisted = model.generate(ids, **GREEDY, assistant_model=helper)
         assert assisted.tolist() == model.generate(ids, **GREEDY).tolist()
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("from_state", [False, True], ids=["whole prompt", "kept state"])
+def test_an_assistant_sees_the_picture(version, from_state):
+    """The assistant, which has the same weights here, encodes and reads the picture once, and guesses all right."""
+    model = tiny_vlm(version=version)
+    inputs = {"input_ids": prompt(model, after=12), "pixel_values": pixels()}
+    assistant = tiny_vlm(version=version)
+    expected = model.generate(**inputs, **GREEDY)
+    past = {}
+    if from_state:
+        with torch.no_grad():
+            cache = model(
+                inputs["input_ids"][:, :-4], pixel_values=inputs["pixel_values"], use_cache=True
+            ).past_key_values
+        pictures = Pictures.of(inputs, model.config)
+        (whole,) = identify_prompt(model.config, inputs["input_ids"], None, pictures, torch.float32)
+        past = {
+            "past_key_values": KeptState.of(
+                cache, [whole.beginning(len(inputs["input_ids"][0]) - 4)], torch.float32
+            )
+        }
+    assistant.generation_config.num_assistant_tokens = 4
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    seen = []
+    assistant.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("mm_encoder_outputs")), with_kwargs=True
+    )
+    with counted_calls(model.lm_head) as steps:
+        assisted = model.generate(**inputs, **GREEDY, **past, assistant_model=assistant)
+    assert assisted.tolist() == expected.tolist()
+    assert len(steps) == 2, "10 tokens: all guesses are right, 4 a step, and one is the model's own"
+    assert seen[0] and not any(seen[1:])
+    features = model.get_image_features(inputs["pixel_values"]).pooler_output
+    assert torch.equal(torch.cat(list(seen[0]["image"].pooler_output)), torch.cat(list(features)))
+
+
+def test_an_assistant_of_another_generation_sees_the_picture(model):
+    inputs = {"input_ids": prompt(model), "pixel_values": pixels()}
+    assistant = tiny_vlm(version=6 if model.config.text_config.rwkv_version == 7 else 7)
+    assisted = model.generate(**inputs, **GREEDY, assistant_model=assistant)
+    assert assisted.tolist() == model.generate(**inputs, **GREEDY).tolist()
+
+
+def test_a_text_model_assists_over_a_picture(model, inputs):
+    """It reads the placeholders as tokens: its guesses are poor, and the answer is the same."""
+    from visualrwkv_hf import VisualRWKVForCausalLM
+
+    assistant = VisualRWKVForCausalLM(model.config.text_config).eval()
+    assisted = model.generate(**inputs, **GREEDY, assistant_model=assistant)
+    assert assisted.tolist() == model.generate(**inputs, **GREEDY).tolist()
 
 
 def beam_search(model, inputs: dict, num_beams: int, steps: int) -> tuple[list[int], float]:
@@ -203,6 +275,21 @@ def test_a_unidirectional_picture_may_be_cut():
     for size in (1, 5):
         chunked = model.generate(**inputs, **GREEDY, prefill_chunk_size=size)
         assert chunked.tolist() == model.generate(**inputs, **GREEDY).tolist()
+
+
+def test_the_static_cache_is_one_for_transformers(model, inputs):
+    """`generate()` and exporters ask `isinstance`."""
+    output = model.generate(**inputs, **GREEDY, cache_implementation="static", return_dict_in_generate=True)
+    cache = output.past_key_values
+    assert isinstance(cache, StaticCache) and isinstance(cache, VisualRWKVCache) and cache.is_compileable
+    assert int(cache.get_seq_length()) == output.sequences.shape[1] - 1
+    longer = torch.cat([output.sequences, inputs["input_ids"][:, :1]], 1)
+    expected = model.generate(longer, pixel_values=inputs["pixel_values"], **GREEDY)
+    assert model.generate(longer, past_key_values=cache, **GREEDY).tolist() == expected.tolist()
+    copied = cache.copy()
+    assert type(copied) is VisualRWKVStaticCache and copied.get_seq_length() == cache.get_seq_length()
+    cache.reset()
+    assert int(cache.get_seq_length()) == 0 != int(copied.get_seq_length())
 
 
 def test_static_cache_compiles_without_graph_breaks_or_recompilation(model, inputs):

@@ -441,7 +441,7 @@ def test_a_file_is_plain_safetensors_and_loads_without_a_model(saved, rwkv7, rwk
 
 def test_a_batch_of_states_is_saved_and_loaded(rwkv7, rwkv7_processor, tmp_path):
     batch = KeptState.stack(
-        [rwkv7.read(rwkv7_processor, [user(text, "red")]) for text in ("a", "much longer")]
+        [rwkv7.read(rwkv7_processor, [user(text, "red")]) for text in ("a", "much longer")] * 2
     )
     batch.save(tmp_path / "batch")
     loaded = KeptState.load(tmp_path / "batch", model=rwkv7)
