@@ -9,6 +9,7 @@ from .caption import caption
 from .chat import chat
 from .convert import convert
 from .info import info
+from .models import models
 from .serve import serve
 from .show import show
 
@@ -17,6 +18,7 @@ HELP = "VisualRWKV: ask about pictures, chat, caption, serve and inspect models,
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (ask, chat, caption, serve, convert, info, show):
     app.command()(command)
+app.add_typer(models, name="models")
 
 
 def print_version(wanted: bool) -> None:

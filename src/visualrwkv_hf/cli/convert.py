@@ -1,14 +1,14 @@
 """`visualrwkv convert`: an original checkpoint to a model folder and back."""
 
-import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .bars import bytes_bar
 from .options import errors_in_a_sentence
 from .steps import say
 
@@ -148,7 +148,7 @@ def assemble(world: str, vision_tower: Sequence[str], output: str, **options: An
     from visualrwkv_hf.conversion.hub_files import local_file
     from visualrwkv_hf.conversion.start import start_vlm
 
-    with progress_bar() as progress:
+    with bytes_bar() as progress:
         return start_vlm(local_file(world), vision_tower, output, progress=progress, **options)
 
 
@@ -162,7 +162,7 @@ def convert_sources(
     files = [local_file(source) for source in sources]
     if vision_tower:
         options["vision_tower"] = vision_tower
-    with progress_bar(None if vision_tower else bytes_to_write(files, dtype)) as progress:
+    with bytes_bar(None if vision_tower else bytes_to_write(files, dtype)) as progress:
         return to_hf(files, output, dtype=dtype, progress=progress, **options)
 
 
@@ -198,24 +198,3 @@ def bytes_to_write(sources: Sequence[Path], dtype: str | None) -> int:
         info._replace(dtype=asked if asked and info.dtype.is_floating_point else info.dtype).num_bytes
         for info in read_checkpoint(*sources).infos.values()
     )
-
-
-@contextlib.contextmanager
-def progress_bar(total: int | None = None) -> Iterator[Callable[[str, int], None]]:
-    """Show the bytes written and the file's name on standard error; nothing if it is not a terminal.
-
-    Args:
-        total: how many bytes there will be, if that is known.
-
-    Yields:
-        Callable: takes a file's name and the bytes written since the last call.
-    """
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
-
-        def progress(file: str, num_bytes: int) -> None:
-            bar.set_description(file, refresh=False)
-            bar.update(num_bytes)
-
-        yield progress

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from ..inference.loading import model_source
+from ..inference.model_cache import is_original
 from ..inference.printable import one_line
 from ..inference.progress import in_bytes
-from .options import errors_in_a_sentence
+from .options import errors_in_a_sentence, fetched
 
 POSITIONS = {
     "first": "first: picture, question",
@@ -30,6 +31,7 @@ def info(
     """Describe a model without reading its weights: release, sizes, tokens per picture, size of the state."""
     with errors_in_a_sentence():
         source = model_source(folder)
+        source = fetched(source) if is_original(source) else source
 
         from ..inference.facts import facts_of
 

@@ -3,18 +3,22 @@
 import contextlib
 import sys
 import traceback
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
 
 import typer
 
-from ..inference.loading import model_source
-from ..inference.model_cache import is_first_notice
+from ..inference.loading import may_be_on_hub, model_folder, model_source
+from ..inference.model_cache import cached_model, is_first_notice, is_original
 from ..inference.printable import one_line, printable
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="Model folder or Hub id. Default: the small model inside the package."),
+    typer.Option(
+        "--model",
+        help="Model folder, Hub id, release (v6-1.6b, see `visualrwkv models`), original .pth file or hf:// address. "
+        "Default: the small model inside the package.",
+    ),
 ]
 MaxNewTokensOption = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer, in tokens.")
@@ -99,9 +103,43 @@ def show_answer(text: str, end: str = "") -> None:
     sys.stdout.flush()
 
 
+def fetched(model: str | None) -> str:
+    """Return the folder or Hub id of a model, after what has to be fetched or converted first, with bars.
+
+    Raises:
+        ValueError, OSError: as `model_source`, or it cannot be fetched or converted.
+    """
+    source = model_source(model)
+    if is_original(source):
+        from .bars import bytes_bar
+        from .steps import say
+
+        with contextlib.ExitStack() as bar:
+            return str(
+                cached_model(
+                    source, LateBar(bar, bytes_bar), say if sys.stderr.isatty() else lambda text: None
+                )
+            )
+    if may_be_on_hub(source):
+        model_folder(source)
+    return source
+
+
+class LateBar:
+    """A bar that appears with the first bytes, so that a model that is in the cache shows none."""
+
+    def __init__(self, stack: contextlib.ExitStack, make: Callable[[], Any]):
+        self.stack, self.make, self.bar = stack, make, None
+
+    def __call__(self, file: str, num_bytes: int) -> None:
+        if self.bar is None:
+            self.bar = self.stack.enter_context(self.make())
+        self.bar(file, num_bytes)
+
+
 def answering_source(model: str | None) -> str:
     """Return the model's folder or Hub id. At a terminal, say once what the model inside the package can do."""
-    source = model_source(model)
+    source = fetched(model)
     if model is None and sys.stderr.isatty() and is_first_notice():
         typer.secho(INSIDE, err=True, dim=True)
     return source

@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ..inference.loading import model_source
 from ..inference.pictures import refuse_missing_picture
-from .options import ImagePositionOption, ModelOption, errors_in_a_sentence
+from .options import ImagePositionOption, ModelOption, errors_in_a_sentence, fetched
 
 
 def show(
@@ -21,7 +20,7 @@ def show(
     """Draw the patch grid, the order in which the first four layers read it, and the prompt around it."""
     with errors_in_a_sentence():
         refuse_missing_picture(picture)
-        source = model_source(model)
+        source = fetched(model)
 
         from ..inference.figure import reading_figure, save_figure
 

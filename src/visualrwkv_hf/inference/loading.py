@@ -8,6 +8,7 @@ transformers come when they are needed.
 import difflib
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from .checks import (
     refuse_strange_template,
     refuse_unusable_template,
 )
+from .model_cache import cached_model, is_original, original_of
 from .progress import loading_reported
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -64,7 +66,7 @@ Result = TypeVar("Result")
 
 
 def model_source(model: str | None) -> str:
-    """Return the folder or Hub id that a person asked for, or the folder of the model inside the package.
+    """Return the folder, Hub id or original checkpoint that a person asked for, or the model inside the package.
 
     It touches no network, so that a mistyped name is refused at once.
 
@@ -80,10 +82,13 @@ def model_source(model: str | None) -> str:
     if path.is_dir():
         model_type_of(path)
         return str(path)
+    if is_original(model):
+        original_of(model)
+        return model
     if path.exists():
-        raise ValueError(f"{model} is a file: --model takes a folder or a Hub id.")
+        raise ValueError(f"{model} is a file, but not a .pth checkpoint: name a model folder.")
     if not may_be_on_hub(model):
-        raise FileNotFoundError(f"There is no folder {model}{suggestion(model)}.")
+        raise FileNotFoundError(f"There is no folder {model}{suggestion(model)}")
     return model
 
 
@@ -103,14 +108,14 @@ def may_be_on_hub(source: str) -> bool:
 
 
 def suggestion(model: str) -> str:
-    """Return "; did you mean NAME?" with the model folder whose name is closest to `model`, or an empty text."""
+    """Return "; did you mean NAME?" with the model folder whose name is closest to `model`, or "." without one."""
     path = Path(model).expanduser()
     try:
         beside = [entry.name for entry in path.parent.iterdir() if (entry / "config.json").is_file()]
     except OSError:
-        return ""
+        return "."
     close = difflib.get_close_matches(path.name, beside, n=1)
-    return f"; did you mean {path.with_name(close[0])}" if close else ""
+    return f"; did you mean {path.with_name(close[0])}?" if close else "."
 
 
 # What a folder holds.
@@ -155,7 +160,9 @@ def model_type_of(folder: Path) -> str:
 
 
 def model_folder(source: str) -> Path:
-    """Return the folder of a model on this machine; of a Hub id its data files are fetched first, and no code.
+    """Return the folder of a model on this machine.
+
+    Of a Hub id its data files are fetched first, and no code; an original checkpoint is converted into the cache.
 
     Raises:
         ValueError: the model is not ours, not on the Hub, or the Hub cannot be reached.
@@ -164,8 +171,14 @@ def model_folder(source: str) -> Path:
         model_type_of(Path(source))
         refuse_strange_files(Path(source))
         return Path(source)
-    if not may_be_on_hub(source):
-        raise FileNotFoundError(f"There is no folder {source}{suggestion(source)}.")
+    if not may_be_on_hub(source) and not is_original(source):
+        raise FileNotFoundError(f"There is no folder {source}{suggestion(source)}")
+    return cached_model(source) if is_original(source) else fetched_folder(source)
+
+
+@cache
+def fetched_folder(source: str) -> Path:
+    """Return the folder in the Hub's cache with the data files of a model. The Hub is asked once in a process."""
     from huggingface_hub import snapshot_download
 
     from visualrwkv_hf.conversion.hub_files import HubFile, download, hub_sentences
