@@ -15,11 +15,13 @@ from tiny import awake, pixels, prompt, text_config, tiny_vlm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from visualrwkv_hf import VisualRWKVForCausalLM
+from visualrwkv_hf import VisualRWKVForCausalLM, bundled_model
 from visualrwkv_hf.cpu import block, formats, library, memory, products
 from visualrwkv_hf.cpu import layers as native_layers
 from visualrwkv_hf.cpu import ops as native
 from visualrwkv_hf.dispatch import chosen_backend, kernel_backend, wkv_backend
+from visualrwkv_hf.inference.loading import load_model
+from visualrwkv_hf.inference.progress import backend_of
 from visualrwkv_hf.wkv import wkv6, wkv7
 
 TOLERANCE = 1e-5
@@ -822,3 +824,22 @@ def test_pages_of_a_file_are_unmapped_only_if_nobody_wrote_to_them(tmp_path):
     assert any(inside) == Path("/proc/self/smaps").exists()
     weight[1000] = 5
     assert not any(low <= weight.data_ptr() < high for low, high in memory.mapped_files())
+
+
+# --- the commands ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accelerate", [True, False])
+def test_commands_accelerate_a_model_on_a_cpu(accelerate):
+    model = load_model(str(bundled_model()), device="cpu", accelerate=accelerate)
+    assert backend_of(model).endswith("native ops" if accelerate else "plain torch")
+    assert isinstance(model.lm_head, native_layers.NativeLinear) == accelerate
+
+
+def test_commands_compute_with_torch_where_there_is_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.warns(RuntimeWarning, match="computes with plain torch. Native ops need a C compiler"):
+        model = load_model(str(bundled_model()), device="cpu")
+    assert backend_of(model).endswith("plain torch")

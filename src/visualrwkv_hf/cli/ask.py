@@ -7,6 +7,7 @@ import typer
 from ..inference.loading import load_model, load_processor, refuse_unknown_dtype
 from ..inference.pictures import open_named_picture, refuse_missing_picture
 from .options import (
+    AccelerateOption,
     DeviceOption,
     DtypeOption,
     ImagePositionOption,
@@ -17,7 +18,7 @@ from .options import (
     errors_in_a_sentence,
     show_answer,
 )
-from .steps import leave_at_once, say, speed_report, steps
+from .steps import leave_at_once, say, say_backend, speed_report, steps
 
 INTERRUPTED = 130
 """Exit code of Ctrl-C, as shells count it."""
@@ -31,6 +32,7 @@ def ask(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     image_position: ImagePositionOption = None,
+    accelerate: AccelerateOption = True,
     verbose: VerboseOption = False,
 ) -> None:
     """Ask one question about one picture and print the answer as it is generated."""
@@ -40,7 +42,7 @@ def ask(
         source = answering_source(model)
         options = dict(max_new_tokens=max_new_tokens, do_sample=False)
         try:
-            answer(picture, question, source, device, dtype, image_position, verbose, options)
+            answer(picture, question, source, device, dtype, image_position, accelerate, verbose, options)
         except KeyboardInterrupt:
             show_answer("\n")
             leave_at_once(INTERRUPTED)
@@ -53,6 +55,7 @@ def answer(
     device: str,
     dtype: str,
     image_position: str | None,
+    accelerate: bool,
     verbose: bool,
     options: dict[str, Any],
 ) -> None:
@@ -69,7 +72,9 @@ def answer(
         ]
         # The inputs come before the weights, so that what is wrong with them is said without a wait.
         inputs = chat_inputs(processor, [{"role": "user", "content": content}], image_position)
-        vlm = load_model(source, device, dtype, report=step)
+        vlm = load_model(source, device, dtype, accelerate, report=step)
+    say_backend(vlm)
+    with steps("reading the prompt") as step:
         inputs = inputs.to(vlm.device, dtype=vlm.dtype)
         generation = Generation(vlm, processor.tokenizer, inputs, report=step, **options)
         pieces = generation.pieces()

@@ -21,6 +21,7 @@ from .options import (
     answering_source,
     errors_in_a_sentence,
 )
+from .steps import say_backend
 
 BAD_FILES, INTERRUPTED = 3, 130
 """Exit codes: some files cannot be read as pictures; Ctrl-C, as shells count it."""
@@ -42,7 +43,7 @@ def caption(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     image_position: ImagePositionOption = None,
-    accelerate: AccelerateOption = False,
+    accelerate: AccelerateOption = True,
     verbose: VerboseOption = False,
 ) -> None:
     """Ask the same question about every picture in a folder. If it is stopped, the same command continues.
@@ -63,7 +64,9 @@ def caption(
         with work.locked():
             if work.todo():
                 processor = asked_processor(source, prompt, image_position)
-                caption_all(work, load_model(source, device, dtype, accelerate), processor, batch_size)
+                vlm = load_model(source, device, dtype, accelerate)
+                say_backend(vlm)
+                caption_all(work, vlm, processor, batch_size)
             report(work)
     if work.bad:
         raise typer.Exit(BAD_FILES)

@@ -17,7 +17,7 @@ from .options import (
     answering_source,
     errors_in_a_sentence,
 )
-from .steps import leave_at_once, steps
+from .steps import leave_at_once, say_backend, steps
 
 if TYPE_CHECKING:
     from ..inference.chat import Chat
@@ -46,7 +46,7 @@ def chat(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     image_position: ImagePositionOption = None,
-    accelerate: AccelerateOption = False,
+    accelerate: AccelerateOption = True,
     verbose: VerboseOption = False,
 ) -> None:
     """Talk about pictures. Type /help for the commands. Questions may also come from a pipe, one per line."""
@@ -92,6 +92,7 @@ def start_chat(
         # What the template refuses is said before the weights are read.
         chat_inputs(processor, [{"role": "user", "content": "?"}], options["image_position"])
         vlm = load_model(source, device, dtype, accelerate, report=step)
+    say_backend(vlm)
     if seed is not None:
         set_seed(seed)
     return Chat(vlm, processor, **options)

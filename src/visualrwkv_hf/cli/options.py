@@ -39,7 +39,10 @@ ImagePositionOption = Annotated[
 ]
 AccelerateOption = Annotated[
     bool,
-    typer.Option("--accelerate", help="Compute with native CPU ops, which a C compiler builds at first use."),
+    typer.Option(
+        "--accelerate/--no-accelerate",
+        help="On a CPU, compute with native ops, which a C compiler builds at first use, or with plain torch.",
+    ),
 ]
 VerboseOption = Annotated[
     bool,

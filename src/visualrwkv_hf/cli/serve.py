@@ -10,7 +10,7 @@ import typer
 
 from ..inference.loading import refuse_unknown_dtype
 from ..inference.server_limits import Access, Limits
-from .options import DeviceOption, DtypeOption, answering_source, errors_in_a_sentence
+from .options import AccelerateOption, DeviceOption, DtypeOption, answering_source, errors_in_a_sentence
 
 
 def with_limits(command: Callable[..., None]) -> Callable[..., None]:
@@ -51,6 +51,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on.")] = 8000,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    accelerate: AccelerateOption = True,
     max_states: Annotated[
         int,
         typer.Option(min=0, help="How many states of earlier prompts are kept; 0 keeps none."),
@@ -120,6 +121,7 @@ def serve(
             max_states=max_states,
             limits=limits,
             access=access,
+            accelerate=accelerate,
         )
 
 

@@ -37,7 +37,7 @@ def steps(first: str = "") -> Iterator[Step]:
 
 def speed_report(generation: Any, model: Any) -> str:
     """Return what `--verbose` says after an answer."""
-    from ..inference.progress import peak_memory
+    from ..inference.progress import backend_of, peak_memory
 
     speed = generation.speed
     return (
@@ -46,13 +46,12 @@ def speed_report(generation: Any, model: Any) -> str:
     )
 
 
-def backend_of(model: Any) -> str:
-    """Return where and with what a model computes, for example `bfloat16 on cpu, native ops`."""
-    device = model.device.type
-    kernels = "Triton kernels" if device == "cuda" else "plain torch"
-    if device == "cpu" and any(type(module).__module__.endswith("cpu.layers") for module in model.modules()):
-        kernels = "native ops"
-    return f"{str(model.dtype).removeprefix('torch.')} on {device}, {kernels}"
+def say_backend(model: Any) -> None:
+    """Say at a terminal with what a model computes."""
+    from ..inference.progress import backend_of
+
+    if sys.stderr.isatty():
+        say(f"Computing: {backend_of(model)}.")
 
 
 def leave_at_once(code: int) -> NoReturn:

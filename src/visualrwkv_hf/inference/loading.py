@@ -242,7 +242,7 @@ def load_model(
     source: str,
     device: str = "auto",
     dtype: str = "auto",
-    accelerate: bool = False,
+    accelerate: bool = True,
     report: Callable[[str], None] | None = None,
 ) -> Any:
     """Return the model of `source`, in evaluation mode on its device.
@@ -251,7 +251,8 @@ def load_model(
         source: a folder or a Hub id.
         device: as for torch, or "auto" for the accelerator if there is one.
         dtype: one of `DTYPES`; "auto" keeps the checkpoint's.
-        accelerate: whether a CPU computes with the native ops.
+        accelerate: whether a CPU computes with native ops. Without a C compiler a warning says so, and plain torch
+            computes. Other devices have kernels of their own.
         report: takes words on how much is loaded; without it nothing is shown.
 
     Raises:
@@ -259,10 +260,6 @@ def load_model(
     """
     refuse_unknown_dtype(dtype)
     device = usable_device(device)
-    if accelerate and device != "cpu":
-        raise ValueError(
-            f"--accelerate needs a CPU, but the device is {device}: use --device cpu or leave it out."
-        )
     folder = model_folder(source)
     refuse_text_model(folder)
     if (folder / "adapter_config.json").exists():
@@ -285,13 +282,10 @@ def load_model(
         )
     refuse_strange_generation(model.generation_config, folder)
     model = model.to(device).eval()
-    if accelerate:
+    if accelerate and device == "cpu":
         from ..cpu.layers import accelerate_on_cpu
 
-        try:
-            accelerate_on_cpu(model)
-        except RuntimeError as error:  # there is no compiler
-            raise ValueError(f"--accelerate: {error}") from error
+        accelerate_on_cpu(model)
     return model
 
 

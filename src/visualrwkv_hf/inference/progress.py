@@ -41,6 +41,15 @@ def per_second(count: int, seconds: float) -> str:
     return f"{count / seconds:.3g} tokens/s" if count > 0 and seconds > 0 else "no rate"
 
 
+def backend_of(model: Any) -> str:
+    """Return where and with what a model computes, for example `bfloat16 on cpu, native ops`."""
+    device = model.device.type
+    kernels = "Triton kernels" if device == "cuda" else "plain torch"
+    if device == "cpu" and any(getattr(module, "accelerated", False) for module in model.modules()):
+        kernels = "native ops"
+    return f"{str(model.dtype).removeprefix('torch.')} on {device}, {kernels}"
+
+
 class Watch:
     """Report which encoder runs and how far the prompt is read, until the first token is generated.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..state_store import StateStore
 from .loading import load_model, load_processor
+from .progress import backend_of
 from .server_connections import bound_socket, make_server
 from .server_generation import Answerer, Line
 from .server_limits import Access, Limits
@@ -28,6 +29,7 @@ def serve(
     max_states: int = 16,
     limits: Limits | None = None,
     access: Access | None = None,
+    accelerate: bool = True,
 ) -> None:
     """Answer requests of OpenAI clients until SIGINT or SIGTERM comes.
 
@@ -41,6 +43,7 @@ def serve(
         max_states: how many states are kept, so that the next turn of a chat reads its own words only; 0 keeps none.
         limits: the most that a request may take.
         access: who may ask, and from where pictures are fetched.
+        accelerate: whether a CPU computes with native ops.
 
     Raises:
         ImportError: without the packages of the extra `serve`.
@@ -49,7 +52,7 @@ def serve(
     """
     limits, access = limits or Limits(), access or Access()
     with bound_socket(host, port) as listener:
-        app = build_app(source, device, dtype, name, max_states, limits, access)
+        app = build_app(source, device, dtype, name, max_states, limits, access, accelerate)
 
         def announce() -> None:
             print(_announcement(app, host, listener.getsockname()[1], bool(access.api_keys)), flush=True)
@@ -60,11 +63,11 @@ def serve(
 def _announcement(app: Any, host: str, port: int, needs_key: bool) -> str:
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     model = app.state.model
-    kind = f"{model.num_parameters() / 1e6:,.1f} million parameters, {model.dtype}, {model.device}"
+    kind = f"{model.num_parameters() / 1e6:,.1f} million parameters, {backend_of(model)}"
     key = " -H 'Authorization: Bearer YOUR-KEY'" if needs_key else ""
     name = "".join(letter if letter.isprintable() else "?" for letter in app.state.name)
     return (
-        f"{name} ({kind.replace('torch.', '')}) answers at {url}\nTry it:\n"
+        f"{name} ({kind}) answers at {url}\nTry it:\n"
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
         """    -d '{"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 50}'"""
     )
@@ -78,6 +81,7 @@ def build_app(
     max_states: int = 16,
     limits: Limits | None = None,
     access: Access | None = None,
+    accelerate: bool = True,
 ) -> Any:
     """Return the server of [`serve`] as an ASGI application (Starlette); `app.state.model` is the model.
 
@@ -96,7 +100,7 @@ def build_app(
     from .server_routes import EXCEPTION_HANDLERS, Gate, Service
 
     limits, access = limits or Limits(), access or Access()
-    model = load_model(str(source), device, dtype)
+    model = load_model(str(source), device, dtype, accelerate)
     processor = load_processor(str(source))
     # An answer becomes part of the next prompt, in which a placeholder would have no picture.
     config = model.generation_config
