@@ -23,6 +23,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FOLDER",
         help="judge by the golden data of another folder",
     )
+    parser.addoption(
+        "--soak-requests",
+        type=int,
+        default=1000,
+        metavar="COUNT",
+        help="how many requests the soak of the server sends",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -6,10 +6,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
-from serving import data_url, picture_host, png, running, served_apart, user
+from serving import data_url, picture_host, running, served_apart, user
 from tiny_training import save_tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -465,54 +464,3 @@ def test_server_in_its_own_process_answers_and_ends(folder, tmp_path, expected):
         process.send_signal(signal.SIGINT)
         process.wait(120)
         assert "Traceback" not in (tmp_path / "log").read_text()
-
-
-# --- the soak -----------------------------------------------------------------------------------------
-
-
-def soak(client, number):
-    """One question of a kind that depends on its number. All answers are looked at."""
-    colour = (
-        f"#{number * 2654435761 % 0xFFFFFF:06x}"  # another picture each time: no state of an earlier one fits
-    )
-    first = user(f"Which colour is it, {number}?", data_url(colour, width=400, height=300))
-    match number % 5:
-        case 0:
-            assert ask(client, [user(f"Count to {number}.")], tokens=4)
-        case 1:
-            assert ask(client, [first], tokens=4)
-        case 2:
-            assert "".join(pieces(stream(client, [first], tokens=4)))
-        case 3:
-            answer = ask(client, [first], tokens=4)
-            assert ask(client, [first, {"role": "assistant", "content": answer}, user("Sure?")], tokens=4)
-        case 4:
-            with stream(client, [first], tokens=1000) as chunks:
-                next(chunks)
-            with pytest.raises(openai.BadRequestError):
-                ask(client, [user("?", data_url(colour)[:-80])])
-
-
-@pytest.mark.soak
-def test_a_thousand_questions_leave_the_server_as_it_was(folder, tmp_path, questions=1000):
-    with served_apart(folder, tmp_path / "log") as (process, url), client_of(url) as client:
-        memory = psutil.Process(process.pid).memory_info
-
-        def ask_all(numbers):
-            with ThreadPoolExecutor(4) as pool:
-                list(pool.map(lambda number: soak(client, number), numbers))
-            png.cache_clear()
-            return memory().rss / 2**20
-
-        # The warm-up fills the store of states, the allocator's arenas and Python's caches.
-        before = ask_all(range(questions, questions + 300))
-        started = time.monotonic()
-        after = ask_all(range(questions))
-        seconds = time.monotonic() - started
-        threads = psutil.Process(process.pid).num_threads()
-    print(
-        f"{questions} questions in {seconds:.0f} s: {before:.1f} MiB before, {after:.1f} MiB after, {threads} threads"
-    )
-    # A decoded picture takes 0.34 MiB: one kept for each question would be more than 200 MiB.
-    assert after - before < 16
-    assert threads < 40

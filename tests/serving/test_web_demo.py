@@ -117,12 +117,14 @@ def test_examples_are_pictures_with_questions(demo, tmp_path):
         assert example["text"].endswith("?")
 
 
-def test_a_message_of_the_chatbot_in_the_words_of_a_chat_template(demo):
+def test_a_message_of_the_chatbot_in_the_words_of_a_chat_template(demo, tmp_path):
+    picture = tmp_path / "a.png"
+    picture.write_bytes(png("red"))
     content = [
-        {"type": "file", "file": {"path": "a.png"}, "alt_text": None},
+        {"type": "file", "file": {"path": str(picture)}, "alt_text": None},
         {"type": "text", "text": "Hello"},
     ]
-    assert demo.message_of({"role": "user", "content": content, "metadata": None}) == {
+    assert demo.message_of({"role": "user", "content": content, "metadata": None}, [tmp_path]) == {
         "role": "user",
-        "content": [{"type": "image", "url": "a.png"}, {"type": "text", "text": "Hello"}],
+        "content": [{"type": "image", "url": str(picture)}, {"type": "text", "text": "Hello"}],
     }

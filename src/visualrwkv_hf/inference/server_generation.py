@@ -155,7 +155,9 @@ class Line:
 
 def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 500 else f"{text[:500]}..."
+    if len(text) > 500:
+        return f"{text[:500]}..."
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 class AnswerText:
@@ -384,7 +386,8 @@ class Answerer:
             try:
                 picture = open_picture(file, max_pixels=min(self.limits.picture_pixels, left))
             except ValueError as error:
-                raise Refusal(f"Picture {number}: {_sentence(error)}") from error
+                reason = _sentence(error).removeprefix("bytes ")
+                raise Refusal(f"Picture {number}: it {reason}") from error
             left -= picture.width * picture.height
             pictures.append(picture)
         messages = [
