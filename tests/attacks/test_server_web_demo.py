@@ -162,7 +162,9 @@ def test_files_of_the_machine_are_not_served(page):
 
 
 def test_large_files_are_refused(page):
-    with contextlib.suppress(httpx.TransportError):  # gradio may close the connection without reading the rest
+    with contextlib.suppress(
+        httpx.TransportError
+    ):  # gradio may close the connection without reading the rest
         assert page.upload(bytes(21 * 2**20)).status_code == 413
     assert page.ask(question(text="Are you well?"))[0]
 

@@ -8,5 +8,7 @@ from .loading import load_config as load_config
 from .loading import load_model as load_model
 from .loading import load_processor as load_processor
 from .onnx_export import export_onnx as export_onnx
+from .server import Access as Access
+from .server import Limits as Limits
 from .server import serve as serve
 from .streaming import stream_answer as stream_answer

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..state_store import StateStore
 from .loading import load_model, load_processor
+from .printable import printable
 from .progress import backend_of
 from .server_connections import bound_socket, make_server
 from .server_generation import Answerer, Line
@@ -65,7 +66,7 @@ def _announcement(app: Any, host: str, port: int, needs_key: bool) -> str:
     model = app.state.model
     kind = f"{model.num_parameters() / 1e6:,.1f} million parameters, {backend_of(model)}"
     key = " -H 'Authorization: Bearer YOUR-KEY'" if needs_key else ""
-    name = "".join(letter if letter.isprintable() else "?" for letter in app.state.name)
+    name = printable(app.state.name)
     return (
         f"{name} ({kind}) answers at {url}\nTry it:\n"
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
