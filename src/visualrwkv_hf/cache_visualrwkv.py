@@ -132,13 +132,14 @@ class VisualRWKVCache(DynamicCache):
         Raises:
             ValueError: no cache is given, or caches of models of different shapes.
         """
-        if any(not isinstance(state, VisualRWKVCache) for state in states):
+        caches = [state for state in states if isinstance(state, VisualRWKVCache)]
+        if len(caches) < len(states):
             warn_moved("VisualRWKVCache.stack(kept states)", "KeptState.stack")
             from .kept_state import KeptState
 
-            return KeptState.stack(states)
-        layers = stacked([state.layer_tensors() for state in states])
-        return cls.from_layers(layers, max(int(state._length) for state in states))
+            return KeptState.stack(states)  # type: ignore[arg-type]
+        layers = stacked([cache.layer_tensors() for cache in caches])
+        return cls.from_layers(layers, max(int(cache._length) for cache in caches))
 
     @classmethod
     def load(cls, path: str | os.PathLike, model=None, processor=None) -> "KeptState":

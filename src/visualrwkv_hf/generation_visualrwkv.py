@@ -141,7 +141,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         plan.leave(length)
         return KeptState.of(plan.cache, [prompt], self.dtype).identified(self, processor)
 
-    @wraps(GenerationMixin.generate)
+    @wraps(GenerationMixin.generate, assigned=("__module__", "__name__", "__qualname__"))
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -151,7 +151,25 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         reading_plan: ReadingPlan | None = None,
         **kwargs,
     ):
-        # `reading_plan` comes from a model that this one assists; the arguments of the two are otherwise the same.
+        """Generate as [`~transformers.GenerationMixin.generate`], with states in the place of key-value caches.
+
+        On a CPU the pictures of a prompt are encoded one by one, and the prompt of one sample is read in pieces, so
+        that a kept state changes no bit of an answer: see the class. A call of the model reads a prompt at once.
+
+        Args:
+            inputs: int64 [B, T], the prompt: always the whole chat from its start.
+            generation_config: as of the stock method.
+            *args: likewise, in its order.
+            state_store: where to look for a state and to leave states in this call, in place of `model.state_store`.
+            reading_plan: what a model that this one assists hands over; not for users.
+            **kwargs: all other arguments of the stock method, and the model's inputs. `past_key_values` may be a
+                [`KeptState`], which stays as it is, or a [`VisualRWKVCache`], which is advanced in place.
+                `cache_implementation` may be "dynamic" or "static" (for `torch.compile`).
+
+        Raises:
+            ValueError: the prompt does not begin with what the kept state has read, or the state is another model's;
+                an option cannot be combined with a kept state; another thread is advancing the same cache.
+        """
         named = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
         past = kwargs.get("past_key_values")
         plan = ReadingPlan.of(
@@ -172,7 +190,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         if plan is not None and plan.store is not None:
             sequences = result if isinstance(result, Tensor) else result.sequences
             answer = sequences[0, plan.input_ids.shape[1] :]
-            plan.leave(plan.cache.get_seq_length(), answer)
+            plan.leave(int(plan.cache.get_seq_length()), answer)
         return result
 
     def _prepare_cache_for_generation(
@@ -216,7 +234,6 @@ class VisualRWKVGenerationMixin(GenerationMixin):
     ) -> None:
         repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         mask = model_kwargs.get("attention_mask")
-        user_cache = plan.cache
         # An assistant gets a copy of model_kwargs. One that is no model of ours would refuse the plan there, so it is
         # left out if it holds no more than the prompt, which the stock method reads at once.
         is_carried = (
@@ -226,8 +243,8 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             plan.store = None
         plan.start(self, None if mask is None else mask[::repeats], repeats, _turn_ends(generation_config))
         model_kwargs["past_key_values"] = cache = plan.cache
-        if user_cache is not None:
-            cache._is_user_defined = True
+        if plan.user_cache is not None:
+            cache._is_user_defined = True  # type: ignore[attr-defined]
         if plan.for_assistant:
             cache.activate_past_recording()
         if is_carried:
@@ -256,8 +273,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             is_first_iteration = True
         elif reading_plan is not None:
             reading_plan.leave(reading_plan.prompt_length)
-        cached = past_key_values is not None
-        if cached and hasattr(past_key_values, "is_empty"):
+        if past_key_values is not None:
             is_first_iteration = is_first_iteration or past_key_values.is_empty
         inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -326,9 +342,9 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         last_picture = int(placeholders[0].nonzero()[-1]) + 1 + start if bool(placeholders.any()) else 0
         for end in [end for end in plan.ends if end > start]:
             piece, ids = ids.split([end - start, ids.shape[1] - (end - start)], dim=1)
-            count = int(self._placeholders(piece).sum())
-            pictures = {"mm_encoder_outputs": _as_encoded(features[:count])} if count else {}
-            features = features[count:] if count else features
+            pictures = {}
+            if features is not None and (count := int(self._placeholders(piece).sum())):
+                pictures, features = {"mm_encoder_outputs": _as_encoded(features[:count])}, features[count:]
             self.model(
                 input_ids=piece.to(self.device), past_key_values=plan.cache, use_cache=True, **pictures
             )

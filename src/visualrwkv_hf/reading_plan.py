@@ -28,28 +28,31 @@ class ReadingPlan:
     Attributes:
         input_ids: int64 [B, T], the whole prompt.
         pictures: all pictures of the prompt, as pixels.
-        kept: the state that the prompt continues; None if it is read from its start.
+        kept: the user's state, which the prompt continues; None if there is none.
         store: where a state may be found, and where states are left.
+        user_cache: the user's own empty cache, which is advanced; None to make one.
         for_assistant: whether a model that assists another one reads.
-        cache: what is advanced. The user's own empty one, or one that `start` makes; it holds what was read before.
-        num_read: for each row, how many of its tokens `cache` has read before, padding not counted.
-        prompts: the identity of each row; None if nobody asks for it.
-        unread: the pictures that are not read yet.
+        prompts: the identity of each row; empty if nobody asks for it.
+        pixel_dtype: the dtype in which pixels are compared.
         ends: the lengths at which the only row is cut into pieces; none if the rest is read at once.
+        cache: what is advanced; it holds what was read before.
+        num_read: for each row, how many of its tokens `cache` has read before, padding not counted.
+        unread: the pictures that are not read yet.
     """
 
     input_ids: Tensor
     pictures: Pictures
     kept: KeptState | None = None
     store: StateStore | None = None
+    user_cache: VisualRWKVCache | None = None
     for_assistant: bool = False
-    cache: VisualRWKVCache | None = None
-    num_read: Sequence[int] = ()
-    prompts: Sequence[PromptIdentity] | None = None
-    unread: Pictures | None = None
-    ends: Sequence[int] = ()
+    prompts: Sequence[PromptIdentity] = ()
     pixel_dtype: torch.dtype = torch.float32
-    _start_length: int = field(default=0, repr=False)
+    ends: Sequence[int] = ()
+    cache: VisualRWKVCache = field(init=False)
+    num_read: Sequence[int] = field(init=False)
+    unread: Pictures = field(init=False)
+    _start_length: int = field(init=False, repr=False)
 
     @classmethod
     def of(
@@ -88,8 +91,8 @@ class ReadingPlan:
             pictures=_pictures(inputs, config, carried),
             kept=kept,
             store=store if past is None and len(ids) == 1 and not for_assistant else None,
+            user_cache=past if kept is None else None,
             for_assistant=for_assistant,
-            cache=past if kept is None else None,
         )
 
     def __deepcopy__(self, memo: dict) -> "ReadingPlan":
@@ -118,17 +121,17 @@ class ReadingPlan:
             )
             if kept is not None:
                 kept.refuse_other_model(model)
-            else:
+            elif self.store is not None:
                 # The last token is read in any case, since its output is what is asked for.
                 prompt = self.prompts[0]
-                kept = self.store.find(prompt.beginning(prompt.length - 1))  # type: ignore[union-attr]
+                kept = self.store.find(prompt.beginning(prompt.length - 1))
         self.begin(model, kept)
         if repeats > 1 and not self.cache.is_empty:
             self.cache.batch_repeat_interleave(repeats)
         if rows * repeats == 1 and (self.prompts or model.device.type == "cpu") and not self.for_assistant:
             ids = without_padding(self.input_ids, attention_mask)[0]
             self.ends = piece_ends(ids.cpu(), turn_ends, getattr(model.config, "image_token_id", None))
-        self._start_length = self.cache.get_seq_length()
+        self._start_length = int(self.cache.get_seq_length())
 
     def begin(self, model, kept: KeptState | None) -> None:
         """Make the cache: a copy of `kept`, or an empty one.
@@ -138,7 +141,7 @@ class ReadingPlan:
         """
         rows = len(self.input_ids)
         if kept is None:
-            self.cache = VisualRWKVCache(model.config) if self.cache is None else self.cache
+            self.cache = VisualRWKVCache(model.config) if self.user_cache is None else self.user_cache
             self.num_read, self.unread = [0] * rows, self.pictures
             return
         if kept.batch_size not in (1, rows):
@@ -161,7 +164,7 @@ class ReadingPlan:
     @property
     def is_pending(self) -> bool:
         """Whether the cache has not read the prompt yet. Once it has, it is never cropped back to where it started."""
-        return self.cache.get_seq_length() == self._start_length
+        return int(self.cache.get_seq_length()) == self._start_length
 
     @property
     def prompt_length(self) -> int:
@@ -191,7 +194,7 @@ class ReadingPlan:
             num_tokens: tokens of the prompt, or of prompt and `answer`.
             answer: int64 [T], what was generated.
         """
-        if self.store is None or self.cache.batch_size != 1 or self.cache.get_seq_length() != num_tokens:
+        if self.store is None or self.cache.batch_size != 1 or int(self.cache.get_seq_length()) != num_tokens:
             return
         prompt = self.prompts[0] if answer is None else self.prompts[0].continued(answer.cpu())
         if num_tokens <= prompt.length:

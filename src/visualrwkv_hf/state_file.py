@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
+from .generations import GENERATIONS
 from .prompt_identity import PromptIdentity, picture_number
 
 FORMAT = "visualrwkv_hf.state"
@@ -45,12 +46,11 @@ BOOKKEEPING = ("auto_map", "image_processor_type", "processor_class")
 PROBE = "User: 0 Aé漢\n\nAssistant:"
 """A text that tokenizers with different vocabularies encode differently."""
 
-LAYER_STATES = {"token_shift0": 2, "token_shift1": 2, "wkv": 4}
-"""The states of a layer in a file, and how many dimensions each has: [B, C] and [B, H, K, V]."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Dtypes of token shifts and of pixels, by their names in safetensors."""
+"""Dtypes of tokens that a layer remembers and of pixels, by their names in safetensors. Other states are float32."""
 PIXEL_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
-NAME = re.compile(r"layers\.(0|[1-9]\d{0,4})\.(token_shift[01]|wkv)|[a-z_]+\.(0|[1-9]\d{0,5})")
+LAYER_NAME = re.compile(r"layers\.(0|[1-9]\d{0,4})\.([a-z][a-z0-9_]{0,40})")
+ROW_NAME = re.compile(r"(contents|read_ids|picture_ends|picture_hashes)\.(0|[1-9]\d{0,5})")
 
 
 class SavedState(NamedTuple):
@@ -159,19 +159,19 @@ def _checked(path: str, file) -> SavedState:
     if fingerprint is None:
         refuse("its fingerprint cannot be read")
     names = set(file.keys())
-    if unknown := [name for name in sorted(names) if not NAME.fullmatch(name)]:
+    if unknown := [n for n in sorted(names) if not LAYER_NAME.fullmatch(n) and not ROW_NAME.fullmatch(n)]:
         refuse(f"it has a tensor named {_shown(unknown[0])}")
     slices = {name: file.get_slice(name) for name in names}
     kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
-    num_layers = sum(name.endswith(".wkv") for name in names)
     num_rows = sum(name.startswith(f"{ID_NAMES[version]}.") for name in names)
-    if fault := _fault_of_layers(kinds, num_layers, num_rows) or _fault_of_prompts(kinds, num_rows, version):
+    of_layers = _by_layer(kinds)
+    if fault := _fault_of_layers(of_layers, num_rows) or _fault_of_prompts(kinds, num_rows, version):
         refuse(fault)
 
     # Clones: the tensors themselves are a view of the file, which may change.
     tensors = {name: file.get_tensor(name).clone() for name in sorted(names)}
-    layers = [{name: tensors[f"layers.{i}.{name}"] for name in LAYER_STATES} for i in range(num_layers)]
+    layers = [{name: tensors[f"layers.{i}.{name}"] for name in of_layers[i]} for i in range(len(of_layers))]
     for i, layer in enumerate(layers):
         for name, tensor in layer.items():
             if not bool(torch.isfinite(tensor).all()):
@@ -198,31 +198,32 @@ Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
 """Dtype, as safetensors names it, and shape of each tensor of a file."""
 
 
-def _fault_of_layers(kinds: Kinds, num_layers: int, num_rows: int) -> str | None:
+def _by_layer(kinds: Kinds) -> Mapping[int, Kinds]:
+    """Return the states of each layer by their names, without the layer's number."""
+    layers: dict[int, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    for name in sorted(kinds):
+        if match := LAYER_NAME.fullmatch(name):
+            layers.setdefault(int(match[1]), {})[match[2]] = kinds[name]
+    return layers
+
+
+def _fault_of_layers(layers: Mapping[int, Kinds], num_rows: int) -> str | None:
     """Return what is wrong with names, dtypes or shapes of the layers' states; None if nothing is."""
-    if not num_layers or not num_rows:
-        return "it has no layers" if not num_layers else "it does not say what it has read"
-    wanted = {f"layers.{i}.{name}" for i in range(num_layers) for name in LAYER_STATES}
-    found = {name for name in kinds if name.startswith("layers.")}
-    if differing := sorted(wanted ^ found):
-        return f"{differing[0]} is {'missing' if differing[0] in wanted else 'one too many'}"
-    shapes = {name: kinds[f"layers.0.{name}"][1] for name in LAYER_STATES}
-    for name in sorted(found):
-        state = name.split(".")[2]
-        dtype, shape = kinds[name]
-        if dtype not in (("F32",) if state == "wkv" else DTYPES):
-            return f"{name} has dtype {dtype}"
-        if len(shape) != LAYER_STATES[state] or shape != shapes[state] or 0 in shape:
-            return f"{name} has shape {list(shape)}"
-        if shape[0] != num_rows:
-            return f"{name} is of {shape[0]} samples, the file says what {num_rows} have read"
-    _, heads, keys, values = shapes["wkv"]
-    if keys != values:
-        return f"its {heads} heads have states of {keys} x {values}, which is not square"
-    if shapes["token_shift0"] != shapes["token_shift1"]:
-        return (
-            f"its token shifts have shapes {list(shapes['token_shift0'])} and {list(shapes['token_shift1'])}"
-        )
+    if not layers or not num_rows:
+        return "it has no layers" if not layers else "it does not say what it has read"
+    if missing := set(range(len(layers))) - set(layers):
+        return f"layer {min(missing)} is missing"
+    for i in range(len(layers)):
+        if differing := sorted(layers[0].keys() ^ layers[i].keys()):
+            return f"layers 0 and {i} do not have the same states: {differing[0]}"
+        for state, (dtype, shape) in layers[i].items():
+            name = f"layers.{i}.{state}"
+            if len(shape) < 2 or shape != layers[0][state][1] or 0 in shape:
+                return f"{name} has shape {list(shape)}"
+            if dtype not in (DTYPES if len(shape) == 2 else ("F32",)):
+                return f"{name} has dtype {dtype}"
+            if shape[0] != num_rows:
+                return f"{name} is of {shape[0]} samples, the file says what {num_rows} have read"
     return None
 
 
@@ -328,14 +329,14 @@ def refuse_other(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], 
 def refuse_other_shapes(name: str, layers: Sequence[Mapping[str, Tensor]], config: PreTrainedConfig) -> None:
     """Raise `ValueError` if states do not have the shapes of a model's, whatever their fingerprint says."""
     text = config.get_text_config(decoder=True)
-    wanted = {
-        "token_shift0": (text.hidden_size,),
-        "token_shift1": (text.hidden_size,),
-        "wkv": (text.num_attention_heads, text.head_dim, text.head_dim),
-    }
+    wanted = {state.name: state.shape(text) for state in GENERATIONS[text.rwkv_version].states}
     if len(layers) != text.num_hidden_layers:
         raise ValueError(f"{name} has {len(layers)} layers, the model has {text.num_hidden_layers}.")
     for i, layer in enumerate(layers):
+        if layer.keys() != wanted.keys():
+            raise ValueError(
+                f"{name} has the states {_shown(sorted(layer))} in layer {i}, the model has {sorted(wanted)}."
+            )
         for state, tensor in layer.items():
             if tuple(tensor.shape[1:]) != wanted[state]:
                 raise ValueError(

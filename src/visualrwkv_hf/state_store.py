@@ -1,6 +1,7 @@
 """States of earlier prompts and answers, so that a prompt that begins like one of them reads only what is new."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from threading import RLock
 
 from torch import Tensor
@@ -89,7 +90,7 @@ class StateStore:
         Raises:
             ValueError: the state is of several samples, or is a cache that does not know what it has read.
         """
-        prompts = getattr(state, "prompts", ())
+        prompts: Sequence[PromptIdentity] = getattr(state, "prompts", ())
         if len(prompts) != 1:
             raise ValueError("Only a state of one sample that knows what it has read can be kept.")
         length = prompts[0].length
@@ -105,7 +106,7 @@ class StateStore:
         """
         prompt, shelf = PromptIdentity(prompt) if isinstance(prompt, Tensor) else prompt, self._shelf
         with shelf.lock:
-            lengths = {length for scope, length, _ in shelf.states if scope == self.scope}
+            lengths = {key[1] for key in shelf.states if key[0] == self.scope}
             for length, digest in sorted(prompt.digests(lengths).items(), reverse=True):
                 if (key := (self.scope, length, digest)) in shelf.states:
                     shelf.states.move_to_end(key)
