@@ -8,6 +8,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+import transformers_tests
 import triton_interpreter
 
 triton_interpreter.install()
@@ -30,11 +31,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="COUNT",
         help="how many requests the soak of the server sends",
     )
+    parser.addoption(
+        "--transformers-tests",
+        type=Path,
+        metavar="FOLDER",
+        help="also run transformers' own common tests, from the folder tests/ of its unpacked sdist",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # The tests' tensors are small: further threads wait for one another, and for those of other workers.
     torch.set_num_threads(1)
+    if folder := config.getoption("transformers_tests"):
+        transformers_tests.install(folder.resolve())
+        for marker in transformers_tests.markers(folder):
+            config.addinivalue_line("markers", f"{marker}: transformers' own")
 
 
 @pytest.fixture(scope="session")
