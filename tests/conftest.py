@@ -1,4 +1,4 @@
-"""Shared by all tests: Triton's interpreter, threads, and where the golden data stands."""
+"""Shared by all tests: Triton's interpreter, threads, signals, and options that name folders of test data."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers_tests
 import triton_interpreter
+from default_signals import restore_signals
 
 triton_interpreter.install()
 
@@ -40,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    restore_signals()
     # The tests' tensors are small: further threads wait for one another, and for those of other workers.
     torch.set_num_threads(1)
     if folder := config.getoption("transformers_tests"):

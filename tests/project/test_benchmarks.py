@@ -30,6 +30,7 @@ def example(monkeypatch):
 # --- benchmark_wkv.py ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wkv_runs_as_a_script(tmp_path):
     command = "--device cpu --threads 1 --shapes 1x20x2 --shapes 2x1x2 --seconds 0.01 --json wkv.json --markdown wkv.md"
     done = subprocess.run(

@@ -197,6 +197,7 @@ def run(tmp_path, monkeypatch, hub) -> Iterator[Run]:
         yield Run(Workplace(tmp_path, hub), cleanup)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [name for name in NAMES if blocks_of(name)])
 def test_blocks_of_a_page_run(page, run):
     text = (ROOT / page).read_text("utf-8")

@@ -48,7 +48,7 @@ def in_two_processes(config: str, *arguments: object) -> None:
     options = ["--num_processes", 2, "--mixed_precision", "no", "--main_process_port", 0]
     script = [SCRIPT] if config == "ddp.yaml" else [FSDP_ON_CPU, SCRIPT]
     command = [str(part) for part in (*launch, *options, *script, *arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -57,6 +57,7 @@ def log_of(folder: Path, name: str) -> list[float]:
     return [entry[name] for entry in log if name in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "reduction"), [("ddp.yaml", "sample"), ("fsdp2.yaml", "token")])
 def test_two_processes_give_the_losses_of_one(config, reduction, command, tmp_path):
     """Float32: sums in another order; 1e-5 of the losses and weights is allowed."""

@@ -5,7 +5,10 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -319,7 +322,7 @@ def killed(command: list, folder: Path, prepare) -> None:
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    process.join(60)
+    process.join(600)
     assert process.exitcode == 9
 
 
@@ -358,6 +361,60 @@ def test_training_goes_on_behind_a_kill_as_if_there_had_been_none(
     finetune(*command, "--output-dir", tmp_path, "--resume-from-checkpoint", "last")
     assert_equal(tmp_path, uninterrupted)
     assert not list(tmp_path.glob("_*"))
+
+
+def killed_while_running(command: list, folder: Path, chance: random.Random) -> bool:
+    """Resume the training in a process and kill it after some steps, at any moment of a step or a checkpoint.
+
+    Returns whether it was killed; a training that ends first was not.
+    """
+    told, tell = os.pipe()
+
+    def run() -> None:
+        step = VisualRWKVTrainer.training_step
+
+        def telling(self, *args, **kwargs):
+            os.write(tell, b".")
+            return step(self, *args, **kwargs)
+
+        VisualRWKVTrainer.training_step = telling
+        finetune(*command, "--output-dir", folder, "--resume-from-checkpoint", "last")
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    os.close(tell)
+    try:
+        steps = chance.randrange(1, 6)
+        if all(os.read(told, 1) for _ in range(steps)):  # nothing is read when the process has ended
+            time.sleep(chance.random() * 0.1)
+            process.kill()
+        process.join(600)
+    finally:
+        os.close(told)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_training_survives_kills_at_random_moments(kills, command, tmp_path):
+    """Every checkpoint that is found after a kill is whole, and the training ends as if there had been none."""
+    steps = 3 * kills + 3
+    command = [*command, "--max-steps", steps, "--save-steps", 1, "--save-total-limit", 2]
+    finetune(*command, "--output-dir", tmp_path / "uninterrupted")
+    files = {path.name for path in (tmp_path / "uninterrupted" / f"checkpoint-{steps}").iterdir()}
+    folder, chance = tmp_path / "killed", random.Random(0)
+    happened = 0
+    for _ in range(kills):
+        happened += killed_while_running(command, folder, chance)
+        for checkpoint in folder.glob("checkpoint-*"):
+            assert {path.name for path in checkpoint.iterdir()} == files
+            assert load_file(checkpoint / "model.safetensors")
+            assert torch.load(checkpoint / "optimizer.pt", weights_only=True)
+            assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    assert happened >= min(kills, 3)
+    finetune(*command, "--output-dir", folder, "--resume-from-checkpoint", "last")
+    assert_equal(folder, tmp_path / "uninterrupted")
+    assert not list(folder.glob("_*"))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(command, uninterrupted, tmp_path, monkeypatch):
