@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -150,6 +151,43 @@ def test_stream_answer_gives_the_text_of_generate(folder, model, processor):
     assert "".join(pieces) == by_hand(folder, processor, messages) and len(pieces) > 1
 
 
+def test_an_answer_can_be_left_while_its_prompt_is_read(chat, monkeypatch):
+    """At once, although `generate` is still busy; the next question waits until the model is free."""
+    busy, free = threading.Event(), threading.Event()
+    generate = chat.model.generate
+
+    def slow(**kwargs):
+        busy.set()
+        assert free.wait(60)
+        return generate(**kwargs)
+
+    before = list(chat.messages)
+    monkeypatch.setattr(chat.model, "generate", slow)
+    assert list(chat.ask("And now?", busy.is_set)) == []
+    assert chat.is_busy and chat.messages == before
+    monkeypatch.undo()
+    threading.Timer(0.2, free.set).start()
+    said = []
+    assert "".join(chat.ask("And now?", report=said.append))
+    assert said[0] == "finishing what was stopped" and not chat.is_busy
+    assert len(chat.messages) == len(before) + 2
+
+
+def test_what_is_done_before_the_first_word_is_reported(model, processor, picture):
+    chat, said = Chat(model, processor, **GREEDY), []
+    chat.add_picture(picture)
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    "".join(chat.ask("What is this?", report=said.append))
+    assert any("encoding the picture with clip" in words for words in said)
+    length = chat_inputs(processor, chat.messages[:1])["input_ids"].shape[1]
+    assert any(words.startswith("reading the prompt: 0 of") for words in said)
+    assert all(f"of {length} tokens" in words for words in said if words.startswith("reading"))
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks  # generating has none
+    speed = chat.last.speed
+    assert speed.prompt_tokens == length and 0 < speed.tokens <= GREEDY["max_new_tokens"]
+    assert speed.first_seconds > 0 and "tokens/s" in speed.reading
+
+
 # Branches and files.
 
 
@@ -285,6 +323,29 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(folder, tmp_path, monkeypatc
         assert wanted.replace("{text}", text) in error
 
 
+def test_of_several_pictures_all_are_put_before_the_question_or_none(folder, processor, picture, tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    for bad in (tmp_path / "none.png", tmp_path / "text.png"):
+        result = run_chat(folder, [f"/image {picture} {bad}", "What is this?"])
+        assert len(errors_of(result)) == 1
+        alone = [{"role": "user", "content": "What is this?"}]
+        assert result.stdout == f"{by_hand(folder, processor, alone)}\n"
+
+
+def test_verbose_tells_speed_memory_and_backend(folder, picture):
+    result = run_chat(folder, ["What is this?"], picture, "--verbose")
+    for words in (
+        " tokens read at ",
+        "first word after ",
+        " tokens written at ",
+        "peak memory ",
+        "float32 on cpu",
+    ):
+        assert words in result.stderr
+    quiet = run_chat(folder, ["What is this?"])
+    assert quiet.stderr == "" and quiet.stdout  # no terminal: nothing but the answer
+
+
 def test_commands_branch_keep_and_forget(folder, picture, tmp_path):
     kept = tmp_path / "a chat"
     lines = ["What is this?", "/branch other", "Is it round?", "/branch", "/branch main", f"/save '{kept}'"]
@@ -391,6 +452,29 @@ class Person:
             self.seen += os.read(self.terminal, 4096).decode(errors="replace")
         before, _, self.seen = self.seen.partition(wanted)
         return before
+
+
+def test_lines_that_are_pasted_at_once_are_one_question(folder, tmp_path):
+    person = Person("--model", folder, "--device", "cpu", "--max-new-tokens", 2)
+    try:
+        person.sees("> ")
+        person.type("\x1b[200~What is it?\rWhich colour?\rHow many?\x1b[201~")
+        person.sees("How many?")
+        person.type("\r")
+        person.sees("first word after")
+        person.sees("> ")
+        person.type("/branch\r")
+        person.sees("* main: 1 questions")
+        person.type(f"/save {tmp_path / 'kept'}\r")
+        person.sees("Saved.")
+        person.type("\x04")
+        assert person.process.wait(60) == 0
+    finally:
+        person.process.poll() is None and person.process.send_signal(signal.SIGKILL)
+        os.close(person.terminal)
+    with zipfile.ZipFile(tmp_path / "kept") as file:
+        (question, _) = json.loads(file.read("chat.json"))["branches"]["main"]
+    assert question["content"] == [{"type": "text", "text": "What is it?\nWhich colour?\nHow many?"}]
 
 
 def test_control_c_stops_an_answer_and_the_chat_goes_on(folder, picture):

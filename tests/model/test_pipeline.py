@@ -227,6 +227,17 @@ def test_the_example_prints_the_originals_text_twice():
     assert done.stdout.count(EXPECTED["final_text"]) == 2
 
 
+def test_ask_reads_a_picture_from_a_pipe(converted):
+    options = ["--model", str(converted), "--max-new-tokens", "12", "--device", "cpu"]
+    command = [sys.executable, "-m", "visualrwkv_hf.cli", "ask", *options, "/dev/stdin", QUESTION]
+    done = subprocess.run(command, input=(CASE / EXPECTED["image"]).read_bytes(), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode() == EXPECTED["final_text"] + "\n"
+    assert done.stderr == b""  # no terminal: no progress
+    done = subprocess.run(command, input=b"hello", capture_output=True)
+    assert done.returncode == 1 and done.stderr.startswith(b"Error: '/dev/stdin' cannot be read as a picture")
+
+
 # Errors of `ask`
 
 PNG = (CASE / "b.png").read_bytes()
@@ -246,6 +257,29 @@ def test_ask_names_a_file_that_is_no_picture(name, converted, tmp_path):
     (tmp_path / name).write_bytes(NO_PICTURES[name])
     result = ask("--model", converted, tmp_path / name, QUESTION)
     assert_one_sentence(result, str(tmp_path / name), "cannot be read as a picture")
+
+
+def test_what_ask_can_refuse_at_once_needs_no_torch(tmp_path):
+    (tmp_path / "README.md").write_text("# No picture")
+    refused = {
+        str(tmp_path): "is a folder: `visualrwkv caption` asks",
+        str(tmp_path / "README.md"): "cannot be read as a picture",
+        str(tmp_path / "none.png"): "There is no picture",
+    }
+    code = """
+import sys
+for name in ("torch", "transformers"):
+    sys.modules[name] = None
+from visualrwkv_hf.cli.app import app
+app()
+"""
+    for picture, sentence in refused.items():
+        done = subprocess.run(
+            [sys.executable, "-c", code, "ask", picture, "What is it?"], capture_output=True, text=True
+        )
+        assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("\n") == 1
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("visualrwkv-hf ")
 
 
 def test_ask_names_a_picture_that_is_not_there(converted):
