@@ -1,4 +1,4 @@
-"""What a conversion costs: its time beside copying the file and hashing the copy, and its memory.
+"""Measure the cost of a conversion: its time, compared with copying the file and hashing the copy, and its memory.
 
     python examples/benchmark_conversion.py                 # a file like VisualRWKV-6 7B: 15.9 GB, and as much again
     python examples/benchmark_conversion.py --gigabytes 2   # the same widths with fewer layers
@@ -41,7 +41,7 @@ SIZES = {"1B6": (2048, 24), "3B": (2560, 32), "7B": (4096, 32)}
 
 
 class Cost(NamedTuple):
-    """What a step took, in seconds and bytes."""
+    """The cost of a step, in seconds and bytes."""
 
     wall: float
     cpu: float

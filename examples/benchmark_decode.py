@@ -20,7 +20,7 @@ from engines import SHAPES, Engine, compared
 
 
 def stepping(engine: Engine, prompt: torch.Tensor) -> Callable[[], object]:
-    """Reads one token behind the prompt, and at the next call one more."""
+    """Read one token after the prompt, and one more at each further call."""
     token = prompt[:1]
     _, state = engine.read(prompt, None)
 
@@ -52,7 +52,7 @@ def main(
     except ArithmeticError as error:
         typer.secho(f"Wrong, so no times: {error}", err=True, fg="red")
         raise typer.Exit(1) from error
-    report(f"One token behind {tokens} others. {text}", numbers, markdown, json)
+    report(f"One token after {tokens} others. {text}", numbers, markdown, json)
 
 
 if __name__ == "__main__":

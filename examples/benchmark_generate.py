@@ -1,4 +1,4 @@
-"""What the recurrent state is worth: generation with it, without it, and at growing positions. One run, one table.
+"""Measure the gain from the recurrent state: generation with it, without it, and at growing positions, in one table.
 
     python examples/benchmark_generate.py            # RWKV-7 0.1B shape, random weights, a few minutes on two cores
     python examples/benchmark_generate.py --layers 4 --hidden-size 256 --new-tokens 16
@@ -66,7 +66,7 @@ def recompute(model: VisualRWKVForCausalLM, ids: torch.Tensor, new_tokens: int) 
 
 
 def time_per_token(model: VisualRWKVForCausalLM, position: int, steps: int, device: str) -> tuple[float, int]:
-    """Median seconds of one step behind `position` tokens, and the bytes that the state holds there."""
+    """Return the median seconds of one step after `position` tokens, and the bytes of the state there."""
     ids = torch.randint(1, model.config.vocab_size, (1, position), device=device)
     cache = model(ids, logits_to_keep=1).past_key_values
     token = ids[:, -1:]

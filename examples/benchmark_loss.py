@@ -1,4 +1,4 @@
-"""What the loss of a training step costs, with the logits in slices and with all of them at once. One run, one table.
+"""Measure the cost of a training step's loss, with logits in slices and with all logits at once, in one table.
 
     python examples/benchmark_loss.py                               # a GPU if there is one, else the CPU
     python examples/benchmark_loss.py --shapes 8x2048 --hidden-size 2048 --device cuda --markdown loss.md
@@ -37,7 +37,7 @@ from visualrwkv_hf.loss_visualrwkv import sliced_loss, visualrwkv_loss
 SHAPES = ["1x1088", "4x1088", "8x1088"]
 """A picture of 1,024 tokens and 64 words, alone and in batches."""
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-"""Of the relative norm error of a gradient: float32 sums in another order; bfloat16 rounds each slice's share of the
+"""Limits on the relative error of a gradient: float32 sums in another order; bfloat16 rounds each slice's share of the
 head's gradient by 2^-9."""
 SLICED, WHOLE = "in slices", "at once"
 
@@ -154,7 +154,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Also write the numbers to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
 ) -> None:
-    """What the loss of a training step costs."""
+    """Measure the cost of a training step's loss."""
     device = chosen_device(device, threads)
     if dtype not in TOLERANCE:
         raise typer.BadParameter(f"dtype must be one of {', '.join(TOLERANCE)}, got {dtype}.")

@@ -4,7 +4,7 @@
     python examples/benchmark_prefill.py                     # RWKV-7 0.1B, 600 tokens; the GPU if there is one
     python examples/benchmark_prefill.py --shape 1.5B --device cuda --markdown prefill.md
 
-Every engine's logits, of the prompt's last token and of some behind it, are compared to plain torch in float32 first.
+First, every engine's logits for the prompt's last token and some tokens after it are compared with float32 torch.
 If this package's are wrong no time is printed and the exit status is 1. "native" are the ops of `accelerate_on_cpu`;
 "graph" is the whole prompt recorded as a CUDA graph, without what Python takes to launch it.
 """

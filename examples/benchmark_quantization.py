@@ -69,7 +69,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 def plain_tensors(tensor: Any) -> Iterator[torch.Tensor]:
-    """What a quantised tensor is made of."""
+    """Return the tensors that make up a quantised tensor."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from plain_tensors(getattr(tensor, name))
@@ -115,7 +115,7 @@ def answers(model: torch.nn.Module, inputs: list[Any]) -> list[list[int]]:
 
 
 def stepping(model: torch.nn.Module, inputs: Any) -> Callable[[], object]:
-    """Reads one token behind the prompt, and at the next call one more."""
+    """Read one token after the prompt, and one more at each further call."""
     cache = VisualRWKVCache(model.config)
     model(**inputs.to(dtype=model.dtype), past_key_values=cache, use_cache=True)
     token = inputs["input_ids"][:, -1:]

@@ -1,4 +1,4 @@
-"""What a stored picture is worth: a second question about it, with and without its state, and the bytes that it takes.
+"""Measure the gain from a stored picture: a second question about it with and without its state, and the state's bytes.
 
     python examples/benchmark_state.py                    # 0.1B shapes on a CPU; random weights, nothing is downloaded
     python examples/benchmark_state.py --size tiny
@@ -40,7 +40,7 @@ SHAPES = {
     "7B": SIZES["7B"]._replace(clip=clip(1024, 24, 16, 448)),
 }
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
-"""Of the relative norm error of logits: a prompt in two pieces is added up in another order than at once."""
+"""Limit on the relative norm error of logits: a prompt in two pieces is summed in a different order than as a whole."""
 
 
 class Contender(NamedTuple):
@@ -54,7 +54,7 @@ class Contender(NamedTuple):
 
 
 def prompts(model: PreTrainedModel, size: Size, question: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Two prompts [1, T] with one picture and different questions of `question` tokens behind it, and its pixels."""
+    """Return two prompts [1, T] with one picture and different questions of `question` tokens, and its pixels."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(1, 260, (2, 4 + question), generator=generator)
     words[1, :4] = words[0, :4]

@@ -1,4 +1,4 @@
-"""What a constant state is worth in a conversation: this model beside LLaVA-1.5, a transformer of the same size.
+"""Measure the gain from a constant state in a conversation, beside LLaVA-1.5, a transformer of the same size.
 
     python examples/benchmark_vs_transformer.py                    # 7B on a GPU; random weights, nothing is downloaded
     python examples/benchmark_vs_transformer.py --size small       # what a CPU can do; also --size tiny
@@ -39,7 +39,7 @@ PREFILL_CHUNK = 1024
 """Tokens read at once."""
 STEPS = 32
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Of the relative norm error of logits. Half precision rounds after each of the layers, in another order."""
+"""Limits on the relative norm error of logits. Half precision rounds after each of the layers, in another order."""
 
 PAPER = {"context": 24576, "times_faster": 3.98, "memory_saved": 0.54}
 OURS, LLAVA = "VisualRWKV", "LLaVA-1.5"
@@ -167,7 +167,7 @@ def prompt(size: Size, config: PreTrainedConfig, length: int, device: str) -> tu
 
 
 def read(model: PreTrainedModel, ids: Tensor, picture: Tensor, cache: Cache | None) -> Tensor:
-    """The logits behind the last token, [1, vocab_size]. With a cache it reads in chunks, the picture in the first."""
+    """Return the logits after the last token, [1, vocab_size]. With a cache, read in chunks, the picture first."""
     chunks = ids.split(PREFILL_CHUNK, dim=1) if cache is not None else [ids]
     options: dict[str, Any] = dict(past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
     picture = picture.to(model.dtype)
@@ -181,7 +181,7 @@ def read(model: PreTrainedModel, ids: Tensor, picture: Tensor, cache: Cache | No
 
 
 def cache_error(contender: Contender, model: PreTrainedModel, ids: Tensor, picture: Tensor) -> float:
-    """Relative norm error of the logits behind a token that is read with the cache."""
+    """Return the relative norm error of the logits after a token that is read with the cache."""
     cache = contender.new_cache(model.config, ids.shape[1])
     read(model, ids[:, :-1], picture, cache)
     cached = model(input_ids=ids[:, -1:], past_key_values=cache, logits_to_keep=1).logits[:, -1]
@@ -190,7 +190,7 @@ def cache_error(contender: Contender, model: PreTrainedModel, ids: Tensor, pictu
 
 
 def held_bytes(cache: Cache) -> int:
-    """What the tensors of a cache occupy, whichever kind it is."""
+    """Return the bytes of a cache's tensors, for any kind of cache."""
     seen: dict[int, int] = {}
 
     def count(value: Any) -> None:
@@ -346,7 +346,7 @@ def main(
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw to this file; needs matplotlib.")] = None,
 ) -> None:
-    """What a constant state is worth: this model beside LLaVA-1.5, a transformer of the same size."""
+    """Measure the gain from a constant state, beside LLaVA-1.5, a transformer of the same size."""
     device = chosen_device(device, threads)
     chosen: torch.dtype = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
     shape = SIZES[size]

@@ -49,7 +49,7 @@ GPU_SHAPES = [(B, T, H) for H in HEADS.values() for B, T in ((1, 640), (1, 1088)
 CPU_SHAPES = [(1, 640, 12), (16, 128, 12), (64, 1, 12)]
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Of the relative norm error of a tensor. Half precision rounds results by 2^-9 or 2^-12, and intermediates too."""
+"""Limits on the relative error of a tensor. Half precision rounds results by 2^-9 or 2^-12, and intermediates too."""
 PEER_SLACK = 10
 """A peer whose error is larger than so many tolerances is no peer."""
 
@@ -82,7 +82,7 @@ class Case(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What is wanted of the cases of an op ("" is both) with such a shape, where -1 stands for any number."""
+    """The least ratio that an op ("" is both) must reach at a shape, in which -1 matches any number."""
 
     op: str
     shape: tuple[int, int, int]
@@ -220,7 +220,7 @@ def results(op: Op, inputs: Inputs, gradient: Tensor | None) -> Inputs:
 
 
 def last_heads(results: Inputs, count: int) -> Inputs:
-    """Of y and its like [B, T, H, K], of states [B, H, K, V] and of u [H, K]."""
+    """Take the last heads of y and its gradients [B, T, H, K], of states [B, H, K, V] and of u [H, K]."""
     heads = {"state": 1, "initial_state": 1, "dinitial_state": 1, "u": 0, "du": 0}
     return {
         name: x.narrow(heads.get(name, 2), x.shape[heads.get(name, 2)] - count, count)
@@ -250,7 +250,7 @@ def modes_of(case: Case, device: str) -> list[str]:
 
 
 def prepared(mode: str, op: Op, inputs: Inputs) -> Callable[[], object]:
-    """What is timed."""
+    """Return the function that is timed."""
     if mode in (FORWARD, GRAPH):
         adapted = op.adapt(inputs)
 

@@ -1,4 +1,4 @@
-"""What the benchmarks beside this file share: fair times, what the machine can do at best, tables."""
+"""Shared by the benchmarks: fair timing, the limits of the machine, and tables."""
 
 import json
 import platform
@@ -124,7 +124,7 @@ def matmul_rate(
 
 
 def machine(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """What the numbers depend on, for the head of a table."""
+    """Describe what the numbers depend on, for the head of a table."""
     is_cuda = torch.device(device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device)

@@ -54,7 +54,7 @@ Truth = Path | None
 
 
 def json_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """Where each record stands, and the record: of JSON lines, or of one JSON list."""
+    """Yield the position of each record and the record, from JSON lines or from one JSON list."""
     content = path.read_text(encoding="utf-8-sig")
     if content.lstrip().startswith("["):
         records = [(f"{path}, item {n}", record) for n, record in enumerate(_parsed(content, str(path)), 1)]
@@ -82,7 +82,7 @@ def read_questions(path: Path, suffix: str = "") -> list[Question]:
         suffix: a sentence to end every question with.
 
     Raises:
-        ValueError: a record is malformed; it says where it stands.
+        ValueError: a record is malformed; the message says where it is.
     """
     return [_question(where, record, suffix) for where, record in json_records(path)]
 
@@ -188,18 +188,18 @@ NOT_UPLOADED = {"hint", "category", "source", "image", "comment", "l2-category"}
 
 
 def write_mmbench(answers: Sequence[Answer], folder: Path, truth: Truth) -> Path:
-    """For MMBench's server: an Excel table of the questions, with a column `prediction` behind the options."""
+    """Write an Excel table for MMBench's server: the questions, with a column `prediction` after the options."""
     from openpyxl import Workbook
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
     kept = [n for n in (answers[0].question.record if answers else ()) if n not in NOT_UPLOADED]
-    behind = sum(name in ("index", "question", *OPTIONS) for name in kept)
+    after = sum(name in ("index", "question", *OPTIONS) for name in kept)
     book = Workbook()
     sheet = book.active
-    sheet.append([*kept[:behind], "prediction", *kept[behind:]])
+    sheet.append([*kept[:after], "prediction", *kept[after:]])
     for number, (question, text) in enumerate(answers, start=2):
         cells = [str(question.record[name]) for name in kept]
-        for column, value in enumerate([*cells[:behind], text, *cells[behind:]], start=1):
+        for column, value in enumerate([*cells[:after], text, *cells[after:]], start=1):
             cell = sheet.cell(number, column, ILLEGAL_CHARACTERS_RE.sub("", value) or None)
             cell.data_type = "s" if cell.value else cell.data_type  # "=1" is an answer, not a formula
         sheet.cell(number, kept.index("index") + 1, question.key)
@@ -261,7 +261,7 @@ def _without_ocr(text: str) -> str:
 
 
 def score_science(answers: Sequence[Answer], truth: Truth) -> Scores | None:
-    """By the letters in the file's own second turns; "with pictures" is the original's IMG-accuracy."""
+    """Score by the letters in the file's own second turns; "with pictures" is the original's IMG-accuracy."""
     rows = [(a, a.question.record.get("conversations", [])) for a in answers]
     if not all(len(turns) > 1 for _, turns in rows):
         return None
@@ -362,7 +362,7 @@ def _mme_task_score(rows: list[MMERow]) -> float:
 
 def _score_by(**measures: Callable[[str, Sequence[str]], float]) -> Callable:
     def score(answers: Sequence[Answer], truth: Truth) -> Scores | None:
-        """By the file's own `answers`; exact match is what the original reports."""
+        """Score by the file's own `answers`; exact match is what the original reports."""
         references = [_references(answer.question.record) for answer in answers]
         if not all(references):
             return None

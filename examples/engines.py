@@ -1,4 +1,4 @@
-"""What benchmark_prefill.py and benchmark_decode.py compare: ways to run one RWKV-7 of random weights."""
+"""The engines that benchmark_prefill.py and benchmark_decode.py compare: ways to run one RWKV-7 with random weights."""
 
 import contextlib
 import copy
@@ -27,10 +27,10 @@ SHAPES: dict[str, dict[str, int]] = {
 PEER = "PyPI rwkv"
 OURS = "visualrwkv-hf"
 STEPS = 4
-"""Tokens read one by one behind the prompt when an engine is checked."""
+"""Number of tokens read one by one after the prompt when an engine is checked."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 5e-2}
-"""Of the relative norm error of the logits. Rounding all weights costs about 1e-2 in twelve layers."""
+"""Limits on the relative norm error of the logits. Rounding all weights costs about 1e-2 in twelve layers."""
 
 
 class Engine(NamedTuple):
@@ -67,7 +67,7 @@ def ours(name: str, precision: str, model: VisualRWKVForCausalLM, backend: str =
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """What one token reads of the weights: all but the table of embeddings."""
+    """Return the bytes of weights that one token reads: all but the embedding table."""
     tensors = (*model.parameters(), *model.buffers())
     return sum(x.nbytes for x in tensors) - model.get_input_embeddings().weight.nbytes
 
@@ -160,7 +160,7 @@ def token_by_token(engine: Engine) -> Engine:
 def checked(engines: Sequence[Engine], tokens: torch.Tensor) -> tuple[list[Engine], dict[Engine, float]]:
     """The engines that compute what the first one does, and the relative error of each one's logits.
 
-    They are compared behind the prompt and behind each of the first tokens again, read one by one.
+    They are compared after the prompt, and again after each of the first tokens, which are read one by one.
 
     Raises:
         ArithmeticError: this package's are wrong. A peer that is wrong is left out.

@@ -8,7 +8,7 @@
 The benchmarks, with their files, prompts and metrics, are the table in benchmarks_vqa.py. Decoding is greedy, as the
 original's. In OUTPUT_DIR: `answers.jsonl` (LLaVA's format, in the file's order), the file for the official scorer where
 that is another, `scores.json` where the metric needs no server, and `parts/` with the answers as they came. Killed and
-started again with the same options, also with another number of processes, it goes on where it was. Processes on a CPU
+started again with the same options, on any number of processes, it continues where it stopped. Processes on a CPU
 are launched in the same way (accelerate's own --cpu would start only one), with this script's --cpu.
 """
 
@@ -38,7 +38,7 @@ WAIT = timedelta(weeks=1)
 
 @dataclass(frozen=True)
 class Settings:
-    """What the answers depend on. A run that goes on must have the same."""
+    """The options that the answers depend on. A resumed run must have the same."""
 
     benchmark: str
     model: str
@@ -50,7 +50,7 @@ class Settings:
 
 
 class How(NamedTuple):
-    """What the answers do not depend on."""
+    """The options that the answers do not depend on."""
 
     batch_size: int
     workers: int
@@ -123,7 +123,7 @@ class Parts:
 
     def _records(self, pattern: str = "*-*.jsonl") -> Iterator[dict]:
         for path in sorted(self.folder.glob(pattern)):
-            # Behind the last newline is what a kill left of a line.
+            # After the last newline there may be part of a line, if the run was killed.
             *lines, _ = path.read_bytes().split(b"\n")
             yield from map(json.loads, lines)
 
@@ -298,7 +298,10 @@ def main(
         Path, typer.Option(exists=True, dir_okay=False, help="The benchmark's question file.")
     ],
     output_dir: Annotated[
-        Path, typer.Option(help="Made if it is not there; a run that was killed goes on in it.")
+        Path,
+        typer.Option(
+            help="Output folder; created if it does not exist. A run that was killed continues in it."
+        ),
     ],
     image_folder: Annotated[
         Path | None, typer.Option(help="Where the pictures' paths start; beside the questions if not given.")

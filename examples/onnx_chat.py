@@ -3,7 +3,7 @@
     pip install onnxruntime tokenizers pillow numpy
     python examples/onnx_chat.py onnx cat.png "What is this?" "Which colour is it?"
 
-FOLDER is what `export_onnx.py` makes. Every further question goes on from the state behind the answer before it, so
+FOLDER is what `export_onnx.py` makes. Every further question continues from the state after the previous answer, so
 that only its own words are read.
 """
 
@@ -22,7 +22,7 @@ State = dict[str, np.ndarray]
 
 
 class Chat:
-    """The graphs of a folder, and the state behind what they have read: by name of `step.onnx`'s inputs."""
+    """The graphs of a folder, and the state after what they have read, by name of the inputs of `step.onnx`."""
 
     def __init__(self, folder: Path):
         self.config = json.loads((folder / "chat.json").read_text("utf-8"))
@@ -57,7 +57,7 @@ class Chat:
         self.unread = self.config["turn_end_ids"]
 
     def read_prompt(self, question: str, picture: Image.Image | None) -> np.ndarray:
-        """The logits [1, vocab_size] behind the prompt of a question."""
+        """Return the logits [1, vocab_size] after the prompt of a question."""
         prompt = self.prompt(question, picture is not None)
         features = np.zeros((1, self.feature_size), np.float32)
         if picture is not None:
@@ -75,7 +75,7 @@ class Chat:
         return next(x.shape[1] for x in self.read.get_inputs() if x.name == "image_features")
 
     def run(self, session: onnxruntime.InferenceSession, inputs: State) -> np.ndarray:
-        """The logits; the state goes on."""
+        """Return the logits after a token, and advance the state."""
         logits, *state = session.run(None, inputs | self.state)
         self.state = dict(zip(self.state, state))
         return logits
@@ -107,7 +107,7 @@ def without_blank_lines(text: str) -> str:
 
 
 def pixels_of(picture: Image.Image, config: dict) -> State:
-    """What the vision graph reads of one picture: [P, 3, S, S] of its P pieces for each encoder."""
+    """Return the vision graph's inputs for one picture: [P, 3, S, S] of its P pieces, for each encoder."""
     pieces = pieces_of(picture, **config["pieces"])
     return {
         name: np.stack([as_pixels(piece, **recipe) for piece in pieces])
@@ -180,7 +180,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Chats about a picture through onnxruntime alone.")
     parser.add_argument("folder", type=Path, help="what export_onnx.py makes")
     parser.add_argument("picture", help="a file")
-    parser.add_argument("question", nargs="+", help="one or several, each asked behind the answer before")
+    parser.add_argument(
+        "question", nargs="+", help="one or more questions, each asked after the previous answer"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     arguments = parser.parse_args()
     chat = Chat(arguments.folder)

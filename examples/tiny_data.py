@@ -26,14 +26,14 @@ SIDE = 64
 SPLIT_SEED = 0
 HELD_OUT_DIGITS, HELD_OUT_EMOJI = 0.2, 0.15
 VALIDATION = 0.1
-"""Of all pictures: what a task asks about with `validation=True`, taken from those that are trained on otherwise."""
+"""Share of the training pictures that a task uses for validation if `validation=True`."""
 
 WHAT = "what is in the picture?"
 DIGIT_QUESTIONS = ("what digit is this?", "which number is in the image?", "what number is shown?")
 KIND_QUESTIONS = ("what kind of emoji is this?", "which category is this?", "what kind of thing is this?")
 DETAIL_QUESTION = "which kind exactly?"
 YES_WEIGHT = 4
-"""How often a question whose answer is yes stands among those of a picture that differ in one word."""
+"""How often a question with the answer yes is repeated among a picture's questions that differ in one word."""
 
 EMOJI_PACKAGE, EMOJI_FILE = "emoji-datasource-google@16.0.0", "emoji-datasource-google-16.0.0.tgz"
 EMOJI_SHA256 = "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
@@ -44,14 +44,14 @@ MARKS = {"200D", "FE0F", "2640", "2642", "27A1"} | {f"1F3F{tone}" for tone in "B
 
 
 class Question(NamedTuple):
-    """What is asked and what is right."""
+    """A question and its right answer."""
 
     text: str
     answer: str
 
 
 class Subject(NamedTuple):
-    """What training asks about one thing: one of `main`, if there are any, and some of `others`.
+    """Choose the training questions about one thing: one of `main`, if there are any, and some of `others`.
 
     The answer to a main question is a name: such an answer tells most about the picture, and so teaches most.
     """
@@ -115,7 +115,7 @@ def _by_picture(columns: tuple[list[str], list[str], list[int]]) -> dict[int, li
 
 
 def _shape_questions(questions: Sequence[Question]) -> tuple[list[Question], list[Question]]:
-    """Those for the colour and the shape, and what the picture shows if both are known; those for yes or no."""
+    """Return the questions about colour and shape (and about both together, if known), and the yes-no questions."""
     main = [question for question in questions if question.answer not in ("yes", "no")]
     colors = [question.answer for question in main if "color" in question.text]
     shapes = [question.answer for question in main if "color" not in question.text]
@@ -230,7 +230,7 @@ def _is_wanted(member: tarfile.TarInfo) -> bool:
 
 
 def variant_group(unified: str) -> str:
-    """What is left of an emoji's code points when people, skin and gender are taken away."""
+    """Return an emoji's code points without those for people, skin and gender."""
     kept = [point for point in unified.split("-") if point not in PEOPLE | MARKS]
     return "-".join(sorted(kept)) or "people"
 

@@ -61,7 +61,7 @@ from visualrwkv_hf.training import PROMPT_FORMATS, TRAINABLE_PARTS, encode_turns
 CARD, ABLATION = (Path(__file__).with_name(name) for name in ("tiny_card.md", "tiny_ablation.md"))
 BATCH = 32
 EMBEDDING_STD, OUTPUT_STD, POSITION_AMPLITUDE = 0.3, 0.05, 0.5
-"""Where fresh weights are not the usual ones; see [`open_up`]."""
+"""Layers whose initial weights are not the usual ones; see [`open_up`]."""
 
 POOLED_GRID = 4
 """Side of the grid of a picture's tokens."""
@@ -94,7 +94,7 @@ of questions, several about one picture, with the vision tower frozen as in the 
 
 WARM_UP = 100
 WEIGHT_DECAY = 0.05
-"""Of the matrices. The original has none, but it trains no vision tower from scratch on a few thousand pictures."""
+"""Weight decay of the matrices. The original has none, but it does not train a vision tower on a few thousand pictures."""
 
 TOWER = dict(
     hidden_size=128,
@@ -142,7 +142,7 @@ def fresh_model(
     vocabulary: dict[bytes, int], tower: dict, language_model: dict, **fields: Any
 ) -> tuple[VisualRWKVForConditionalGeneration, VisualRWKVProcessor]:
     """An untrained model and its processor; `fields` of [`VisualRWKVConfig`]."""
-    vocab_size = len(vocabulary) + 2  # the end of the text in front, the picture behind
+    vocab_size = len(vocabulary) + 2  # the end of text comes first, the picture last
     config = VisualRWKVConfig(
         text_config={**language_model, "vocab_size": vocab_size},
         vision_config={"siglip_config": tower},
@@ -159,7 +159,7 @@ def fresh_model(
 
 @torch.no_grad()
 def open_up(model: VisualRWKVForConditionalGeneration) -> None:
-    """Lets the gradient through to the tower from the first step on, and the tower see what stands where.
+    """Let gradients reach the tower from the first step on, and let the tower see positions.
 
     RWKV's initialisation is made for long trainings. Its embeddings of 1e-4 in front of a norm have 300 times the
     gradient of all else, and clipping leaves the rest next to nothing; what its blocks add is zero, so that a picture's
@@ -311,7 +311,7 @@ def most_frequent(task: Task) -> float:
 
 
 def questions_alone(task: Task) -> tuple[float, float]:
-    """What can be had without looking: the best guess for each question, and the answer of a random other picture."""
+    """Score answers that ignore the picture: the best guess for each question, and the answer of a random other picture."""
     by_text = defaultdict(Counter)
     for exam in task.test:
         by_text[exam.question.text][exam.question.answer] += 1
@@ -389,7 +389,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "generation: RWKV-6": {"rwkv_version": 6},
     "generation: RWKV-5": {"rwkv_version": 5},
 }
-"""What is changed of the first row, one thing at a time."""
+"""The changes to the first row, one at a time."""
 
 SMALL_TOWER = dict(TOWER, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
 SMALL_TOWER |= {"patch_size": 16}

@@ -116,6 +116,6 @@ def mean(values: Iterable[float]) -> float:
 
 
 def f1(found: Sequence[bool], true: Sequence[bool]) -> float:
-    """Of the class True; 0 if nothing of it was found."""
+    """Return the F1 score of the class True; 0 if none was found."""
     hits = sum(a and b for a, b in zip(found, true))
     return 2 * hits / (sum(found) + sum(true)) if hits else 0.0

@@ -4,7 +4,7 @@
     python examples/watch_frames.py frames/ --model visualrwkv-6-1b6
     python examples/watch_frames.py film.mp4                      # needs `pip install -e ".[video]"`
 
-All frames stand in one message, as a chat with many pictures has them, and each is read into the same state once: time
+All frames belong to one message, like the pictures of a chat, and each is read once into the same state: time
 and memory per frame are what they were for the first one. A question is asked of a copy of the state, so that it does
 not disturb the stream.
 """
@@ -53,7 +53,7 @@ def video_frames(source: Path) -> Iterator[Image.Image]:
     """The frames of a film, decoded one at a time.
 
     Raises:
-        ValueError: it is none, it is damaged, or what decodes it is not installed.
+        ValueError: it is not a film, it is damaged, or its decoder is not installed.
     """
     try:
         import imageio.v3 as imageio
@@ -106,7 +106,7 @@ class Watcher:
         return self.processor.post_process_image_text_to_text(output, prompt_length=ids.shape[1])[0]
 
     def prompt_around(self, question: str) -> list[str]:
-        """What stands before the first picture of a message, and what behind its last one."""
+        """Return the text before the first picture of a message and the text after its last one."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(

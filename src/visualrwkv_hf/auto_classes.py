@@ -1,9 +1,9 @@
-"""Makes transformers' Auto classes know this package without importing either.
+"""Register our models with transformers' Auto classes without importing either.
 
-transformers holds its own models as names, `model_type -> class name`, in one table for each Auto class, and imports
-`transformers.models.<model_type>` when one is asked for. Ours are added to the same tables: to one that is not
-imported yet, as soon as it is. (The `register` of an Auto class takes the class itself; with its imports that is
-longer than the import of transformers, and would come amid that of whoever needs an Auto class first.)
+transformers keeps its own models as names, `model_type -> class name`, in one table per Auto class, and imports
+`transformers.models.<model_type>` when a model is requested. We add our names to the same tables; if a table's module is
+not imported yet, we add them as soon as it is. (The `register` method of an Auto class needs the class itself. Importing
+our classes takes longer than importing transformers, and would happen in the middle of another import.)
 """
 
 import sys
@@ -21,7 +21,7 @@ CONFIGS = {
 
 
 class Table(NamedTuple):
-    """What an Auto class shall know: `classes`, by model_type, in the dictionary `name` of transformers' `module`."""
+    """An entry for one Auto class: `classes`, by model_type, go into the dictionary `name` of transformers' `module`."""
 
     module: str
     name: str
@@ -60,7 +60,7 @@ TABLES = {
 
 
 def register() -> None:
-    """Makes transformers' Auto classes know this package. Runs at import; calling it again changes nothing."""
+    """Make the Auto classes of transformers know this package. Runs at import; a second call changes nothing."""
     if any(isinstance(finder, AfterImport) for finder in sys.meta_path):
         return
     package = sys.modules[__package__]
@@ -74,7 +74,7 @@ def register() -> None:
 
 
 class AfterImport(MetaPathFinder):
-    """Adds our names to a module of transformers' right after it was imported."""
+    """Add our names to a transformers module right after it is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -95,16 +95,16 @@ class AfterImport(MetaPathFinder):
 
 
 def add_names(module: ModuleType) -> None:
-    """Adds our names to the tables of an imported module of transformers'."""
+    """Add our names to the tables of a transformers module that is imported."""
     for table in TABLES.values():
         if table.module == module.__name__:
             getattr(module, table.name).update(table.classes)
 
 
 def register_classes(module: ModuleType) -> None:
-    """Registers our classes with the Auto classes of a module that was imported before our names were known.
+    """Register our classes with the Auto classes of a module that was imported before this package.
 
-    It has read the names of all configurations by then.
+    Such a module has already read the names of all configurations.
     """
     package = sys.modules[__package__]
     for auto_class, table in TABLES.items():
