@@ -94,7 +94,7 @@ of questions, several about one picture, with the vision tower frozen as in the 
 
 WARM_UP = 100
 WEIGHT_DECAY = 0.05
-"""Weight decay of the matrices. The original has none, but it does not train a vision tower on a few thousand pictures."""
+"""Weight decay of the matrices. The original has none, but trains no vision tower on a few thousand pictures."""
 
 TOWER = dict(
     hidden_size=128,
@@ -311,7 +311,7 @@ def most_frequent(task: Task) -> float:
 
 
 def questions_alone(task: Task) -> tuple[float, float]:
-    """Score answers that ignore the picture: the best guess for each question, and the answer of a random other picture."""
+    """Score answers that ignore the picture: the best guess for each question, and the answer of another picture."""
     by_text = defaultdict(Counter)
     for exam in task.test:
         by_text[exam.question.text][exam.question.answer] += 1

@@ -1,9 +1,9 @@
 """Register our models with transformers' Auto classes without importing either.
 
 transformers keeps its own models as names, `model_type -> class name`, in one table per Auto class, and imports
-`transformers.models.<model_type>` when a model is requested. We add our names to the same tables; if a table's module is
-not imported yet, we add them as soon as it is. (The `register` method of an Auto class needs the class itself. Importing
-our classes takes longer than importing transformers, and would happen in the middle of another import.)
+`transformers.models.<model_type>` when a model is requested. We add our names to the same tables; if the module of a
+table is not imported yet, we add them as soon as it is. (The `register` method of an Auto class needs the class itself.
+Importing our classes takes longer than importing transformers, and would happen in the middle of another import.)
 """
 
 import sys
