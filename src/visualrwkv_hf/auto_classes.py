@@ -21,7 +21,7 @@ CONFIGS = {
 
 
 class Table(NamedTuple):
-    """An entry for one Auto class: `classes`, by model_type, go into the dictionary `name` of transformers' `module`."""
+    """An entry of one Auto class: `classes`, by model_type, go into the dictionary `name` of that `module`."""
 
     module: str
     name: str
