@@ -19,6 +19,7 @@ from visualrwkv_hf.configuration_visualrwkv import (
 )
 from visualrwkv_hf.encoders import ENCODERS
 
+from .generations import ORIGINAL_GENERATIONS
 from .key_map import ConversionError, canonical_name
 
 Shapes = Mapping[str, Sequence[int]]
@@ -63,9 +64,6 @@ FAMILIES = {
     "v7.04": Family(7, ("siglip",), 1, True, {}, IN_ORDER | PER_TILE, tiling="closest"),
 }
 """Of families with the same tensors the first is taken, and the others are reached by their name."""
-
-GENERATION_MARKS = {5: "att.time_mix_g", 6: "att.time_maa_x", 7: "att.x_r"}
-"""A tensor of every block that only one generation has."""
 
 HEAD_DIMS = {1152: 72}
 """Size of a vision encoder's head by its width: 72 in the so400m shape, else 64."""
@@ -114,8 +112,12 @@ def _heads(width: int, given: Mapping[str, Any], field: str) -> int:
 
 
 def infer_rwkv_version(shapes: Shapes) -> int:
-    """5, 6 or 7. Raises `ConversionError` for none of them, or for several at once."""
-    found = [v for v, mark in GENERATION_MARKS.items() if any(name.endswith(f".{mark}") for name in shapes)]
+    """Return the generation. Raises `ConversionError` for none, or for several at once."""
+    found = [
+        version
+        for version, generation in ORIGINAL_GENERATIONS.items()
+        if any(name.endswith(f".{generation.mark}") for name in shapes)
+    ]
     if len(found) > 1:
         generations = " and ".join(f"RWKV-{version}" for version in found)
         raise ConversionError(f"The checkpoint mixes generations: it has blocks of {generations}.")
@@ -124,39 +126,24 @@ def infer_rwkv_version(shapes: Shapes) -> int:
             "There is no language model in the checkpoint: give the _rwkv file that belongs to it as well."
         )
     if not found:
-        raise ConversionError(
-            "No tensor is named like one of RWKV-5, RWKV-6 or RWKV-7: not a VisualRWKV checkpoint."
-        )
+        *others, newest = (f"RWKV-{version}" for version in ORIGINAL_GENERATIONS)
+        known = f"{', '.join(others)} or {newest}"
+        raise ConversionError(f"No tensor is named like one of {known}: not a VisualRWKV checkpoint.")
     return found[0]
-
-
-RANKS = {
-    5: {},
-    6: {"mix_low_rank_dim": ("att.time_maa_w2", 1), "decay_low_rank_dim": ("att.time_decay_w1", 1)},
-    7: {
-        "decay_low_rank_dim": ("att.w1", 1),
-        "a_low_rank_dim": ("att.a1", 1),
-        "v_low_rank_dim": ("att.v1", 1),
-        "gate_low_rank_dim": ("att.g1", 1),
-    },
-}
-"""Per generation: a rank and the dimension of the tensor in which it stands."""
-
-BONUS = {5: "att.time_faaaa", 6: "att.time_faaaa", 7: "att.r_k"}
 
 
 def text_fields(shapes: Shapes) -> dict[str, Any]:
     """Fields of `VisualRWKVTextConfig` from the tensors below `rwkv.`."""
     version = infer_rwkv_version(shapes)
+    generation = ORIGINAL_GENERATIONS[version]
     num_layers = _depth(shapes, "rwkv.blocks.")
     vocab_size, hidden_size = _shape(shapes, "rwkv.emb.weight")
-    num_heads, head_dim = _shape(shapes, f"rwkv.blocks.0.{BONUS[version]}")
-    last = f"rwkv.blocks.{num_layers - 1}."  # the first block of RWKV-7 has no value residual
-    has_value_residual = version == 7 and num_layers > 1
+    num_heads, head_dim = _shape(shapes, f"rwkv.blocks.0.{generation.heads}")
+    last = f"rwkv.blocks.{num_layers - 1}."
     ranks = {
-        field: _shape(shapes, last + name)[dim]
-        for field, (name, dim) in RANKS[version].items()
-        if field != "v_low_rank_dim" or has_value_residual
+        field: _shape(shapes, last + source.tensor)[source.dim]
+        for field, source in generation.ranks.items()
+        if num_layers > 1 or not source.after_first
     }
     return {
         "rwkv_version": version,

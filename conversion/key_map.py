@@ -19,6 +19,8 @@ from visualrwkv_hf.configuration_visualrwkv import (
     VisualRWKVVisionConfig,
 )
 
+from .generations import ORIGINAL_GENERATIONS
+
 
 class ConversionError(ValueError):
     """A checkpoint or a folder that cannot be converted; the message is a sentence for the one who asked."""
@@ -87,7 +89,7 @@ def _unused(*patterns: str) -> list[Row]:
     return [Row(name, (), SAME) for pattern in patterns for name in _alternatives(pattern)]
 
 
-# Language model. Inside a block our names are the original's.
+# Language model. Its blocks are in `generations.ORIGINAL_GENERATIONS`.
 
 RWKV_ENDS = [
     *_renamed("blocks.0.ln0.{weight,bias}", "embed_norm.{weight,bias}"),
@@ -95,36 +97,6 @@ RWKV_ENDS = [
 ]
 RWKV_EMBEDDING = _renamed("emb.weight", "embed_tokens.weight")
 RWKV_HEAD = _renamed("head.weight", "lm_head.weight")
-
-RWKV_BLOCK = {
-    5: _same(
-        "{ln1,ln2,att.ln_x}.{weight,bias}",
-        "att.time_mix_{k,v,r,g}",
-        "att.time_{decay,faaaa}",
-        "att.{receptance,key,value,gate,output}.weight",
-        "ffn.time_mix_{k,r}",
-        "ffn.{receptance,key,value}.weight",
-    ),
-    6: _same(
-        "{ln1,ln2,att.ln_x}.{weight,bias}",
-        "att.time_maa_{x,w,k,v,r,g,w1,w2}",
-        "att.time_{decay,decay_w1,decay_w2,faaaa}",
-        "att.{receptance,key,value,gate,output}.weight",
-        "ffn.time_maa_{k,r}",
-        "ffn.{receptance,key,value}.weight",
-    ),
-    7: _same(
-        "{ln1,ln2,att.ln_x}.{weight,bias}",
-        "att.x_{r,w,k,v,a,g}",
-        "att.{w0,w1,w2,a0,a1,a2,g1,g2,k_k,k_a,r_k}",
-        "att.{receptance,key,value,output}.weight",
-        "ffn.x_k",
-        "ffn.{key,value}.weight",
-    ),
-}
-# The value residual mixes a block's values with the first block's: the first block's own weights are dead.
-RWKV7_VALUE_RESIDUAL = _same("att.{v0,v1,v2}")
-RWKV7_DEAD_VALUE_RESIDUAL = _unused("att.{v0,v1,v2}")
 
 # Vision encoders of transformers (`vit.vision_model.*`): our names are the original's.
 
@@ -261,11 +233,11 @@ def _as_unused(rows: Iterable[Row]) -> list[Row]:
 
 def rwkv_rows(rwkv_version: int, num_layers: int, original: str, ours: str) -> Iterator[Row]:
     """Blocks and both norms around them: of the language model or of the compressor."""
+    generation = ORIGINAL_GENERATIONS[rwkv_version]
     yield from _written_out(RWKV_ENDS, original, ours)
     for layer in range(num_layers):
-        block = RWKV_BLOCK[rwkv_version]
-        if rwkv_version == 7:
-            block = block + (RWKV7_VALUE_RESIDUAL if layer else RWKV7_DEAD_VALUE_RESIDUAL)
+        after_first = _same(*generation.after_first) if layer else _unused(*generation.after_first)
+        block = _same(*generation.block) + after_first
         yield from _written_out(block, f"{original}blocks.{layer}.", f"{ours}layers.{layer}.")
 
 

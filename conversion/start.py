@@ -20,13 +20,12 @@ from .convert import (
     refuse_target,
     write_folder,
 )
+from .generations import ORIGINAL_GENERATIONS
 from .key_map import ConversionError, projector_rows, to_original
 from .towers import Assembled, TowerSource, assembled, read_tower, renamed
 
 PROJECTORS_OF_FAMILIES = {"v6.01": "linear_flip", "hd": "gated", "uhd": "relu"}
-"""Beside these, RWKV-5 and RWKV-6 start with a linear projector and RWKV-7 with a gated one."""
-
-PROJECTORS_OF_GENERATIONS = {5: "linear", 6: "linear", 7: "gated_norm"}
+"""Projectors of families that do not take their generation's (`ORIGINAL_GENERATIONS`)."""
 
 COMPRESSOR_LAYERS = 3
 """Blocks of a fresh Visual Token Compressor (v7.03, v7.04)."""
@@ -118,7 +117,7 @@ def shapes_of(tensors: SourceTensors) -> dict[str, tuple[int, ...]]:
 
 
 def projector_to_start(family: str) -> str:
-    by_generation = PROJECTORS_OF_GENERATIONS[inference.FAMILIES[family].rwkv_version]
+    by_generation = ORIGINAL_GENERATIONS[inference.FAMILIES[family].rwkv_version].projector
     return PROJECTORS_OF_FAMILIES.get(family, by_generation)
 
 
