@@ -32,7 +32,7 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool = False) -> str:
     Args:
         op: a name of `KERNELS`.
         tensors: r and v of a recurrence, x and carried of a token shift, x of a low-rank map, x and the
-            state of a decoding step.
+            state of a decoding step, and the indices of states that lie in a pool.
         gradient: whether one will be asked for.
     """
     if op in ("wkv6", "wkv7"):
@@ -45,6 +45,8 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool = False) -> str:
         reason = (
             f"it serves one carried token per row, not {len(carried)} for {len(x)} rows (packed sequences)"
         )
+    elif op.endswith("decode") and len(tensors) > 2:
+        reason = "states that lie in a pool are not served"
     elif op.endswith("decode") and tensors[1].shape[-1] not in HEAD_SIZES:
         reason = f"head sizes K = V in {HEAD_SIZES} are served, not {tensors[1].shape[-1]}"
     else:

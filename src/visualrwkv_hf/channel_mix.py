@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .layer_state import CHANNEL_MIX_SHIFT, LayerState
-from .time_mix import MixOutput, parameters_of, previous_token, store_last_token
+from .mixing import MixOutput, parameters_of, previous_token, store_last_token
 from .token_order import IN_ORDER, TokenOrder, token_shift
 
 if TYPE_CHECKING:

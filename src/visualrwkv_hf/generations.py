@@ -1,6 +1,6 @@
 """The generations of RWKV that a model can be made of: one row each.
 
-A new generation is a row here, with its two classes in `time_mix.py` and `channel_mix.py`; a row of
+A new generation is a row here, with a time mix and a channel mix; a row of
 `conversion.generations.ORIGINAL_GENERATIONS` reads its checkpoints.
 """
 
@@ -13,7 +13,8 @@ from torch import nn
 
 from .channel_mix import Rwkv5ChannelMix, Rwkv6ChannelMix, Rwkv7ChannelMix
 from .layer_state import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, WKV, StateSpec
-from .time_mix import Rwkv5TimeMix, Rwkv6TimeMix, Rwkv7TimeMix
+from .rwkv6_time_mix import Rwkv5TimeMix, Rwkv6TimeMix
+from .rwkv7_time_mix import Rwkv7TimeMix
 
 STATES = (
     StateSpec(TIME_MIX_SHIFT, ("hidden_size",)),

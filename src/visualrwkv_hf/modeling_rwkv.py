@@ -1,6 +1,7 @@
 """The language model of VisualRWKV: RWKV-5 (x052), RWKV-6 (x060) and RWKV-7 (x070).
 
-The equations of a generation are in `time_mix.py` and `channel_mix.py`; `generations.py` has a row for each.
+The equations of a generation are in its time mix (`rwkv6_time_mix.py`, `rwkv7_time_mix.py`) and in `channel_mix.py`;
+`generations.py` has a row for each.
 
 Letters: B batch, T time, S sequences (B, or the packed ones), D directions of a scan, C hidden size.
 """

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from visualrwkv_hf.time_mix import DECAY_SCALE
+from visualrwkv_hf.rwkv7_time_mix import DECAY_SCALE
 from visualrwkv_hf.triton_kernels import decode
 from visualrwkv_hf.triton_kernels.decode import rwkv6_decode, rwkv7_decode
 from visualrwkv_hf.wkv import wkv6, wkv7

@@ -15,7 +15,7 @@ from visualrwkv_hf.conversion.key_map import rwkv_rows
 from visualrwkv_hf.dispatch import OPS
 from visualrwkv_hf.generations import GENERATIONS, Generation
 from visualrwkv_hf.layer_state import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, StateSpec, StateUpdate
-from visualrwkv_hf.time_mix import MixOutput, previous_token, store_last_token
+from visualrwkv_hf.mixing import MixOutput, previous_token, store_last_token
 from visualrwkv_hf.token_order import IN_ORDER, token_shift
 
 VERSIONS = list(GENERATIONS)

@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..generations import GENERATIONS
 from ..layer_state import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, WKV, LayerState
 from ..modeling_rwkv import RwkvBlock
-from ..time_mix import DECAY_SCALE
+from ..rwkv7_time_mix import DECAY_SCALE
 from ..token_order import TokenOrder
 from .formats import FLOAT_DTYPES, FORMAT_OF, SCALED_DTYPES
 from .layers import NATIVE_LINEARS, serves
