@@ -2,9 +2,11 @@
 
 import asyncio
 import threading
+from dataclasses import fields
 
 import pytest
 import torch
+from paths import ROOT
 
 from visualrwkv_hf.inference.server_generation import AnswerText, Job, Line, Sampler
 from visualrwkv_hf.inference.server_limits import Access, Budget, Limits, Refusal
@@ -181,7 +183,7 @@ def test_a_job_that_fails_or_leaves_does_not_hold_the_others():
 
     bad, refused, good = asyncio.run(run())
     assert (bad.status, str(bad)) == (500, "The answer failed. The server's log says why.")
-    assert (refused.status, str(refused)) == (400, "not like this")
+    assert (refused.status, str(refused)) == (400, "not like this.")
     assert good == "good"
 
 
@@ -234,6 +236,14 @@ def test_a_budget_is_taken_and_given_back():
 def test_limits_are_positive_numbers(value):
     with pytest.raises(ValueError, match="pictures must be a number above 0"):
         Limits(pictures=value)
+
+
+def test_the_docs_list_every_limit_and_its_default():
+    page = (ROOT / "docs/serving.md").read_text("utf-8")
+    for limit in fields(Limits):
+        default = f"{limit.default:,}".removesuffix(".0")
+        row = f"| `--max-{limit.name.replace('_', '-')}` | {default} | {limit.metadata['help'].rstrip('.')} |"
+        assert row in page
 
 
 def test_api_keys_can_be_sent():
