@@ -9,7 +9,7 @@ from tiny import awake, text_config
 
 from visualrwkv_hf import VisualRWKVCache, VisualRWKVForCausalLM, VisualRWKVTextModel
 from visualrwkv_hf.generations import GENERATIONS
-from visualrwkv_hf.layer_state import TIME_MIX_SHIFT, WKV
+from visualrwkv_hf.layer_state import TIME_MIX_SHIFT, WKV, LayerState
 from visualrwkv_hf.modeling_base import refuse_non_finite
 
 VERSIONS = (5, 6, 7)
@@ -285,3 +285,48 @@ def test_trains_under_autocast(version):
         assert all(weight.grad.isfinite().all() for weight in model.parameters())
     error = (losses[1] - losses[0]).abs() / losses[0]
     assert 0 < error < 0.02, float(error)  # products rounded to 8 bits, layer after layer
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_before_each_block_and_the_last(model):
+    ids = ids_of((2, 9))
+    for owner in (model, model.model):
+        output = owner(ids, output_hidden_states=True, use_cache=False)
+        assert len(output.hidden_states) == model.config.num_hidden_layers + 1
+        torch.testing.assert_close(
+            output.hidden_states[0], model.model.embed_norm(model.model.embed_tokens(ids))
+        )
+        assert torch.equal(output.hidden_states[-1], model.model(ids, use_cache=False).last_hidden_state)
+    assert model(ids).hidden_states is None
+
+
+def test_attention_maps_are_refused(model):
+    for owner in (model, model.model):
+        with pytest.raises(ValueError, match="RWKV computes no attention maps"):
+            owner(ids_of((1, 4)), output_attentions=True)
+
+
+@pytest.mark.parametrize("option", [{"tp_plan": "auto"}, {"tp_size": 2}], ids=str)
+def test_tensor_parallelism_is_refused(tmp_path, option):
+    VisualRWKVForCausalLM(text_config(7)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="VisualRWKVForCausalLM has no tensor-parallel plan, got tp_"):
+        VisualRWKVForCausalLM.from_pretrained(tmp_path, **option)
+
+
+@torch.no_grad()
+def test_a_block_returns_the_state_that_its_next_tokens_need(model):
+    """Plain tensors in and out, without a cache: two steps equal one, and no state is made unasked."""
+    block = model.model.layers[1]
+    x = torch.randn(2, 12, model.config.hidden_size, dtype=torch.float64)
+    v_first = torch.randn_like(x)
+    whole = block(x, v_first)
+    assert whole.updates == {}
+    first = block(x[:, :7], v_first[:, :7], LayerState({}))
+    state = LayerState({}).updated(first.updates)
+    second = block(x[:, 7:], v_first[:, 7:], state)
+    both = torch.cat([first.hidden_states, second.hidden_states], 1)
+    torch.testing.assert_close(both, whole.hidden_states, atol=ATOL, rtol=0)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors.items()}
+    assert shapes == {
+        s.name: (2, *s.shape(model.config)) for s in GENERATIONS[model.config.rwkv_version].states
+    }

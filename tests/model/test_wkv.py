@@ -610,3 +610,12 @@ def test_files_run_alone_without_triton(tmp_path):
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert result.stdout.strip() == "torch.Size([1, 40, 1, 2])"
+
+
+@pytest.mark.parametrize("order", [[0, 1, 3], [0, 1, -4]], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_orders_outside_the_sequence_are_refused(op, order):
+    """Three tokens, and the same order in both rows: 3 is none of them, ~3 = -4 no padding of theirs."""
+    inputs = [x.detach() for x in make_inputs(op, 3)]
+    with pytest.raises(ValueError, match="order must hold tokens from -3 to 2, got "):
+        OPS[op][0](*inputs, order=torch.tensor([order, order]))
