@@ -87,13 +87,20 @@ class VisualRWKVGenerationMixin(GenerationMixin):
 
     Attributes:
         state_store: if set, `generate()` and `read()` look here for a state that has read the beginning of their
-            prompt, and leave their own. `generate(state_store=...)` uses another store for one call.
+            prompt, and leave their own. Both take another store for one call, as `state_store=...`.
     """
 
     state_store: StateStore | None = None
 
     @torch.no_grad()
-    def read(self, processor, messages: list[dict], **template_variables) -> KeptState:
+    def read(
+        self,
+        processor,
+        messages: list[dict],
+        *,
+        state_store: StateStore | None = None,
+        **template_variables,
+    ) -> KeptState:
         """Read a chat once, so that `generate()` can continue from there as often as wanted.
 
         ```python
@@ -107,6 +114,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         Args:
             processor: the model's processor; of a text model the tokenizer.
             messages: the chat, as for `apply_chat_template`; its last message may be anyone's.
+            state_store: where to look for a state and to leave states in this call, in place of `model.state_store`.
             template_variables: variables of the chat template, e.g. `image_position`.
 
         Raises:
@@ -131,7 +139,8 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         pictures = Pictures.of(tensors, self.config)
         (prompt,) = identify_prompt(self.config, ids, mask, pictures, self.dtype)
 
-        plan = ReadingPlan(ids, pictures, store=self.state_store, prompts=[prompt], pixel_dtype=self.dtype)
+        store = self.state_store if state_store is None else state_store
+        plan = ReadingPlan(ids, pictures, store=store, prompts=[prompt], pixel_dtype=self.dtype)
         found = None if plan.store is None else plan.store.find(prompt)
         plan.begin(self, found)
         plan.ends = [*piece_ends(prompt.ids, (), None), length]

@@ -371,6 +371,9 @@ def test_clients_of_a_server_do_not_share_what_they_sent(model, processor):
     before = store.misses
     model.generate(**inputs, **GREEDY)
     assert store.misses == before + 1, "the model's own scope is another one"
+    before = store.hits
+    model.read(processor, CHAT[:1], state_store=store.scoped("one"))
+    assert store.hits == before + 1, "`read` takes a store likewise"
 
 
 def test_a_batch_does_without(model, processor):
