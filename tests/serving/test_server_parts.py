@@ -218,7 +218,7 @@ def test_the_variables_of_our_template_are_found_with_their_types():
     ],
 )
 def test_names_of_the_server(host, allowed):
-    assert Access(allowed_hosts=("my.org",)).allows_host(host) is allowed
+    assert Access(allowed_hosts=("My.org",)).allows_host(host) is allowed
     assert Access(allowed_hosts=("*",)).allows_host(host)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import hashlib
 import logging
 import threading
 import time
@@ -375,7 +376,8 @@ class Answerer:
         store = self.model.state_store
         if store is None or self.access.share_states:
             return store
-        return store.scoped(f"{job.client} {job.asked.scope}")
+        scope = f"{job.client} {job.asked.scope}".encode("utf-8", "backslashreplace")
+        return store.scoped(hashlib.sha256(scope).hexdigest())
 
     def _inputs(self, asked: Asked, files: Sequence[bytes]) -> Any:
         if asked.messages is None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
+from typing import TypeVar
 
 
 class Refusal(ValueError):
@@ -12,7 +13,10 @@ class Refusal(ValueError):
         self.status = status
 
 
-def _limit(default: float, help: str) -> "int | float":
+Number = TypeVar("Number", int, float)
+
+
+def _limit(default: Number, help: str) -> Number:
     return field(default=default, metadata={"help": help})
 
 
@@ -100,10 +104,8 @@ class Access:
         A page of another site can make its visitor's browser ask this server under a name of that site (DNS
         rebinding), but never under an IP address.
         """
-        host = host_of(header)
-        return (
-            "*" in self.allowed_hosts or host == "localhost" or is_address(host) or host in self.allowed_hosts
-        )
+        host, allowed = host_of(header), {name.lower() for name in self.allowed_hosts}
+        return "*" in allowed or host == "localhost" or is_address(host) or host in allowed
 
 
 def host_of(header: str) -> str:

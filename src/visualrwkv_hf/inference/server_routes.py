@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .server_fetch import Fetcher
 from .server_generation import Finished, Job, Line
@@ -25,7 +26,6 @@ PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "completion", "/v1/r
 HEADERS = {401: {"www-authenticate": "Bearer"}, 408: {"connection": "close"}, 503: {"retry-after": "1"}}
 """Status -> headers of a refusal."""
 
-Scope, Receive, Send = Mapping[str, Any], Callable[[], Awaitable[Any]], Callable[[dict], Awaitable[None]]
 T = TypeVar("T")
 
 
@@ -41,13 +41,14 @@ class Gate:
         access: who may ask.
     """
 
-    def __init__(self, app: Callable, access: Access):
+    def __init__(self, app: ASGIApp, access: Access):
         self.app, self.access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         refusal = self._refusal(scope) if scope["type"] == "http" else None
-        await (self.app if refusal is None else error_response(refusal))(scope, receive, send)
+        app: ASGIApp = self.app if refusal is None else error_response(refusal)
+        await app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Refusal | None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
@@ -154,7 +155,7 @@ class Answering:
             Refusal: it cannot be answered, and no part of an answer has been sent.
         """
         with suppress(Gone), self.service.spending() as spend:
-            request = Request(scope, receive)  # type: ignore[arg-type]
+            request = Request(scope, receive)
             asked = await self._read(request, spend)
             gone = asyncio.ensure_future(_leaving(receive))
             try:
@@ -236,7 +237,8 @@ async def _unless(gone: "asyncio.Future[None]", work: Awaitable[T]) -> T:
     """
     task = asyncio.ensure_future(work)
     try:
-        await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
+        both: set[asyncio.Future] = {gone, task}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise Gone
         return task.result()
@@ -267,7 +269,8 @@ async def _stream(job: Job, first: str | Finished, reply: Reply, send: Send) -> 
     """Send an answer as it comes. What came while the client was slow to read goes out as one piece."""
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    body, event = reply.start(), first
+    body = reply.start()
+    event: str | Finished | Refusal | None = first
     while True:
         texts = []
         while isinstance(event, str):
@@ -286,7 +289,7 @@ async def _stream(job: Job, first: str | Finished, reply: Reply, send: Send) -> 
         if event is None:
             return
         await send({"type": "http.response.body", "body": body, "more_body": True})
-        body, event = b"", await job.events.get()  # type: ignore[assignment]
+        body, event = b"", await job.events.get()
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
