@@ -11,13 +11,14 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .key_map import ConversionError, canonical_name
+from .errors import ConversionError, first_line
+from .key_map import canonical_name
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -38,22 +39,25 @@ NOT_CHECKPOINTS = {
     b"version https://git-lfs": "is a Git LFS pointer: the file itself was not downloaded",
     b"{": "is a JSON file",
 }
-"""What else comes under a checkpoint's name, by its first bytes."""
+"""What is sometimes found under a checkpoint's name, by its first bytes."""
 
 NESTED_UNDER = ("state_dict", "module", "model")
 """Names under which training frameworks put the tensors into a dict with other things."""
+
+DEEPEST = 8
+"""How many such dicts may be nested."""
 
 RELEASE_EVERY = 1 << 29
 """Bytes read from a mapped file before its pages are given back."""
 
 WRITE_BYTES = 1 << 20
-"""Bytes written at once: from a mapped file, larger pieces were two to four times as slow."""
+"""Bytes written at once; from a mapped file, larger pieces took two to four times as long."""
 
 
 class TensorInfo(NamedTuple):
-    """What is known of a tensor without reading it."""
+    """What is known of a tensor without reading it; `dtype` is the format's own name where it is not one of ours."""
 
-    dtype: torch.dtype
+    dtype: Any
     shape: tuple[int, ...]
 
     @property
@@ -64,8 +68,8 @@ class TensorInfo(NamedTuple):
 class Checkpoint(Mapping[str, Tensor]):
     """Tensors of one or several files, mapped into memory and read when asked for.
 
-    Reading returns a view of the mapped file. Pages that were read count as resident memory, so the mapping
-    is renewed again and again; a tensor in use keeps its own.
+    Reading returns a view of the mapped file. Pages that were read count as resident memory, so the file is mapped
+    anew every `RELEASE_EVERY` bytes; a tensor in use keeps its own mapping.
 
     Args:
         paths: of the files; no tensor may be in two of them.
@@ -83,7 +87,16 @@ class Checkpoint(Mapping[str, Tensor]):
                 if ours in self._where:
                     raise ConversionError(self._twice(ours, index))
                 self._where[ours] = index, name
-        self.infos = {ours: self._files[index].info(name) for ours, (index, name) in self._where.items()}
+        self.infos = {ours: self._info(index, name) for ours, (index, name) in self._where.items()}
+
+    def _info(self, index: int, name: str) -> "TensorInfo":
+        info = self._files[index].info(name)
+        if info.dtype not in DTYPE_NAMES:
+            raise ConversionError(
+                f"{self.paths[index].name}: tensor {name} is stored as {info.dtype}. Tensors can be stored as "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPE_NAMES)}."
+            )
+        return info
 
     def _twice(self, name: str, index: int) -> str:
         first = self.paths[self._where[name][0]].name
@@ -122,7 +135,8 @@ class SafetensorsFile:
 
     def info(self, name: str) -> TensorInfo:
         entry = self._file.get_slice(name)
-        return TensorInfo(SAFETENSORS_DTYPES[entry.get_dtype()], tuple(entry.get_shape()))
+        dtype = entry.get_dtype()
+        return TensorInfo(SAFETENSORS_DTYPES.get(dtype, dtype), tuple(entry.get_shape()))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -142,7 +156,9 @@ class TorchFile:
         return TorchFile(self.path, self.is_zip) if self.is_zip else self
 
     def info(self, name: str) -> TensorInfo:
-        return TensorInfo(self._tensors[name].dtype, tuple(self._tensors[name].shape))
+        tensor = self._tensors[name]
+        is_plain = tensor.layout == torch.strided and not tensor.is_quantized
+        return TensorInfo(tensor.dtype if is_plain else _kind_of(tensor), tuple(tensor.shape))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -151,10 +167,21 @@ class TorchFile:
         return self._tensors[name].detach()
 
 
+def _kind_of(tensor: Tensor) -> str:
+    return "a quantized tensor" if tensor.is_quantized else f"a tensor of layout {tensor.layout}"
+
+
 def tensors_in(loaded: object, path: Path) -> dict[str, Tensor]:
-    """The dict of tensors in what `torch.load` gave, also from under a training framework's name."""
-    while isinstance(loaded, Mapping) and (key := next((k for k in NESTED_UNDER if k in loaded), None)):
+    """Return the dict of tensors in what `torch.load` gave, also from under a training framework's name."""
+    for _ in range(DEEPEST):
+        key = next((k for k in NESTED_UNDER if k in loaded), None) if isinstance(loaded, Mapping) else None
+        if key is None:
+            break
         loaded = loaded[key]
+    else:
+        raise ConversionError(
+            f"{path.name} is not a checkpoint: its dicts are nested more than {DEEPEST} deep, or hold themselves."
+        )
     if not isinstance(loaded, Mapping) or not loaded:
         raise ConversionError(
             f"{path.name} is not a checkpoint: it holds a {type(loaded).__name__}, not named tensors."
@@ -163,18 +190,19 @@ def tensors_in(loaded: object, path: Path) -> dict[str, Tensor]:
         name for name, value in loaded.items() if not (isinstance(name, str) and isinstance(value, Tensor))
     ]
     if strange:
-        raise ConversionError(f"{path.name} is not a checkpoint: {strange[0]!r} is no tensor.")
+        raise ConversionError(f"{path.name} is not a checkpoint: {strange[0]!r} is not a tensor.")
     return dict(loaded)
 
 
 def open_tensors(path: Path) -> SafetensorsFile | TorchFile:
-    """Opens a file of named tensors. Raises `ConversionError`, in a sentence, for anything else."""
+    """Open a file of named tensors; raise `ConversionError`, in a sentence, for anything else."""
     start = _first_bytes(path)
+    is_safetensors = _looks_like_safetensors(start, path)
     for mark, reason in NOT_CHECKPOINTS.items():
-        if start.lstrip().startswith(mark):
+        if not is_safetensors and start.lstrip().startswith(mark):
             raise ConversionError(f"{path.name} {reason}.")
     try:
-        if start[8:9] == b"{":  # safetensors: the header's length in 8 bytes, then the header in JSON
+        if is_safetensors:
             return SafetensorsFile(path)
         is_zip = start.startswith(b"PK")
         if is_zip and not zipfile.is_zipfile(path):
@@ -188,8 +216,17 @@ def open_tensors(path: Path) -> SafetensorsFile | TorchFile:
         raise
     except Exception as error:  # what an unpickler makes of bytes that were never pickled can be anything
         raise ConversionError(
-            f"{path.name} is not a checkpoint, or damaged ({_first_line(error)})."
+            f"{path.name} is not a checkpoint, or damaged ({first_line(error)})."
         ) from error
+
+
+def _looks_like_safetensors(start: bytes, path: Path) -> bool:
+    """Whether a file begins with the length of a header, in 8 bytes, and a header in JSON.
+
+    The length's bytes may be those of `<` or `{`. Those of a text make a number of which no file is that long.
+    """
+    length = int.from_bytes(start[:8], "little")
+    return start[8:9] == b"{" and (length <= path.stat().st_size - 8 or not start[:8].isascii())
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -209,17 +246,14 @@ def _first_bytes(path: Path) -> bytes:
 
 def _unpickling_sentence(path: Path, error: Exception) -> str:
     if found := re.search(r"(?:GLOBAL|global) (\S+)", str(error)):
-        return f"{path.name} holds code ({found[1]}) beside tensors: it was not read, for that would run it."
-    return f"{path.name} is not a checkpoint, or damaged ({_first_line(error)})."
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+        return (
+            f"{path.name} holds code ({found[1]}) beside tensors, which reading would run: it was not read."
+        )
+    return f"{path.name} is not a checkpoint, or damaged ({first_line(error)})."
 
 
 def read_checkpoint(*paths: str | Path) -> Checkpoint:
-    """The tensors of an original checkpoint under canonical names, from one file or a split pair.
+    """Return the tensors of an original checkpoint under canonical names, from one file or a split pair.
 
     Raises:
         ConversionError: if a file is missing, truncated, no checkpoint, or holds code.
@@ -233,7 +267,7 @@ def read_json(path: Path) -> dict:
 
 @contextlib.contextmanager
 def hashed_meanwhile(paths: Sequence[Path]) -> Iterator[Callable[[], list[str]]]:
-    """Reads the sha256 of files in a thread beside the body; calling what is given waits for them."""
+    """Compute the sha256 of files in a thread beside the body; calling what is yielded waits for them."""
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         digests = pool.submit(lambda: [sha256_of(path, stop) for path in paths])
@@ -244,7 +278,7 @@ def hashed_meanwhile(paths: Sequence[Path]) -> Iterator[Callable[[], list[str]]]
 
 
 def sha256_of(path: Path, stop: threading.Event | None = None) -> str:
-    """sha256 of a file in hexadecimal; of its beginning only if `stop` is set meanwhile."""
+    """Return the sha256 of a file in hexadecimal; of its beginning only if `stop` is set meanwhile."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while (block := file.read(1 << 22)) and not (stop and stop.is_set()):
@@ -253,7 +287,7 @@ def sha256_of(path: Path, stop: threading.Event | None = None) -> str:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite, in one pass without a copy."""
+    """Return whether no value is NaN or infinite, in one pass without a copy."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     low, high = torch.aminmax(tensor)
@@ -261,24 +295,26 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal in dtype, shape and every bit, NaN and the sign of zero included."""
+    """Return whether two tensors are equal in dtype, shape and every bit, NaN and the sign of zero included."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     a, b = as_bytes(a), as_bytes(b)
+    if (
+        a.storage_offset() % 8 or b.storage_offset() % 8
+    ):  # torch views bytes as words from a multiple of 8 on only
+        return torch.equal(a, b)
     end = len(a) // 8 * 8
-    if a.storage_offset() % 8 or b.storage_offset() % 8:  # torch views bytes as words from a multiple on
-        end = 0
     words = a[:end].view(torch.int64), b[:end].view(torch.int64)  # compared five times as fast as bytes
     return torch.equal(*words) and torch.equal(a[end:], b[end:])
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor in reading order, without a copy if it lies so."""
+    """Return the bytes of a tensor in row-major order, without a copy if it is contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def shards_of(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[list[str]]:
-    """Names in order, cut where the next tensor would pass `max_bytes`; a larger tensor stands alone."""
+    """Return the names in order, cut where the next tensor would pass `max_bytes`; a larger tensor is alone."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, info in infos.items():
@@ -302,7 +338,7 @@ def write_safetensors(
     tensors: Iterable[tuple[str, Tensor]],
     progress: Callable[[str, int], None] | None = None,
 ) -> None:
-    """Writes a safetensors file without holding more than one tensor.
+    """Write a safetensors file without holding more than one tensor.
 
     Args:
         path: of the file.

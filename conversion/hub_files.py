@@ -1,38 +1,14 @@
 """Original checkpoints from the Hub, and converted folders to it."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from .convert import EXTRAS_FILE, INDEX_FILE
-from .key_map import ConversionError
+from .errors import ConversionError
+from .folders import EXTRAS_FILE, INDEX_FILE
+from .hub_address import SCHEME, HubFile, parse_address
+from .hub_errors import hub_sentences
 
-SCHEME = "hf://"
-STALE_FILES = ["*.safetensors", INDEX_FILE]
+STALE_FILES = ["*.safetensors", INDEX_FILE, EXTRAS_FILE]
 """A push replaces these as a whole: shards of an earlier one, cut otherwise, would stay beside the new ones."""
-
-assert EXTRAS_FILE.endswith(".safetensors")
-
-
-class HubFile(NamedTuple):
-    """A file of a Hub repository."""
-
-    repo: str
-    path: str
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return f"{SCHEME}{self.repo}/{self.path}" + (f"@{self.revision}" if self.revision else "")
-
-
-def parse_address(address: str) -> HubFile:
-    """`hf://owner/repo/file[@revision]`. Raises `ConversionError` for anything else."""
-    path, _, revision = address.removeprefix(SCHEME).partition("@")
-    parts = path.split("/", 2)
-    if not address.startswith(SCHEME) or len(parts) < 3 or not all(parts):
-        raise ConversionError(f"{address} is not of the form {SCHEME}owner/repo/file[@revision].")
-    return HubFile("/".join(parts[:2]), parts[2], revision or None)
 
 
 def local_file(source: str) -> Path:
@@ -102,57 +78,3 @@ def upload(folder: Path, repo: str, *, private: bool = False, revision: str | No
             delete_patterns=STALE_FILES,
         )
     return str(done.commit_url)
-
-
-@contextlib.contextmanager
-def hub_sentences(repo: str, path: str = "", revision: str | None = None) -> Iterator[None]:
-    """Failures of the Hub's client as sentences.
-
-    Every exception is caught: which ones a lost connection raises depends on the HTTP library below the client.
-    """
-    try:
-        yield
-    except (ConversionError, MemoryError):
-        raise
-    except Exception as error:
-        raise ConversionError(sentence(error, repo, path, revision or "main")) from error
-
-
-def sentence(error: Exception, repo: str, path: str, revision: str) -> str:
-    """What went wrong, and what to do."""
-    from huggingface_hub import constants, errors
-
-    causes = list(causes_of(error))
-    kinds = {
-        errors.RemoteEntryNotFoundError: f"{repo} has no file {path} at revision {revision}.",
-        errors.RevisionNotFoundError: f"{repo} has no revision {revision}.",
-        errors.GatedRepoError: f"{repo} is gated: accept its terms on its page, then run `hf auth login`.",
-        errors.RepositoryNotFoundError: (
-            f"There is no repository {repo}, or it is private and this token may not read it "
-            "(`hf auth login` or HF_TOKEN gives another)."
-        ),
-        errors.HFValidationError: f"{repo} is not a name that a repository can have.",
-        errors.OfflineModeIsEnabled: f"{repo} was not reached: HF_HUB_OFFLINE is set.",
-    }
-    for kind, text in kinds.items():
-        if any(isinstance(cause, kind) for cause in causes):
-            return text
-    status = next((cause.response.status_code for cause in causes if hasattr(cause, "response")), None)
-    if status == 401:
-        return "The Hub does not know this token: run `hf auth login` or set HF_TOKEN."
-    if status == 403:
-        return f"This token may not write to {repo}."
-    if status is not None:
-        return f"The Hub answered with status {status} for {repo}: try again later."
-    return f"The connection to the Hub at {constants.ENDPOINT} failed ({first_line(causes[-1])}): try again."
-
-
-def causes_of(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -19,8 +19,9 @@ from visualrwkv_hf.configuration_visualrwkv import (
 )
 from visualrwkv_hf.encoders import ENCODERS
 
+from .errors import ConversionError
 from .generations import ORIGINAL_GENERATIONS
-from .key_map import ConversionError, canonical_name
+from .key_map import canonical_name
 
 Shapes = Mapping[str, Sequence[int]]
 

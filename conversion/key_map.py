@@ -19,11 +19,8 @@ from visualrwkv_hf.configuration_visualrwkv import (
     VisualRWKVVisionConfig,
 )
 
+from .errors import ConversionError
 from .generations import ORIGINAL_GENERATIONS
-
-
-class ConversionError(ValueError):
-    """A checkpoint or a folder that cannot be converted; the message is a sentence for the one who asked."""
 
 
 class Transform(NamedTuple):
@@ -353,14 +350,14 @@ def check_shapes(
             )
 
 
-def to_ours(original: Mapping[str, Tensor], rows: Iterable[Row]) -> Iterator[tuple[str, Tensor]]:
+def rows_to_ours(original: Mapping[str, Tensor], rows: Iterable[Row]) -> Iterator[tuple[str, Tensor]]:
     """Our names and tensors one by one, as views of the original's where the layout allows."""
     for row in rows:
         if not row.is_unused:
             yield from zip(row.ours, row.transform.to_ours(original[row.original]))
 
 
-def to_original(
+def rows_to_original(
     ours: Mapping[str, Tensor], rows: Iterable[Row], unused: Mapping[str, Tensor] = {}
 ) -> Iterator[tuple[str, Tensor]]:
     """The original's names and tensors one by one, with those that our model does not hold if given."""

@@ -1,150 +1,16 @@
-"""The start of a new VLM: an RWKV-World language model, a trained vision tower and a fresh projector."""
+"""The old home of `start_vlm`, now `visualrwkv_hf.conversion.assemble_vlm`; kept for one release, with a warning."""
 
-from collections.abc import Mapping
-from pathlib import Path
+import importlib
+import warnings
 from typing import Any
 
-import torch
-from torch import Tensor
 
-from visualrwkv_hf.modeling_vision import PROJECTORS
-
-from . import infer_config as inference
-from .checkpoint import Checkpoint, read_checkpoint
-from .convert import (
-    Progress,
-    SourceTensors,
-    language_dtype,
-    parse_dtype,
-    parse_size,
-    refuse_target,
-    write_folder,
-)
-from .generations import ORIGINAL_GENERATIONS
-from .key_map import ConversionError, projector_rows, to_original
-from .towers import Assembled, TowerSource, assembled, read_tower, renamed
-
-PROJECTORS_OF_FAMILIES = {"v6.01": "linear_flip", "hd": "gated", "uhd": "relu"}
-"""Projectors of families that do not take their generation's (`ORIGINAL_GENERATIONS`)."""
-
-COMPRESSOR_LAYERS = 3
-"""Blocks of a fresh Visual Token Compressor (v7.03, v7.04)."""
-
-
-def start_vlm(
-    language_model: str | Path,
-    vision_tower: TowerSource,
-    output_dir: str | Path,
-    *,
-    seed: int = 0,
-    family: str | None = None,
-    projector: str | None = None,
-    vision_config: Mapping[str, Any] | None = None,
-    dtype: str | torch.dtype | None = None,
-    max_shard_size: str | int = "5GB",
-    overwrite: bool = False,
-    verify: bool = True,
-    tiling: str | None = None,
-    progress: Progress | None = None,
-    **overrides: Any,
-) -> Path:
-    """Makes the folder of an untrained VLM: everything trained but the projector, which is fresh.
-
-    The family, and with it scan, place of the picture and projector, is the first of `FAMILIES` with the
-    language model's generation and the tower's encoders: RWKV-5 and RWKV-6 with CLIP have a linear projector,
-    RWKV-7 with SigLIP a gated one, with one token for each patch and pictures first.
-
-    Args:
-        language_model: an RWKV-World checkpoint, `x052`, `x060` or `x070`.
-        vision_tower: see `read_tower`. Its tensors take the language model's dtype.
-        output_dir: the folder to make.
-        seed: of the projector.
-        family: a name of `FAMILIES`. One with a compressor starts it as its original does, as a copy of the
-            language model's first blocks.
-        projector: a name of `PROJECTORS`, if not the family's.
-        vision_config: fields of the tower to overrule.
-        dtype: float32, bfloat16 or float16; None: the language model's.
-        max_shard_size: see `to_hf`.
-        overwrite: see `to_hf`.
-        verify: see `to_hf`.
-        tiling: see `to_hf`.
-        progress: see `to_hf`.
-        **overrides: fields of [`VisualRWKVConfig`] to overrule.
-
-    Raises:
-        ConversionError: in one sentence, with nothing written.
-    """
-    dtype, max_bytes = parse_dtype(dtype), parse_size(max_shard_size)
-    refuse_target(Path(output_dir).absolute(), [Path(language_model)], overwrite)
-    world = read_language_model(language_model)
-    kept = dtype or language_dtype(world)
-    tower = read_tower(vision_tower, kept)
-    given = inference.merged(tower.fields, inference.as_fields(vision_config))
-    text, vision = (
-        inference.text_fields(shapes_of(world)),
-        inference.vision_fields(shapes_of(tower.tensors), given),
+def __getattr__(name: str) -> Any:
+    if name != "start_vlm":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        "visualrwkv_hf.conversion.start.start_vlm is now visualrwkv_hf.conversion.assemble_vlm.",
+        DeprecationWarning,
+        stacklevel=2,
     )
-    family = inference.family_to_start(text["rwkv_version"], vision, family)
-    projector = projector or projector_to_start(family)
-    fresh = fresh_projector(projector, projector_width(family, vision), text["hidden_size"], seed, kept)
-    compressor = [fresh_compressor(world)] if inference.FAMILIES[family].has_compressor else []
-    checkpoint = assembled(world, tower.tensors, fresh, *compressor)
-    return write_folder(
-        checkpoint,
-        inference.infer(
-            shapes_of(checkpoint), vision_config=given, family=family, projector=projector, **overrides
-        ),
-        output_dir,
-        dtype=dtype,
-        max_shard_size=max_bytes,
-        overwrite=overwrite,
-        verify=verify,
-        tiling=tiling,
-        progress=progress,
-    )
-
-
-def read_language_model(path: str | Path) -> Checkpoint:
-    """A checkpoint that holds an RWKV language model and nothing else."""
-    world = read_checkpoint(path)
-    if strange := sorted(name for name in world if not name.startswith("rwkv.")):
-        raise ConversionError(f"{Path(path).name} is no language model alone: it holds {strange[0]}.")
-    return world
-
-
-def shapes_of(tensors: SourceTensors) -> dict[str, tuple[int, ...]]:
-    return {name: info.shape for name, info in tensors.infos.items()}
-
-
-def projector_to_start(family: str) -> str:
-    by_generation = ORIGINAL_GENERATIONS[inference.FAMILIES[family].rwkv_version].projector
-    return PROJECTORS_OF_FAMILIES.get(family, by_generation)
-
-
-def projector_width(family: str, vision: Mapping[str, Any]) -> int:
-    """Channels that the projector's module is made for: "linear_flip" doubles them itself."""
-    views = 1 if family == "v6.01" else inference.FAMILIES[family].views
-    return views * inference.tower_width(vision)
-
-
-def fresh_projector(
-    projector: str, in_features: int, out_features: int, seed: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """A projector as the model initialises it, drawn in float32, under the original's names."""
-    if projector not in PROJECTORS:
-        raise ConversionError(f"projector must be one of {', '.join(PROJECTORS)}, got {projector!r}.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = PROJECTORS[projector](in_features, out_features)  # draws as the model's own start does
-    ours = {name: tensor.to(dtype) for name, tensor in module.state_dict().items()}
-    return dict(to_original(ours, projector_rows(projector, ours="")))
-
-
-def fresh_compressor(world: Checkpoint) -> Assembled:
-    """The language model's first blocks and its final norm, a second time below `vtc.`."""
-    parts = tuple(f"rwkv.blocks.{layer}." for layer in range(COMPRESSOR_LAYERS)) + ("rwkv.ln_out.",)
-    names = {f"vtc.{name.removeprefix('rwkv.')}": name for name in world if name.startswith(parts)}
-    return renamed(world, names)
-
-
-__all__ = ["start_vlm"]
+    return importlib.import_module(".new_model", __package__).assemble_vlm

@@ -16,8 +16,10 @@ from torch import Tensor
 from visualrwkv_hf.modeling_vision import resample_position_embedding
 
 from .checkpoint import Checkpoint, TensorInfo, read_json
+from .errors import ConversionError
+from .hub_errors import hub_sentences
 from .infer_config import THREE_ENCODERS, VISION_MARKS
-from .key_map import ConversionError, unwrapped_name
+from .key_map import unwrapped_name
 
 TowerSource = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
@@ -196,8 +198,6 @@ def _has_weights(folder: Path) -> bool:
 
 def _download(name: str, patterns: list[str]) -> Path:
     import huggingface_hub
-
-    from .hub_files import hub_sentences  # which needs convert, and convert this module
 
     with hub_sentences(name):
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))

@@ -25,8 +25,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from visualrwkv_hf import VisualRWKVConfig
+from visualrwkv_hf.conversion import expected_shapes, restore_state_dict, to_hf
 from visualrwkv_hf.conversion.checkpoint import Checkpoint, sha256_of
-from visualrwkv_hf.conversion.convert import expected_shapes, restore_state_dict, to_hf
 
 CLIP_LARGE = {
     "hidden_size": 1024,

@@ -16,7 +16,7 @@ from benchmarking import Timing, captured, copy_bandwidth, interleaved, machine,
 from llama_cpp_engine import reader, write_gguf
 
 from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVTextConfig, accelerate_on_cpu, kernel_backend
-from visualrwkv_hf.conversion.convert import restore_state_dict
+from visualrwkv_hf.conversion import restore_state_dict
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"num_hidden_layers": 2, "hidden_size": 128, "vocab_size": 320},

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from visualrwkv_hf.conversion.convert import to_hf
+from visualrwkv_hf.conversion import to_hf
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 CASE = GOLDEN / "k_e2e" / "v60_full_vocab"

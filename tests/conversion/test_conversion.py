@@ -13,19 +13,21 @@ from released_shapes import RELEASES
 from safetensors.torch import load_file, save_file
 
 from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVForConditionalGeneration, VisualRWKVTextConfig
-from visualrwkv_hf.conversion import convert
-from visualrwkv_hf.conversion.checkpoint import read_checkpoint, shard_names, shards_of
-from visualrwkv_hf.conversion.convert import (
+from visualrwkv_hf.conversion import (
+    ConversionError,
     convert_state_dict,
     expected_shapes,
     load_original,
+    original_to_hf,
     restore_state_dict,
     to_hf,
     to_original,
-    unused_tensors,
 )
+from visualrwkv_hf.conversion.checkpoint import TensorInfo, read_checkpoint, shard_names, shards_of
+from visualrwkv_hf.conversion.folders import parse_size
 from visualrwkv_hf.conversion.infer_config import gate_is_untrained, infer_config
-from visualrwkv_hf.conversion.key_map import ConversionError, check_names, key_rows
+from visualrwkv_hf.conversion.key_map import check_names, key_rows
+from visualrwkv_hf.conversion.state_dicts import infer_from, unused_tensors
 
 WEIGHTS = GOLDEN / "weights"
 
@@ -262,7 +264,7 @@ def test_values_of_the_gate_decide_how_uhd_reads_it(flat, projector):
     del overrides["projector"]
     if flat:
         original["proj.gate.weight"] = torch.nn.Linear(128, 128, bias=False).weight.detach()
-    assert convert.infer_from(original, **overrides).config.projector == projector
+    assert infer_from(original, **overrides).config.projector == projector
 
 
 # Files
@@ -374,7 +376,7 @@ def test_dtype_is_that_of_every_floating_tensor(dtype, tmp_path):
 
 def test_shards_hold_at_most_what_was_asked():
     original, _ = golden("RWKV-7")
-    infos = {name: convert.TensorInfo(t.dtype, tuple(t.shape)) for name, t in original.items()}
+    infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in original.items()}
     shards = shards_of(infos, 100_000)
     assert [name for shard in shards for name in shard] == list(infos)
     sizes = [sum(infos[name].num_bytes for name in shard) for shard in shards]
@@ -384,7 +386,7 @@ def test_shards_hold_at_most_what_was_asked():
 
 @pytest.mark.parametrize(("size", "wanted"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("7B", 7), (12, 12)])
 def test_sizes_are_decimal(size, wanted):
-    assert convert.parse_size(size) == wanted
+    assert parse_size(size) == wanted
 
 
 def test_progress_counts_every_byte(tmp_path):
@@ -561,7 +563,7 @@ def test_target_with_something_in_it_is_kept(checkpoint, tmp_path):
     (target / "thesis.tex").write_text("years of work")
     with pytest.raises(ConversionError, match="is not empty"):
         to_hf(path, target, **overrides)
-    with pytest.raises(ConversionError, match="is no model folder, and is not overwritten"):
+    with pytest.raises(ConversionError, match="is not a model folder, and is not overwritten"):
         to_hf(path, target, overwrite=True, **overrides)
     (target / "config.json").write_text("{}")
     inside = shutil.copy(path, target / "checkpoint.pth")
@@ -594,7 +596,7 @@ def test_failure_while_writing_leaves_nothing(number, checkpoint, tmp_path, monk
         file.write_bytes(b"half")
         raise OSError(getattr(errno, number), "failed", str(file))
 
-    monkeypatch.setattr(convert, "write_safetensors", fail)
+    monkeypatch.setattr(original_to_hf, "write_safetensors", fail)
     with pytest.raises(
         ConversionError, match={"ENOSPC": "disk filled up", "EACCES": "No permission"}[number]
     ):
@@ -615,7 +617,7 @@ def test_interrupted_run_leaves_nothing(checkpoint, tmp_path):
 
 def test_tensor_that_was_written_wrong_is_found(checkpoint, tmp_path, monkeypatch):
     path, _, overrides = checkpoint
-    write = convert.write_safetensors
+    write = original_to_hf.write_safetensors
 
     def write_and_flip_a_bit(file, *args):
         write(file, *args)
@@ -623,7 +625,7 @@ def test_tensor_that_was_written_wrong_is_found(checkpoint, tmp_path, monkeypatc
         data[-1] ^= 1
         file.write_bytes(data)
 
-    monkeypatch.setattr(convert, "write_safetensors", write_and_flip_a_bit)
+    monkeypatch.setattr(original_to_hf, "write_safetensors", write_and_flip_a_bit)
     with pytest.raises(ConversionError, match="was not written as it was read"):
         to_hf(path, tmp_path / "model", **overrides)
     assert no_leftovers(tmp_path, "checkpoint.pth")

@@ -22,11 +22,10 @@ from transformers import (
 )
 
 from visualrwkv_hf import VisualRWKVForConditionalGeneration, VisualRWKVVisionConfig
+from visualrwkv_hf.conversion import ConversionError, assemble_vlm, to_hf, to_original
 from visualrwkv_hf.conversion.checkpoint import read_checkpoint
-from visualrwkv_hf.conversion.convert import to_hf, to_original
 from visualrwkv_hf.conversion.infer_config import infer_config
-from visualrwkv_hf.conversion.key_map import ConversionError, vision_rows
-from visualrwkv_hf.conversion.start import start_vlm
+from visualrwkv_hf.conversion.key_map import vision_rows
 from visualrwkv_hf.conversion.towers import read_tower
 
 CLIP = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
@@ -142,7 +141,7 @@ def test_tower_of_transformers_completes_a_training_checkpoint(tower, tmp_path):
 
 def test_tower_takes_the_language_models_dtype(tmp_path, world):
     stock = stock_tower("clip", tmp_path / "tower")
-    folder = start_vlm(world(6), tmp_path / "tower", tmp_path / "model")
+    folder = assemble_vlm(world(6), tmp_path / "tower", tmp_path / "model")
     written = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     weight = stock.encoder.layers[1].mlp.fc1.weight
@@ -165,7 +164,7 @@ STARTS = {
 def test_start_of_a_new_model_loads_and_has_its_generations_habits(start, tmp_path, world):
     version, tower, family = start
     stock_tower(tower, tmp_path / "tower")
-    folder = start_vlm(world(version), tmp_path / "tower", tmp_path / "model", family=family)
+    folder = assemble_vlm(world(version), tmp_path / "tower", tmp_path / "model", family=family)
     model = loaded(folder)
     config = model.config
     found = config.conversion["family"], config.projector, config.image_position, config.num_image_tokens
@@ -178,7 +177,7 @@ def test_projector_is_drawn_from_the_seed_as_the_model_draws_it(tmp_path, world)
     projectors = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         state = torch.random.get_rng_state()
-        folder = start_vlm(world(7), tmp_path / "tower", tmp_path / name, seed=seed, dtype="float32")
+        folder = assemble_vlm(world(7), tmp_path / "tower", tmp_path / name, seed=seed, dtype="float32")
         assert torch.equal(torch.random.get_rng_state(), state)
         projectors.append(loaded(folder).model.multi_modal_projector)
     a, b, c = projectors
@@ -190,7 +189,7 @@ def test_projector_is_drawn_from_the_seed_as_the_model_draws_it(tmp_path, world)
 
 def test_fresh_compressor_is_a_copy_of_the_first_blocks(tmp_path, world):
     stock_tower("siglip", tmp_path / "tower")
-    folder = start_vlm(world(7), tmp_path / "tower", tmp_path / "model", family="v7.04")
+    folder = assemble_vlm(world(7), tmp_path / "tower", tmp_path / "model", family="v7.04")
     model = loaded(folder).model
     for name, tensor in model.compressor.layers.state_dict().items():
         assert torch.equal(tensor, model.language_model.layers.state_dict()[name]), name
@@ -208,7 +207,7 @@ def test_raw_files_give_the_features_of_their_own_code(tmp_path, world):
         ("sam_tiny_64x64", "sam", 64),
     ):
         files = raw_files(tmp_path / f"raw {case}", sam_side=side)
-        folder = start_vlm(
+        folder = assemble_vlm(
             world(7), files, tmp_path / case, dtype="float32", vision_config=TIMM_HEADS, max_shard_size="40MB"
         )
         tower = loaded(folder, dtype=torch.float32).model.vision_tower
@@ -289,7 +288,7 @@ def test_name_on_the_hub_is_downloaded(tmp_path, world, monkeypatch):
         return str(tmp_path / "tower")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    folder = start_vlm(world(7), "someone/siglip-base", tmp_path / "model")
+    folder = assemble_vlm(world(7), "someone/siglip-base", tmp_path / "model")
     assert asked == ["someone/siglip-base"] and loaded(folder).config.num_image_tokens == 256
 
 
@@ -304,7 +303,7 @@ def test_hub_that_cannot_be_reached_is_one_sentence(error, tmp_path, world, monk
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ConversionError, match=r"connection to the Hub at .* failed") as refusal:
-        start_vlm(world(7), "someone/nothing", tmp_path / "model")
+        assemble_vlm(world(7), "someone/nothing", tmp_path / "model")
     assert "\n" not in str(refusal.value) and nothing_but(tmp_path, "world7.pth")
 
 
@@ -392,7 +391,7 @@ def test_tower_that_does_not_fit_is_refused_and_nothing_is_written(make, tmp_pat
     path, tower = world(7), make(tmp_path)
     before = os.listdir(tmp_path)
     with pytest.raises(ConversionError, match=REFUSALS[make]) as refusal:
-        start_vlm(path, tower, tmp_path / "model")
+        assemble_vlm(path, tower, tmp_path / "model")
     assert "\n" not in str(refusal.value) and nothing_but(tmp_path, *before)
 
 
@@ -402,12 +401,12 @@ def test_tower_without_use_is_refused(tmp_path, world):
     torch.save(original, tmp_path / "x.pth")
     with pytest.raises(ConversionError, match="has a vision tower: vision_tower has no use"):
         to_hf(tmp_path / "x.pth", tmp_path / "model", vision_tower=tmp_path / "tower")
-    with pytest.raises(ConversionError, match="no projector: use start_vlm"):
+    with pytest.raises(ConversionError, match="no projector: use assemble_vlm"):
         to_hf(world(7), tmp_path / "model", vision_tower=tmp_path / "tower")
-    with pytest.raises(ConversionError, match=r"x\.pth is no language model alone: it holds proj\."):
-        start_vlm(tmp_path / "x.pth", tmp_path / "tower", tmp_path / "model")
+    with pytest.raises(ConversionError, match=r"x\.pth is not a language model alone: it holds proj\."):
+        assemble_vlm(tmp_path / "x.pth", tmp_path / "tower", tmp_path / "model")
     with pytest.raises(ConversionError, match=r"projector must be one of linear, .*, got 'big'"):
-        start_vlm(tmp_path / "world7.pth", tmp_path / "tower", tmp_path / "model", projector="big")
+        assemble_vlm(tmp_path / "world7.pth", tmp_path / "tower", tmp_path / "model", projector="big")
     assert not (tmp_path / "model").exists()
 
 

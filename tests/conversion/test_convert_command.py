@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from tiny_checkpoint import write_checkpoint
 
 from visualrwkv_hf.cli import convert as cli_convert
-from visualrwkv_hf.conversion.convert import EXTRAS_FILE
-from visualrwkv_hf.conversion.hub_files import HubFile, parse_address
+from visualrwkv_hf.conversion import ConversionError
+from visualrwkv_hf.conversion.folders import EXTRAS_FILE
+from visualrwkv_hf.conversion.hub_address import HubFile, parse_address
 from visualrwkv_hf.conversion.infer_config import FAMILIES, infer_config
-from visualrwkv_hf.conversion.key_map import ConversionError
 from visualrwkv_hf.conversion.model_card import published_scores
 from visualrwkv_hf.conversion.releases import RELEASES
 
@@ -127,7 +127,7 @@ def test_progress_names_the_file_and_counts_to_the_total(checkpoint, monkeypatch
 
 @pytest.mark.parametrize("dtype, width", [(None, 2), ("float32", 4)])
 def test_bytes_to_write_is_what_is_written(checkpoint, tmp_path, dtype, width):
-    from visualrwkv_hf.conversion.convert import to_hf
+    from visualrwkv_hf.conversion import to_hf
 
     written = []
     to_hf(checkpoint, tmp_path / "model", dtype=dtype, progress=lambda file, n: written.append(n))

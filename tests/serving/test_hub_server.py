@@ -17,7 +17,7 @@ from hub_server import Hub
 from paths import EXAMPLES
 from tiny_checkpoint import write_checkpoint
 
-from visualrwkv_hf.conversion.convert import to_hf
+from visualrwkv_hf.conversion import to_hf
 
 ANN, BOB = "hf_ann", "hf_bob"
 FIRST_ANSWER = EXAMPLES / "first_answer.py"

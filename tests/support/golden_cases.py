@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from visualrwkv_hf.conversion.convert import load_original
+from visualrwkv_hf.conversion import load_original
 
 STOP_TOKEN = 261
 IMAGE_ID = -200

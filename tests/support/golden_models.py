@@ -17,7 +17,7 @@ from golden_cases import Case, Public, Result, grid_side
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from visualrwkv_hf.conversion.convert import restore_state_dict
+from visualrwkv_hf.conversion import restore_state_dict
 from visualrwkv_hf.loss_visualrwkv import L2Wrap, visualrwkv_loss
 from visualrwkv_hf.modeling_vision import pool_patches
 from visualrwkv_hf.scan_orders import SCANS, grid_permutation

@@ -18,7 +18,7 @@ from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionLa
 
 from visualrwkv_hf import VisualRWKVVisionConfig, VisualRWKVVisionModel, wkv6, wkv7
 from visualrwkv_hf.conversion.infer_config import ENCODER_FIELDS
-from visualrwkv_hf.conversion.key_map import FEATURIZERS, Row, to_ours
+from visualrwkv_hf.conversion.key_map import FEATURIZERS, Row, rows_to_ours
 from visualrwkv_hf.conversion.world_tokenizer import (
     build_world_tokenizer,
     byte_alphabet,
@@ -97,7 +97,7 @@ def encoder(case: Case, name: str, feature_layer: int) -> VisualRWKVVisionModel:
     fields = ENCODER_FIELDS[name](shapes, {"num_attention_heads": case.config["num_heads"]})
     config = VisualRWKVVisionConfig(**{f"{name}_config": fields}, feature_layer=feature_layer)
     model = VisualRWKVVisionModel(config).eval()
-    ours = dict(to_ours(weights, encoder_rows(name, case.config["depth"])))
+    ours = dict(rows_to_ours(weights, encoder_rows(name, case.config["depth"])))
     model.load_state_dict({key: ours[key] for key in model.state_dict()})
     return model
 

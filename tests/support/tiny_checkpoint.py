@@ -6,7 +6,7 @@ import torch
 from tiny import awake, vlm_config
 
 from visualrwkv_hf import VisualRWKVForConditionalGeneration
-from visualrwkv_hf.conversion.convert import restore_state_dict
+from visualrwkv_hf.conversion import restore_state_dict
 
 
 def write_checkpoint(path: Path, split: bool = False) -> list[Path]:

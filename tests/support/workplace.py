@@ -25,7 +25,7 @@ from tiny_checkpoint import write_checkpoint
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from visualrwkv_hf import VisualRWKVForCausalLM
-from visualrwkv_hf.conversion.convert import restore_state_dict
+from visualrwkv_hf.conversion import restore_state_dict
 
 TOKEN, USER = "hf_me", "me"
 """The user whose models may be pushed."""

@@ -45,7 +45,7 @@ def facts_of(source: str | Path) -> dict[str, Any]:
     """
     if may_be_on_hub(str(source)):
         return _facts_of_hub(str(source))
-    from visualrwkv_hf.conversion.convert import open_folder
+    from visualrwkv_hf.conversion.folders import open_folder
 
     folder = Path(source)
     if not folder.is_dir():
@@ -57,8 +57,10 @@ def _facts_of_hub(name: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    from visualrwkv_hf.conversion.convert import open_folder
-    from visualrwkv_hf.conversion.hub_files import HubFile, download, hub_sentences
+    from visualrwkv_hf.conversion.folders import open_folder
+    from visualrwkv_hf.conversion.hub_address import HubFile
+    from visualrwkv_hf.conversion.hub_errors import hub_sentences
+    from visualrwkv_hf.conversion.hub_files import download
 
     folder = download(HubFile(name, "config.json", None)).parent
     if model_type_of(folder) == VISION_MODEL:
@@ -83,9 +85,9 @@ def _headers_on_hub(name: str) -> dict[str, "TensorInfo"]:
     from huggingface_hub import get_safetensors_metadata
     from huggingface_hub.errors import NotASafetensorsRepoError
 
+    from visualrwkv_hf.conversion import ConversionError
     from visualrwkv_hf.conversion.checkpoint import SAFETENSORS_DTYPES, TensorInfo
-    from visualrwkv_hf.conversion.hub_files import hub_sentences
-    from visualrwkv_hf.conversion.key_map import ConversionError
+    from visualrwkv_hf.conversion.hub_errors import hub_sentences
 
     with hub_sentences(name, "model.safetensors"):
         try:

@@ -181,7 +181,9 @@ def fetched_folder(source: str) -> Path:
     """Return the folder in the Hub's cache with the data files of a model. The Hub is asked once in a process."""
     from huggingface_hub import snapshot_download
 
-    from visualrwkv_hf.conversion.hub_files import HubFile, download, hub_sentences
+    from visualrwkv_hf.conversion.hub_address import HubFile
+    from visualrwkv_hf.conversion.hub_errors import hub_sentences
+    from visualrwkv_hf.conversion.hub_files import download
 
     model_type_of(download(HubFile(source, "config.json", None)).parent)
     with hub_sentences(source):

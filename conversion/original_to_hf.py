@@ -1,0 +1,273 @@
+"""Original checkpoints to model folders, tensor by tensor."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visualrwkv_hf.configuration_visualrwkv import VisualRWKVTextConfig
+
+from . import infer_config as inference
+from .checkpoint import (
+    Checkpoint,
+    TensorInfo,
+    hashed_meanwhile,
+    is_finite,
+    read_checkpoint,
+    same_bits,
+    shard_names,
+    shards_of,
+    write_safetensors,
+)
+from .errors import ConversionError
+from .folders import (
+    EXTRAS_FILE,
+    INDEX_FILE,
+    Config,
+    WriteOptions,
+    locked,
+    open_folder,
+    refuse_target,
+    refuse_without_space,
+    whole_or_nothing,
+    write_json,
+)
+from .key_map import Row, rows_to_ours
+from .state_dicts import checked_rows, infer_from, model_class
+from .towers import Assembled, TowerSource, assembled, read_tower
+
+SourceTensors = Checkpoint | Assembled
+"""Tensors under canonical original names, with the `infos` and `paths` of their files."""
+
+CONVERTER_VERSION = 1
+STOP_TOKENS = [0, 261]
+"""Generation ends at the end of the text (0) and at the end of a turn, two line feeds (261)."""
+
+
+def to_hf(
+    sources: str | Path | Sequence[str | Path],
+    output_dir: str | Path,
+    *,
+    vision_tower: TowerSource | None = None,
+    **options: Any,
+) -> Path:
+    """Turn an original checkpoint into a folder for `from_pretrained`, streaming, whole or not at all.
+
+    Args:
+        sources: the checkpoint, or the two files of a split one.
+        output_dir: the folder to make. A link is followed.
+        vision_tower: where the vision weights are that the checkpoint lacks; see `read_tower`. They take the
+            language model's dtype.
+        **options: fields of [`WriteOptions`]: `dtype`, `max_shard_size`, `overwrite`, `keep_unused`, `verify`,
+            `tiling`, `progress`; all others go to `infer`: `family`, `vision_config`, and fields of
+            [`VisualRWKVConfig`] to override.
+
+    Returns:
+        Path: the folder.
+
+    Raises:
+        ConversionError: in one sentence, with nothing written; also if another process writes to `output_dir`.
+    """
+    write, overrides = WriteOptions.taken_from(options)
+    paths = [Path(path) for path in ([sources] if isinstance(sources, str | Path) else sources)]
+    refuse_target(Path(output_dir), paths, write.overwrite)
+    with locked(Path(output_dir)):
+        checkpoint: SourceTensors = read_checkpoint(*paths)
+        if vision_tower is not None:
+            checkpoint, overrides = with_tower(checkpoint, vision_tower, write.torch_dtype, overrides)
+        refuse_without_vision(checkpoint)
+        return write_folder(checkpoint, infer_from(checkpoint, **overrides), output_dir, write)
+
+
+def write_folder(
+    checkpoint: SourceTensors, inferred: inference.Inferred, output_dir: str | Path, options: WriteOptions
+) -> Path:
+    """Write the model folder of tensors under the original's names, for the one that holds the target's lock."""
+    output_dir = Path(output_dir).absolute()
+    refuse_target(output_dir, checkpoint.paths, options.overwrite)
+    family, config = inferred
+    processor = processor_of(
+        config, options.tiling or (inference.FAMILIES[family].tiling if family else "none")
+    )
+    rows = _rows_of_files(checkpoint, config)
+    dtype = options.torch_dtype
+    infos = {name: info for row in rows for name, info in _infos(row, checkpoint.infos, dtype)}
+    unused = [row.original for row in rows if row.is_unused and row.original in checkpoint]
+    unused = unused if options.keep_unused else []
+    refuse_without_space(output_dir.parent, [*infos.values(), *(checkpoint.infos[name] for name in unused)])
+    with (
+        whole_or_nothing(output_dir, options.overwrite) as folder,
+        hashed_meanwhile(checkpoint.paths) as digests,
+    ):
+        write_model(folder, checkpoint, rows, infos, options)
+        if unused:
+            extras = {name: checkpoint.infos[name] for name in unused}
+            tensors = ((name, checkpoint[name]) for name in unused)
+            write_safetensors(folder / EXTRAS_FILE, extras, tensors, options.progress)
+        if options.verify:
+            verify_model(folder, checkpoint, rows, dtype)
+        describe(config, family, infos, dict(zip(checkpoint.paths, digests())), unused)
+        write_companions(folder, config, processor)
+    return output_dir
+
+
+def with_tower(
+    checkpoint: SourceTensors, source: TowerSource, dtype: torch.dtype | None, overrides: Mapping[str, Any]
+) -> tuple[Assembled, dict[str, Any]]:
+    """Return the checkpoint with the tensors of a separate vision tower, and `overrides` with its configuration.
+
+    Raises:
+        ConversionError: if the checkpoint has a tower itself, or needs none.
+    """
+    groups = {name.split(".")[0] for name in checkpoint}
+    if "vit" in groups:
+        raise ConversionError("The checkpoint has a vision tower: vision_tower has no use.")
+    if "proj" not in groups:
+        raise ConversionError(
+            "The checkpoint has no projector: use assemble_vlm for a new model with a fresh one."
+        )
+    tower = read_tower(source, dtype or language_dtype(checkpoint))
+    fields = inference.merged(tower.fields, inference.as_fields(overrides.get("vision_config")))
+    return assembled(checkpoint, tower.tensors), {**overrides, "vision_config": fields}
+
+
+def language_dtype(checkpoint: SourceTensors) -> torch.dtype:
+    """Return the dtype of the language model's head, which is taken for that of the whole."""
+    if "rwkv.head.weight" not in checkpoint:
+        raise ConversionError("Missing tensor rwkv.head.weight: there is no whole language model.")
+    return checkpoint.infos["rwkv.head.weight"].dtype
+
+
+def refuse_without_vision(names: Iterable[str]) -> None:
+    """Raise `ConversionError` for a projector without a vision tower: a model folder needs both."""
+    groups = {name.split(".")[0] for name in names}
+    if "proj" in groups and "vit" not in groups:
+        raise ConversionError("The checkpoint has a projector and no vision tower: name one (vision_tower).")
+
+
+def _rows_of_files(checkpoint: SourceTensors, config: Config) -> list[Row]:
+    try:
+        return checked_rows({name: info.shape for name, info in checkpoint.infos.items()}, config)
+    except ConversionError as error:
+        if len(checkpoint.paths) == 1:
+            raise
+        names = " and ".join(path.name for path in checkpoint.paths)
+        raise ConversionError(f"{names} do not belong together: {error}") from error
+
+
+def _infos(
+    row: Row, infos: Mapping[str, TensorInfo], dtype: torch.dtype | None
+) -> Iterator[tuple[str, TensorInfo]]:
+    """Yield what the tensors of `row` will be in our files."""
+    if row.is_unused:
+        return
+    info = infos[row.original]
+    kept = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
+    parts = row.transform.to_ours(torch.empty(info.shape, device="meta"))
+    for name, part in zip(row.ours, parts):
+        yield name, TensorInfo(kept, tuple(part.shape))
+
+
+def converted(
+    original: Mapping[str, Tensor], rows: Iterable[Row], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield our tensors one by one, in the dtype that they are written in."""
+    for name, tensor in rows_to_ours(original, rows):
+        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def refusing_non_finite(
+    tensors: Iterable[tuple[str, Tensor]], rows: Iterable[Row]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the same tensors; raise `ConversionError`, with the original's name, at one that is not finite."""
+    originals = {name: row.original for row in rows for name in row.ours}
+    for name, tensor in tensors:
+        if not is_finite(tensor):
+            raise ConversionError(f"Tensor {originals[name]} holds NaN or infinite values in {tensor.dtype}.")
+        yield name, tensor
+
+
+def write_model(
+    folder: Path,
+    original: Mapping[str, Tensor],
+    rows: Sequence[Row],
+    infos: Mapping[str, TensorInfo],
+    options: WriteOptions,
+) -> None:
+    """Write safetensors shards and their index."""
+    shards = shards_of(infos, options.max_bytes)
+    files = shard_names(len(shards))
+    tensors = refusing_non_finite(converted(original, rows, options.torch_dtype), rows)
+    for file, names in zip(files, shards):
+        part = (next(tensors) for _ in names)
+        write_safetensors(folder / file, {name: infos[name] for name in names}, part, options.progress)
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(info.num_bytes for info in infos.values())},
+            "weight_map": {name: file for file, names in zip(files, shards) for name in names},
+        }
+        write_json(folder / INDEX_FILE, index)
+
+
+def verify_model(
+    folder: Path, original: Mapping[str, Tensor], rows: Sequence[Row], dtype: torch.dtype | None
+) -> None:
+    """Read what was written and compare every tensor with the source's, bit for bit."""
+    written = open_folder(folder)
+    for name, tensor in converted(original, rows, dtype):
+        if name not in written or not same_bits(written[name], tensor):
+            raise ConversionError(f"Tensor {name} was not written as it was read: is the disk in order?")
+
+
+def describe(
+    config: Config,
+    family: str | None,
+    infos: Mapping[str, TensorInfo],
+    digests: Mapping[Path, str],
+    unused: Sequence[str],
+) -> None:
+    """Note in the configuration which class it is for, in which dtype, and from which files it came."""
+    config.architectures = [model_class(config).__name__]
+    config.dtype = infos["lm_head.weight"].dtype
+    config.conversion = {
+        "converter_version": CONVERTER_VERSION,
+        "family": family,
+        "sources": [
+            {"name": path.name, "size": path.stat().st_size, "sha256": digest}
+            for path, digest in digests.items()
+        ],
+        "unused_tensors": len(unused),
+    }
+
+
+def processor_of(config: Config, tiling: str = "none") -> Any:
+    """Return the processor of a model, or the tokenizer of a language model alone."""
+    from .world_tokenizer import build_world_tokenizer
+
+    tokenizer = build_world_tokenizer()
+    if isinstance(config, VisualRWKVTextConfig):
+        return tokenizer
+    from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
+    from visualrwkv_hf.processing_visualrwkv import VisualRWKVProcessor
+
+    return VisualRWKVProcessor.from_config(config, image_processor_for(config, tiling), tokenizer)
+
+
+def write_companions(folder: Path, config: Config, processor: Any) -> None:
+    """Write everything beside the tensors: configurations, processor or tokenizer, model card and code."""
+    from transformers import GenerationConfig
+
+    from visualrwkv_hf.remote_code import ship_remote_code
+
+    from .model_card import model_card
+
+    config.save_pretrained(folder)
+    GenerationConfig(bos_token_id=0, eos_token_id=STOP_TOKENS, pad_token_id=0).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(config), encoding="utf-8")
+    ship_remote_code(folder)
+
+
+__all__ = ["to_hf"]
