@@ -19,6 +19,11 @@ SIZES = (
     "attention_size",
     "intermediate_size",
 )
+WORLD_VOCAB_SIZE = 65529
+"""Tokens of the RWKV World vocabulary; models have up to 65536 rows."""
+TURN_END_ID = 261
+"""The World vocabulary's token of two line feeds, which end a turn."""
+
 RANKS = (
     "mix_low_rank_dim",
     "decay_low_rank_dim",
@@ -68,6 +73,8 @@ class VisualRWKVTextConfig(PreTrainedConfig):
         Cross entropy averaged per sample and then over the batch (v6.0 and later), or over all labels (v5).
     l2_wrap (`float`, defaults to 1e-4):
         Strength of the pull on the largest logit of each position (L2Wrap); 0 turns it off.
+    eos_token_id (`int` or `list[int]`, *optional*):
+        Tokens that end an answer. Defaults to 0 and, with the World vocabulary, 261: the end of a turn.
 
     Raises `StrictDataclassError` of huggingface_hub, naming the numbers, if a field has another type or the sizes do
     not fit together.
@@ -97,9 +104,11 @@ class VisualRWKVTextConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     pad_token_id: int | None = 0
     bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 0
+    eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        if self.eos_token_id is None:
+            self.eos_token_id = [0, TURN_END_ID] if self.vocab_size >= WORLD_VOCAB_SIZE else 0
         if self.attention_size is None:
             self.attention_size = self.hidden_size
         if generation := GENERATIONS.get(self.rwkv_version):  # another version is refused below

@@ -220,6 +220,12 @@ class VisualRWKVImageProcessor(PilBackend):
         super().__init__(**kwargs)
         _check_fields(self.encoders, self.tiling, self.tile_grid)
 
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict, **kwargs):
+        """Make one of saved fields; refuses the options that the constructor refuses, as `from_pretrained` must."""
+        _refuse_options(kwargs.keys() & ImagesKwargs.__annotations__.keys())
+        return super().from_dict(image_processor_dict, **kwargs)
+
     @property
     def model_input_names(self) -> list[str]:
         names = list(pixel_inputs(self.encoders).values())
@@ -254,11 +260,11 @@ class VisualRWKVImageProcessor(PilBackend):
         return BatchFeature(data, tensor_type=kwargs.get("return_tensors"))
 
     def to_dict(self) -> dict:
-        """The fields, and where the class stands."""
+        """Return the fields, and where remote code finds the class."""
         return super().to_dict() | {"auto_map": dict(IMAGE_PROCESSOR_CODE)}
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
-        """Writes the fields, and beside them the code that reads them: while a folder is saved, before a push."""
+        """Write the fields, and the code that reads them beside them, so that a push uploads both."""
         super().to_json_file(json_file_path)
         copy_code(Path(json_file_path).parent, IMAGE_PROCESSOR_CODE)
 

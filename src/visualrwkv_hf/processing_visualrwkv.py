@@ -1,9 +1,10 @@
-"""Processor of VisualRWKV: chat messages or text with `<image>`, and pictures -> what the model reads."""
+"""Processor of VisualRWKV: makes the model's inputs of pictures and of chat messages, or text with `<image>`."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,9 @@ from PIL import Image
 from transformers import __version__
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
+from .chat_template import release_chat_template
 from .configuration_visualrwkv import VisualRWKVConfig
 from .image_tokens import ImageTokens, class_token_places
 from .pictures import open_picture
@@ -42,22 +44,21 @@ VALUE_FIELDS = {"do_rescale", "rescale_factor", "do_convert_rgb"}
 """Options of transformers' image processors that say what the values of an array mean."""
 
 
-def release_chat_template(image_position: str) -> str:
-    """The chat template of a release: it places pictures at `image_position` unless told otherwise."""
-    template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
-    default = 'image_position | default("first")'
-    assert template.count(default) == 1
-    return template.replace(default, default.replace("first", image_position))
+class VisualRWKVProcessorKwargs(ProcessingKwargs, total=False):
+    """Options of a call beside those of every processor."""
+
+    return_scan_orders: bool
+    pad_prompt_to_multiple_of: int | None
 
 
 class VisualRWKVProcessor(ProcessorMixin):
-    r"""Image processor and tokenizer behind one call. [`~VisualRWKVProcessor.from_config`] makes a model's.
+    r"""Image processor and tokenizer behind one call. [`~VisualRWKVProcessor.from_config`] makes that of a model.
 
-    Chats: `processor.apply_chat_template(messages, ...)`. Messages are of the roles user and assistant; a
-    system message may stand first and is put in front of the first user message's text. Texts lose their
-    blank lines, so that only the template ends a turn; a text that holds `<image>` or `<|endoftext|>` is
-    refused with jinja's `TemplateError`. Texts given to `processor(text=...)` are taken as they are: there
-    every `<image>` is a picture, so build them of trusted text only.
+    Chats: `processor.apply_chat_template(messages, ...)`. Messages have the roles user and assistant; a system
+    message may come first, and its text is put before the first user message's. Blank lines are removed from texts,
+    so that only the template ends a turn; a text that holds `<image>` or `<|endoftext|>` is refused with jinja's
+    `TemplateError`. Texts given to `processor(text=...)` are taken as they are: there every `<image>` is a picture,
+    so build them from trusted text only.
 
     image_processor, tokenizer:
         The parts.
@@ -72,10 +73,12 @@ class VisualRWKVProcessor(ProcessorMixin):
         In which order the layers read a picture, as in [`VisualRWKVConfig`], like `pooled_grid` and
         `class_token`.
     pad_prompt_to_multiple_of (`int`, *optional*):
-        If given, every prompt is lengthened at its front to a multiple of it with unmasked tokens `"\n\n"`,
-        as the original RWKV-7 code does (16) in each forward. The original thus moves the prompt with every
-        generated token; here it stays, so only the first one is predicted from the same input.
+        If given, unmasked tokens `"\n\n"` are put before every prompt until its length is a multiple of this, as
+        the original RWKV-7 code does (16) in each forward. The original thus moves the prompt with every generated
+        token; here it stays in place, so only the first token is predicted from the same input.
     """
+
+    valid_processor_kwargs = VisualRWKVProcessorKwargs
 
     def __init__(
         self,
@@ -121,10 +124,10 @@ class VisualRWKVProcessor(ProcessorMixin):
     def from_config(
         cls, config: VisualRWKVConfig, image_processor, tokenizer, **overrides
     ) -> "VisualRWKVProcessor":
-        """A processor for a model: what it must know of the model comes from `config`, unless in `overrides`.
+        """Return a processor for a model: what it must know of the model comes from `config`, unless in `overrides`.
 
         Raises:
-            ValueError: the tokenizer's placeholder is not the model's.
+            ValueError: if the tokenizer's placeholder is not the model's.
         """
         if tokenizer.image_token_id != config.image_token_id:
             raise ValueError(
@@ -136,24 +139,28 @@ class VisualRWKVProcessor(ProcessorMixin):
         return cls(image_processor, tokenizer, **fields)
 
     def to_dict(self) -> dict:
-        """The fields, and where the class stands."""
+        """Return the fields, and where remote code finds the class."""
         return super().to_dict() | {"auto_map": dict(PROCESSOR_CODE)}
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
-        """Writes the fields, and beside them the code that reads them: while a folder is saved, before a push."""
+        """Write the fields, and the code that reads them beside them, so that a push uploads both."""
         super().to_json_file(json_file_path)
         copy_code(Path(json_file_path).parent, PROCESSOR_CODE)
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
-        """As transformers' `ProcessorMixin.apply_chat_template`, with two variables of the template:
-        `image_position` (defaults to the processor's) and `sandwich_history`, see the template.
+        """Render chats as transformers' `ProcessorMixin.apply_chat_template` does.
+
+        The template has two variables: `image_position` (defaults to the processor's) and `sandwich_history`; see
+        the template. In a message's content a key whose value is None counts as absent, as in rows of a data set
+        that lack a column.
 
         Raises:
-            ValueError: what is no list of messages; `continue_final_message` for a message that is not the
-                assistant's.
-            jinja2.TemplateError: messages that the template refuses.
+            ValueError: if this is not a list of messages, or `continue_final_message` is given for a message that
+                is not the assistant's.
+            jinja2.TemplateError: for messages that the template refuses.
         """
         _check_chats(conversation)
+        conversation = _without_none(conversation)
         template = chat_template or self.chat_template
         if isinstance(template, str) and "image_position" in template:
             kwargs.setdefault("image_position", self.image_position)
@@ -163,7 +170,7 @@ class VisualRWKVProcessor(ProcessorMixin):
             self, "_adjust_assistant_masks_indices"
         ):
             raise ImportError(
-                f"transformers {__version__} would get return_assistant_tokens_mask wrong behind a picture: "
+                f"transformers {__version__} would get return_assistant_tokens_mask wrong after a picture: "
                 "it needs a newer version."
             )
         return super().apply_chat_template(conversation, chat_template, **kwargs)
@@ -172,30 +179,33 @@ class VisualRWKVProcessor(ProcessorMixin):
         self,
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
-        return_scan_orders: bool = False,
-        pad_prompt_to_multiple_of: int | None = None,
-        **kwargs,
+        **kwargs: Unpack[VisualRWKVProcessorKwargs],
     ) -> BatchFeature:
-        """Pictures and text -> `input_ids`, `attention_mask` [B, T] and what the image processor gives.
+        """Make the model's inputs of pictures and text.
 
         Args:
             images: pictures, paths, URLs or base64 texts: one, a list in the order of the placeholders, or
                 one list for every text.
             text: one text or several, with one `<image>` for every picture.
-            return_scan_orders: whether to add `scan_orders`, int64 [B, D, T]: position p of the sequence is
-                read from position scan_orders[b, d, p], in layers l with l mod D = d.
-            pad_prompt_to_multiple_of: see the class; 1 turns the processor's own setting off.
-            kwargs: as for any processor, e.g. `padding=True`, `return_tensors="pt"`. Padding is on the left
+            kwargs: `return_scan_orders`: whether to add `scan_orders`, int64 [B, D, T]: position p of the sequence
+                is read from position scan_orders[b, d, p], in layers l with l mod D = d.
+                `pad_prompt_to_multiple_of`: see the class; 1 turns the processor's own setting off.
+                All others as for any processor, e.g. `padding=True`, `return_tensors="pt"`. Padding is on the left
                 unless the tokenizer says otherwise.
 
+        Returns:
+            `input_ids`, `attention_mask` [B, T] and what the image processor gives.
+
         Raises:
-            ValueError: pictures and placeholders do not match in number, a picture cannot be read, a picture
-                would be truncated, or options contradict one another.
+            ValueError: if pictures and placeholders do not match in number, a picture cannot be read or would be
+                truncated, or options contradict one another.
         """
-        multiple = pad_prompt_to_multiple_of or self.pad_prompt_to_multiple_of
+        options: dict[str, Any] = dict(kwargs)
+        return_scan_orders = options.pop("return_scan_orders", False)
+        multiple = options.pop("pad_prompt_to_multiple_of", None) or self.pad_prompt_to_multiple_of
         if multiple and text is not None:
-            kwargs = _padded_to_multiple(kwargs, multiple)
-        data = super().__call__(images, text, **kwargs)
+            options = _padded_to_multiple(options, multiple)
+        data = super().__call__(images, text, **options)
         if multiple and "input_ids" in data:
             self._lengthen_prompts(data, multiple)
         if return_scan_orders:
@@ -203,7 +213,7 @@ class VisualRWKVProcessor(ProcessorMixin):
         return data
 
     def _lengthen_prompts(self, data: BatchFeature, multiple: int) -> None:
-        """Turns the last pads in front of each prompt into turn ends, so that it becomes a multiple long."""
+        """Turn the last pads before each prompt into turn ends, so that its length becomes a multiple."""
         (turn_end_id,) = self.tokenizer.encode(TURN_END, add_special_tokens=False)
         for ids, mask in zip(data["input_ids"], data["attention_mask"]):
             length = int(sum(mask))
@@ -226,7 +236,7 @@ class VisualRWKVProcessor(ProcessorMixin):
         return sequence_orders(image_mask, self.scan, height, width, *class_token_places(self.class_token))
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
-        """Opens the pictures one by one, so that an error can say which one it is; of thin ones what will be seen."""
+        """Open the pictures one by one, so that an error can say which one it is; cut thin ones to what is seen."""
         if images is not None:
             options = kwargs | (kwargs.get("images_kwargs") or {})
             number = count(1)
@@ -241,7 +251,7 @@ class VisualRWKVProcessor(ProcessorMixin):
         return middle_of_thin(picture, self.image_processor) if is_opened else picture
 
     def validate_inputs(self, images=None, text=None, **kwargs):
-        """Refuses another number of pictures than of placeholders, text by text if pictures are nested."""
+        """Refuse a number of pictures that is not that of the placeholders, text by text if pictures are nested."""
         if text is not None:
             samples = [text] if isinstance(text, str) else text
             _refuse_half_characters(samples)
@@ -256,12 +266,12 @@ class VisualRWKVProcessor(ProcessorMixin):
         super().validate_inputs(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The placeholders of one picture."""
+        """Return the placeholders of one picture."""
         num_tiles = int(image_inputs["num_tiles"][image_idx]) if "num_tiles" in image_inputs else 1
         return self.image_token * self.num_image_tokens_of(num_tiles)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """How many tokens and tiles pictures of these sizes (height, width) take."""
+        """Return how many tokens and tiles pictures of these sizes (height, width) take."""
         if image_sizes is None:
             return MultiModalData()
         tiles_of = getattr(
@@ -279,14 +289,14 @@ class VisualRWKVProcessor(ProcessorMixin):
         prompt_length: int | None = None,
         **kwargs,
     ) -> list[str]:
-        r"""Generated ids -> texts.
+        r"""Decode generated ids to texts.
 
         Args:
             generated_outputs: what `generate` gave, [B, T] or [T].
             skip_special_tokens: whether to leave out pads and placeholders.
-            prompt_length: tokens of the prompt in front, e.g. `inputs["input_ids"].shape[1]`, 0 if there are
-                none: the text is then the answer alone, up to the first `"\n\n"` and stripped, as in the
-                original's evaluation. None: all of it, prompt included, without white space at the end.
+            prompt_length: number of tokens of the prompt, e.g. `inputs["input_ids"].shape[1]`, or 0 if the ids hold
+                none: the text is then the answer alone, up to the first `"\n\n"` and stripped, as in the original's
+                evaluation. None: all of it, prompt included, without white space at the end.
             kwargs: for `tokenizer.batch_decode`.
         """
         rows = torch.atleast_2d(torch.as_tensor(generated_outputs))[:, prompt_length or 0 :]
@@ -297,7 +307,7 @@ class VisualRWKVProcessor(ProcessorMixin):
 
 
 def _check_chats(conversation) -> None:
-    """Refuses what transformers would stumble over on its way to the template, which sees to the rest."""
+    """Refuse what transformers would fail on before it reaches the template, which refuses the rest."""
     if not isinstance(conversation, list | tuple):
         raise ValueError(f"A chat is a list of messages, got {type(conversation).__name__}.")
     is_batch = bool(conversation) and isinstance(conversation[0], list | tuple)
@@ -306,6 +316,22 @@ def _check_chats(conversation) -> None:
             raise ValueError("A chat needs at least one message, got none.")
         for message in chat:
             _check_message(message)
+
+
+def _without_none(conversation):
+    """Return the chats without those keys of content parts whose value is None."""
+    if isinstance(conversation[0], list | tuple):
+        return [_without_none(chat) for chat in conversation]
+    return [
+        {**message, "content": [_present(part) for part in message["content"]]}
+        if isinstance(message.get("content"), list | tuple)
+        else message
+        for message in conversation
+    ]
+
+
+def _present(part: Mapping) -> dict:
+    return {key: value for key, value in part.items() if value is not None}
 
 
 def _check_message(message) -> None:
@@ -323,7 +349,7 @@ def _check_message(message) -> None:
 
 
 def _refuse_half_characters(texts: Iterable[str]) -> None:
-    """Raises `ValueError` for a text with lone surrogates, such as the JSON text "\\ud83d" gives."""
+    """Raise `ValueError` for a text with lone surrogates, such as the JSON text "\\ud83d" gives."""
     for text in texts:
         try:
             text.encode("utf-8")
@@ -334,7 +360,7 @@ def _refuse_half_characters(texts: Iterable[str]) -> None:
 
 
 def _check_continued(conversation) -> None:
-    """A user message cannot be continued: the sandwich repeats it, and its turn has an end."""
+    """Refuse to continue a user message: the sandwich repeats it, and its turn has an end."""
     chats = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
     for chat in chats:
         role = chat[-1]["role"]
@@ -343,7 +369,7 @@ def _check_continued(conversation) -> None:
 
 
 def _padded_to_multiple(kwargs: dict, multiple: int) -> dict:
-    """Options that leave room in front of every prompt to lengthen it to a multiple."""
+    """Return options that leave room before every prompt to lengthen it to a multiple."""
     if kwargs.get("padding_side", "left") != "left":
         raise ValueError(
             "pad_prompt_to_multiple_of lengthens prompts at the front: padding_side must be 'left'."
@@ -364,10 +390,10 @@ def _number_of(images) -> int:
 
 
 def _open_numbered(picture, number: int, options: Mapping):
-    """The picture, decoded and in RGB; an array whose values the call's options speak of as it is.
+    """Return the picture, decoded and in RGB; an array is returned as it is if the call's options describe its values.
 
     Raises:
-        ValueError: it cannot be read or has no pixels; it says which one it is.
+        ValueError: if it cannot be read or has no pixels; the message says which one it is.
     """
     if (
         isinstance(picture, np.ndarray | torch.Tensor)

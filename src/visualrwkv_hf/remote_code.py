@@ -1,9 +1,12 @@
 """What a saved folder needs to load where this package is not installed (`trust_remote_code=True`)."""
 
 import json
+import logging
+import os
 import re
-import shutil
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 MODEL_CODE = {
     "visualrwkv": {
@@ -26,17 +29,17 @@ IMAGE_PROCESSOR_CODE = {"AutoImageProcessor": "image_processing_visualrwkv.Visua
 
 
 def ship_remote_code(folder: str | Path) -> None:
-    """Writes the code that the model in `folder` needs beside it, and names it in `config.json`."""
+    """Copy the code that the model in `folder` needs into it, and name its classes in `config.json`."""
     config_file = Path(folder) / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     write_auto_map(config_file, MODEL_CODE[config["model_type"]])
 
 
 def write_auto_map(config_file: Path, auto_map: dict[str, str]) -> None:
-    """Names in `config_file` the classes that load it, and copies the files that they stand in.
+    """Name in `config_file` the classes that load it, and copy the files that they are in.
 
-    Code that came with a model is cached without what the model does not import, its processor: that is left
-    out, and comes with the processor.
+    transformers caches the code of a model without the files that the model does not import. Those of its processor
+    may thus be missing here; they are left out, and are written when the processor is saved.
     """
     here = Path(__file__).parent
     known = {name: target for name, target in auto_map.items() if (here / f"{module_of(target)}.py").exists()}
@@ -49,21 +52,42 @@ def write_auto_map(config_file: Path, auto_map: dict[str, str]) -> None:
 
 
 def copy_code(folder: str | Path, auto_map: dict[str, str]) -> None:
-    """Copies into `folder` the files that the classes of `auto_map` stand in, and those that these import."""
-    here = Path(__file__).parent
-    for module in needed_modules({module_of(target) for target in auto_map.values()}):
-        target = Path(folder) / f"{module}.py"
-        if not (target.exists() and target.samefile(here / f"{module}.py")):
-            shutil.copyfile(here / f"{module}.py", target)
+    """Copy into `folder` the files that the classes of `auto_map` are in, and those that these import.
+
+    Nothing is lost: a link is replaced, never written through, and a file with other contents is kept as `*.py.old`,
+    which is logged as a warning.
+    """
+    here, replaced = Path(__file__).parent, []
+    for module in sorted(needed_modules({module_of(target) for target in auto_map.values()})):
+        source, target = here / f"{module}.py", Path(folder) / f"{module}.py"
+        content = source.read_bytes()
+        if target.exists() and (target.samefile(source) or _is_file_of(target, content)):
+            continue
+        if target.is_file() and not target.is_symlink():
+            os.replace(target, target.with_name(f"{target.name}.old"))
+            replaced.append(target.name)
+        target.unlink(missing_ok=True)
+        target.write_bytes(content)
+    if replaced:
+        logger.warning(
+            "%s: %s had other contents than this version's code. They were replaced, and kept as *.py.old.",
+            folder,
+            ", ".join(replaced),
+        )
+
+
+def _is_file_of(path: Path, content: bytes) -> bool:
+    """Return whether `path` is a file, not a link, with this content."""
+    return path.is_file() and not path.is_symlink() and path.read_bytes() == content
 
 
 def module_of(target: str) -> str:
-    """The module of a class as an `auto_map` names it: `"module.Class"`."""
+    """Return the module of a class as an `auto_map` names it: `"module.Class"`."""
     return target.split(".")[0]
 
 
 def needed_modules(modules: set[str]) -> set[str]:
-    """`modules` and all that they import from beside them. Only `from .name import` is seen, as by transformers."""
+    """Return `modules` and those that they import. Only `from .name import` is seen, as by transformers."""
     here = Path(__file__).parent
     found: set[str] = set()
     todo = set(modules)

@@ -1,5 +1,7 @@
-{#- The prompt of every VisualRWKV release. Variables:
-    image_position    where the pictures of a user message with text v stand: "first": pictures, v;
+"""The chat template: a module and not a file of jinja, so that it ships to the Hub with the code that uses it."""
+
+CHAT_TEMPLATE = r"""{#- The prompt of every VisualRWKV release. Variables:
+    image_position    where the pictures of a user message with text v are placed: "first": pictures, v;
                       "last": v, pictures; "middle", the sandwich: question, pictures, v
     sandwich_history  false: the question of the sandwich is v without the request for a short answer;
                       true: it is all user messages of the conversation, as in the original's training data,
@@ -12,7 +14,7 @@
     {{- raise_exception("image_position must be 'first', 'middle' or 'last', got '" ~ image_position ~ "'.") -}}
 {%- endif -%}
 
-{#- Text may not write a special token: it would stand for a picture or end the document. -#}
+{#- A text may not contain a special token: it would be read as a picture or as the end of the document. -#}
 {%- macro checked(text) -%}
     {%- for token in ["<image>", "<|endoftext|>"] if token in text -%}
         {{- raise_exception("A message's text contains '" ~ token ~ "', which is reserved. Remove it from the text; a picture is given as {'type': 'image', ...} in the message's content.") -}}
@@ -27,7 +29,7 @@
     {%- endfor -%}
 {%- endmacro -%}
 
-{#- The texts of a message, one a line. -#}
+{#- The texts of a message, one per line. -#}
 {%- macro text_of(message) -%}
     {%- if message.content is string -%}
         {{- message.content -}}
@@ -56,7 +58,7 @@
     {{- collapse(text.replace(short_answer, "")) -}}
 {%- endmacro -%}
 
-{#- A system message has no turn of its own: its text stands in front of the first user message's. -#}
+{#- A system message has no turn of its own: its text is put before the first user message's. -#}
 {%- set first = namespace(text="", index=0) -%}
 {%- if messages and messages[0].role == "system" -%}
     {%- if messages | length == 1 or messages[1].role != "user" or images_of(messages[0]) -%}
@@ -106,3 +108,16 @@
 {%- if add_generation_prompt -%}
     {{- "Assistant:" -}}
 {%- endif -%}
+"""
+
+
+def release_chat_template(image_position: str) -> str:
+    """Return the chat template of a release, which places pictures at `image_position` unless told otherwise.
+
+    Args:
+        image_position: "first", "middle" or "last".
+    """
+    if image_position == "first":  # the template's own default
+        return CHAT_TEMPLATE
+    default = f'{{%- set image_position = image_position | default("{image_position}") -%}}\n'
+    return default + CHAT_TEMPLATE
