@@ -16,10 +16,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .configuration_visualrwkv import VisualRWKVTextConfig
 from .generations import GENERATIONS
 from .loss_visualrwkv import is_worth_slicing, sliced_loss, visualrwkv_loss
-from .remote_code import ship_remote_code
+from .remote_code import push_saved, ship_remote_code
 
 HUB_ARGUMENTS = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags")
-"""Arguments of `save_pretrained(push_to_hub=True)` that only `push_to_hub()` understands."""
+"""Arguments of `save_pretrained(push_to_hub=True)` that are for the upload."""
 
 
 class VisualRWKVPreTrainedModel(PreTrainedModel):
@@ -88,13 +88,17 @@ class VisualRWKVPreTrainedModel(PreTrainedModel):
         A model with adapters (`add_adapter`, `load_adapter`) saves these alone, as transformers does: their folder
         has no `config.json` and needs no code.
         """
-        if push_to_hub:  # through `push_to_hub()`, which saves the code before it uploads
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-            kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
+        upload = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        before = self._get_files_timestamps(save_directory) if Path(save_directory).is_dir() else {}
         make_base_paths_absolute(self)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
+        if not is_main_process:
+            return
+        if not getattr(self, "_hf_peft_config_loaded", False):
             ship_remote_code(save_directory)
+        if push_to_hub:  # not by transformers, which would upload before the code is there
+            push_saved(self, save_directory, repo_id, before, token=kwargs.get("token"), **upload)
 
 
 def make_base_paths_absolute(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from .chat_template import release_chat_template
 from .configuration_visualrwkv import VisualRWKVConfig
 from .image_tokens import ImageTokens, class_token_places
 from .pictures import open_picture
-from .remote_code import PROCESSOR_CODE, copy_code
+from .remote_code import IMAGE_PROCESSOR_CODE, PROCESSOR_CODE, copy_code
 from .scan_orders import num_directions, sequence_orders
 from .thin_pictures import CUTTING_FIELDS, middle_of_thin
 
@@ -145,7 +145,11 @@ class VisualRWKVProcessor(ProcessorMixin):
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the fields, and the code that reads them beside them, so that a push uploads both."""
         super().to_json_file(json_file_path)
-        copy_code(Path(json_file_path).parent, PROCESSOR_CODE)
+        is_ours = (
+            "auto_map" in getattr(self.image_processor, "to_dict", dict)()
+        )  # else it is one of transformers'
+        code = PROCESSOR_CODE | (IMAGE_PROCESSOR_CODE if is_ours else {})
+        copy_code(Path(json_file_path).parent, code)
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """Render chats as transformers' `ProcessorMixin.apply_chat_template` does.

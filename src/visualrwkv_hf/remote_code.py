@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,40 @@ def ship_remote_code(folder: str | Path) -> None:
     config_file = Path(folder) / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     write_auto_map(config_file, MODEL_CODE[config["model_type"]])
+
+
+def push_saved(
+    model: Any,
+    folder: str | Path,
+    repo_id: str,
+    before: dict[str, float],
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    tags: list[str] | None = None,
+    **commit: Any,
+) -> None:
+    """Upload a folder that a model was saved to, as `push_to_hub` does, without saving the model a second time.
+
+    Args:
+        model: a `PushToHubMixin`.
+        folder: with the saved model. It gets a model card if it has none.
+        repo_id: of the repository, which is made if there is none.
+        before: when the folder's files were last written before the model was saved; files that are unchanged since
+            then are not uploaded.
+        token: see `push_to_hub`.
+        private: likewise.
+        tags: likewise.
+        **commit: `commit_message`, `commit_description`, `revision` and `create_pr` of `push_to_hub`.
+    """
+    from huggingface_hub import HfApi
+    from transformers.utils.hub import create_and_tag_model_card
+
+    repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+    card = Path(folder) / "README.md"
+    if not card.exists():
+        create_and_tag_model_card(repo_id, tags, token=token).save(card)
+    model._upload_modified_files(str(folder), repo_id, before, token=token, **commit)
 
 
 def write_auto_map(config_file: Path, auto_map: dict[str, str]) -> None:

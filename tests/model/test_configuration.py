@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from released_shapes import RELEASES, VOCAB_SIZE
 from tiny import vlm_config
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from visualrwkv_hf import VisualRWKVConfig, VisualRWKVTextConfig, VisualRWKVVisionConfig
 from visualrwkv_hf.configuration_visualrwkv import RANKS
@@ -348,3 +348,21 @@ def test_refused(config_class, fields, message):
 )
 def test_neighbours_of_the_refused_are_accepted(vision):
     assert VisualRWKVVisionConfig(**vision).grid_size in (4, 32)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "given", "expected"),
+    [
+        (65536, {}, [0, 261]),
+        (65529, {}, [0, 261]),
+        (320, {}, 0),
+        (65536, {"eos_token_id": 7}, 7),
+    ],
+)
+def test_an_answer_of_a_fresh_model_ends_with_its_turn(vocab_size, given, expected):
+    """Token 261 of the World vocabulary is the blank line that ends a turn."""
+    text = {"vocab_size": vocab_size, "hidden_size": 64, "num_hidden_layers": 1, **given}
+    config = VisualRWKVConfig(text_config=text, image_token_id=vocab_size - 1)
+    assert config.text_config.eos_token_id == expected
+    assert GenerationConfig.from_model_config(config).eos_token_id == expected
+    assert VisualRWKVTextConfig.from_dict(config.text_config.to_dict()).eos_token_id == expected

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,8 +30,10 @@ from visualrwkv_hf import (
     VisualRWKVModel,
     VisualRWKVProcessor,
     VisualRWKVTextModel,
+    bundled_model,
     remote_code,
 )
+from visualrwkv_hf.chat_template import release_chat_template
 from visualrwkv_hf.conversion.world_tokenizer import build_world_tokenizer
 from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
 
@@ -50,17 +53,23 @@ LANGUAGE_MODEL_CODE = {
     "wkv.py",
 }
 """What the configuration imports: its table of generations names the classes that compute them."""
-IMAGE_CODE = LANGUAGE_MODEL_CODE | {
+CONFIG_CODE = LANGUAGE_MODEL_CODE | {
     "configuration_visualrwkv.py",
-    "image_processing_visualrwkv.py",
-    "remote_code.py",
+    "encoders.py",
+    "image_tokens.py",
     "scan_orders.py",
 }
-PROCESSOR_CODE = IMAGE_CODE | {"processing_visualrwkv.py"}
-MODEL_CODE = LANGUAGE_MODEL_CODE | {
+IMAGE_CODE = CONFIG_CODE | {"image_processing_visualrwkv.py", "pictures.py", "remote_code.py"}
+PROCESSOR_CODE = CONFIG_CODE | {
+    "chat_template.py",
+    "pictures.py",
+    "processing_visualrwkv.py",
+    "remote_code.py",
+    "thin_pictures.py",
+}
+MODEL_CODE = CONFIG_CODE | {
     "cache_layer.py",
     "cache_visualrwkv.py",
-    "configuration_visualrwkv.py",
     "generation_visualrwkv.py",
     "kept_state.py",
     "loss_visualrwkv.py",
@@ -71,7 +80,6 @@ MODEL_CODE = LANGUAGE_MODEL_CODE | {
     "prompt_identity.py",
     "reading_plan.py",
     "remote_code.py",
-    "scan_orders.py",
     "state_file.py",
     "state_store.py",
 }
@@ -234,6 +242,12 @@ def test_a_processor_alone_is_a_folder(whole, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path).image_token_id == 65535
 
 
+def test_a_processor_takes_the_code_of_our_image_processor_along(whole, tmp_path):
+    _, processor, _ = whole
+    VisualRWKVProcessor(VisualRWKVImageProcessor(), processor.tokenizer).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.py")} == PROCESSOR_CODE | IMAGE_CODE
+
+
 def test_an_image_processor_alone_is_a_folder(tmp_path):
     processor = VisualRWKVImageProcessor(tiling="closest", encoders=SIGLIP)
     processor.save_pretrained(tmp_path)
@@ -377,6 +391,73 @@ def test_every_class_of_an_auto_map_can_be_found():
 def test_needed_modules_are_followed_to_the_end():
     assert {f"{name}.py" for name in remote_code.needed_modules({"modeling_visualrwkv"})} == MODEL_CODE
     assert {f"{name}.py" for name in remote_code.needed_modules({"processing_visualrwkv"})} == PROCESSOR_CODE
+
+
+def test_saved_code_is_not_written_through_links(tmp_path, caplog):
+    (tmp_path / "elsewhere.py").write_text("mine")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "scan_orders.py").symlink_to(tmp_path / "elsewhere.py")
+    (tmp_path / "model" / "encoders.py").symlink_to(tmp_path / "nothing.py")
+    remote_code.copy_code(tmp_path / "model", remote_code.PROCESSOR_CODE)
+    assert (tmp_path / "elsewhere.py").read_text() == "mine" and not (tmp_path / "nothing.py").exists()
+    for name in ("scan_orders.py", "encoders.py"):
+        assert not (tmp_path / "model" / name).is_symlink()
+        source = Path(remote_code.__file__).with_name(name)
+        assert (tmp_path / "model" / name).read_bytes() == source.read_bytes()
+    assert not caplog.records
+
+
+def test_a_users_own_file_is_kept_and_named(tmp_path, caplog):
+    (tmp_path / "pictures.py").write_text("mine")
+    remote_code.copy_code(tmp_path, remote_code.PROCESSOR_CODE)
+    assert (tmp_path / "pictures.py.old").read_text() == "mine"
+    assert "pictures.py had other contents" in caplog.text and "*.py.old" in caplog.text
+    caplog.clear()
+    remote_code.copy_code(tmp_path, remote_code.PROCESSOR_CODE)  # now they are the same
+    assert not caplog.records and (tmp_path / "pictures.py.old").read_text() == "mine"
+
+
+def test_a_processor_is_made_by_code_that_came_from_a_folder(whole, tmp_path):
+    """`from_config` reads no file beside the code: transformers copies code alone."""
+    _, _, folder = whole
+    script = (
+        OUTSIDE
+        + f"""
+    from transformers import AutoConfig, AutoProcessor
+    folder = {str(folder)!r}
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    made = type(processor).from_config(config, processor.image_processor, processor.tokenizer)
+    assert made.chat_template == processor.chat_template
+    print("made", type(made).__module__)
+    """
+    )
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "made transformers_modules" in done.stdout
+
+
+@pytest.mark.parametrize("trust", [None, False, True])
+def test_the_bundled_model_loads_offline_whatever_is_trusted(trust, monkeypatch):
+    """Its `auto_map` names classes for those who look for them there, TRL for one; its code is the package's."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = bundled_model()
+    options = {} if trust is None else {"trust_remote_code": trust}
+    config = AutoConfig.from_pretrained(folder, **options)
+    assert config.auto_map == remote_code.MODEL_CODE["visualrwkv"]
+    assert type(config) is VisualRWKVConfig
+    model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    assert type(model) is VisualRWKVForConditionalGeneration
+    assert type(AutoProcessor.from_pretrained(folder, **options)) is VisualRWKVProcessor
+
+
+def test_the_bundled_chat_template_is_that_of_the_source():
+    position = VisualRWKVConfig.from_pretrained(bundled_model()).image_position
+    saved = (bundled_model() / "chat_template.jinja").read_text("utf-8")
+    assert saved == release_chat_template(position)
 
 
 def test_code_in_a_folder_is_left_alone_where_it_is_the_package(tmp_path):

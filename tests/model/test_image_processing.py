@@ -435,3 +435,12 @@ def test_no_pictures_and_unknown_options_are_refused():
         one_encoder()([])
     with pytest.raises(ValueError, match="no option do_resize, sise"):
         one_encoder()(picture(), do_resize=False, sise=3)
+
+
+def test_options_that_do_not_exist_are_refused_when_loading_too(tmp_path):
+    one_encoder().save_pretrained(tmp_path)
+    loaded = VisualRWKVImageProcessor.from_pretrained(tmp_path, tiling="closest")
+    assert loaded.tiling == "closest"
+    for load in (VisualRWKVImageProcessor.from_pretrained, AutoImageProcessor.from_pretrained):
+        with pytest.raises(ValueError, match="has no option do_rescale, size; it has encoders, tiling"):
+            load(tmp_path, do_rescale=False, size=32)

@@ -407,7 +407,7 @@ def test_assistant_mask_is_the_originals_labels(processor):
 
 def test_assistant_mask_is_refused_where_transformers_gets_it_wrong(processor, monkeypatch):
     monkeypatch.delattr(ProcessorMixin, COUNTS_PLACEHOLDERS, raising=False)
-    with pytest.raises(ImportError, match="get return_assistant_tokens_mask wrong behind a picture"):
+    with pytest.raises(ImportError, match="get return_assistant_tokens_mask wrong after a picture"):
         processor.apply_chat_template([user("a"), assistant("b")], return_assistant_tokens_mask=True)
 
 
@@ -573,3 +573,35 @@ def test_a_tokenizer_with_another_placeholder_is_refused():
     tokenizer = copy.copy(TOKENIZER)
     with pytest.raises(ValueError, match=r"image_token_id \(65535\) must be the configuration's \(7\)"):
         VisualRWKVProcessor.from_config(make_config(image_token_id=7), None, tokenizer)
+
+
+# Options and rows of data sets
+
+
+def test_options_of_a_call_are_typed_processor_kwargs(processor):
+    typed = VisualRWKVProcessor.valid_processor_kwargs.__annotations__
+    assert {"return_scan_orders", "pad_prompt_to_multiple_of"} <= typed.keys()
+    chat = [user("What?", picture())]
+    options = {"return_scan_orders": True, "pad_prompt_to_multiple_of": 16}
+    inputs = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=options
+    )
+    assert inputs["scan_orders"].shape[0] == 1 and inputs["input_ids"].shape[1] % 16 == 0
+
+
+def test_keys_without_a_value_are_absent(processor):
+    """Rows of a data set have all columns in all parts of a message, most of them None."""
+    image = picture()["image"]
+    sparse = {
+        "role": "user",
+        "content": [
+            {"type": "image", "image": image, "text": None, "url": None, "path": None},
+            {"type": "text", "text": "What?", "image": None},
+        ],
+    }
+    plain = user("What?", {"type": "image", "image": image})
+    ours, theirs = encode_chat(processor, [sparse]), encode_chat(processor, [plain])
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    batch = processor.apply_chat_template([[sparse], [plain]], tokenize=False)
+    assert batch[0] == batch[1]
+    assert sparse["content"][0]["text"] is None  # the caller's own messages stay as they are
