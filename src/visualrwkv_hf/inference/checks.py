@@ -95,7 +95,7 @@ def count_parameters(config: Any) -> int:
     """Return the number of parameters of the model that a configuration describes, without memory for it."""
     import torch
 
-    from visualrwkv_hf.conversion.convert import expected_shapes
+    from visualrwkv_hf.conversion import expected_shapes
 
     return sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
 
