@@ -1,26 +1,61 @@
 """Original checkpoints from the Hub, and converted folders to it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+from .checkpoint import sha256_of
 from .errors import ConversionError
 from .folders import EXTRAS_FILE, INDEX_FILE
 from .hub_address import SCHEME, HubFile, parse_address
 from .hub_errors import hub_sentences
+from .releases import known_sha256
 
 STALE_FILES = ["*.safetensors", INDEX_FILE, EXTRAS_FILE]
-"""A push replaces these as a whole: shards of an earlier one, cut otherwise, would stay beside the new ones."""
+"""A push deletes the old ones of these: shards of another number would otherwise stay beside the new ones."""
 
 
-def local_file(source: str) -> Path:
-    """The path of a source, downloaded before if it is an address on the Hub."""
-    return download(parse_address(source)) if source.startswith(SCHEME) else Path(source)
+def local_file(source: str, say: Callable[[str], None] = lambda sentence: None) -> Path:
+    """Return the path of a source, downloaded before if it is an address on the Hub.
+
+    Args:
+        source: a path or `hf://owner/repo/file[@revision]`.
+        say: told that a download is a published file, bit for bit, where that is known.
+
+    Raises:
+        ConversionError: in one sentence; also if a download is not the file that was published.
+    """
+    if not source.startswith(SCHEME):
+        return Path(source)
+    file = parse_address(source)
+    path = download(file)
+    if refuse_other_contents(file, path):
+        say(f"{file}: its sha256 is that of the published file.")
+    return path
+
+
+def refuse_other_contents(file: HubFile, path: Path) -> bool:
+    """Compare a download with the sha256 of the published file; return whether that is known.
+
+    Raises:
+        ConversionError: if they differ.
+    """
+    expected = known_sha256(file)
+    if expected is None:
+        return False
+    found = sha256_of(path)
+    if found != expected:
+        raise ConversionError(
+            f"{path} is not the released file: its sha256 is {found}, that of the release is {expected}. "
+            "Delete it and try again."
+        )
+    return True
 
 
 def download(file: HubFile) -> Path:
-    """The file in the Hub's cache on this machine; what was downloaded before is not downloaded again.
+    """Return the file in the Hub's cache on this machine; what was downloaded before is not downloaded again.
 
     Raises:
-        ConversionError: in one sentence, if it is not there, not to be read with this token, or not reached.
+        ConversionError: in one sentence, if it is not there, may not be read with this token, or is not reached.
     """
     from huggingface_hub import hf_hub_download
 
@@ -29,7 +64,7 @@ def download(file: HubFile) -> Path:
 
 
 def refuse_push(repo: str, private: bool) -> None:
-    """Raises `ConversionError` if a push is bound to fail, before the long work of a conversion."""
+    """Raise `ConversionError` if a push is bound to fail, before the long work of a conversion."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -49,7 +84,7 @@ def refuse_push(repo: str, private: bool) -> None:
 
 
 def upload(folder: Path, repo: str, *, private: bool = False, revision: str | None = None) -> str:
-    """Puts a model folder on the Hub in one commit: what is there stays as it was until all is uploaded.
+    """Put a model folder on the Hub in one commit: what is there stays as it is until all is uploaded.
 
     Args:
         folder: with the model.

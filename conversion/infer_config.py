@@ -1,7 +1,7 @@
 """The configuration of an original checkpoint, from the names and shapes of its tensors.
 
-What shapes cannot tell stands in two tables: `FAMILIES`, how a release reads its pictures, and `HEAD_DIMS`,
-the heads of vision encoders. Both can be overruled field by field.
+What shapes do not tell comes from two tables: `RELEASES`, how a release reads its pictures, and `HEAD_DIMS`, the
+heads of vision encoders. Both can be overridden field by field.
 """
 
 import math
@@ -22,49 +22,10 @@ from visualrwkv_hf.encoders import ENCODERS
 from .errors import ConversionError
 from .generations import ORIGINAL_GENERATIONS
 from .key_map import canonical_name
+from .releases import RELEASES, THREE_ENCODERS
 
 Shapes = Mapping[str, Sequence[int]]
 
-
-class Family(NamedTuple):
-    """A line of releases: what its tensors look like, and what they do not tell."""
-
-    rwkv_version: int
-    encoders: tuple[str, ...]
-    views: int
-    """Input width of the projector in widths of the tower."""
-    has_compressor: bool
-    vision: dict[str, Any]
-    fields: dict[str, Any]
-    tiling: str = "none"
-    """How its image processor cuts pictures into tiles."""
-
-
-THREE_ENCODERS = ("dinov2", "siglip", "sam")
-
-FIRST_CLASS, LAST_CLASS = {"class_token": "first"}, {"class_token": "last"}
-PENULTIMATE = {"feature_layer": -2}
-IN_ORDER = {"scan": "unidirectional", "image_position": "first"}
-SANDWICH = {"scan": "bidirectional", "image_position": "middle"}
-FOUR_WAYS = {"scan": "multidirectional", "image_position": "middle"}
-PER_PICTURE = {"compressor_num_tokens": 1024}
-PER_TILE = {"compressor_num_tokens": 256, "compressor_per_tile": True}
-TOKEN_MEAN = {"text_config": {"loss_reduction": "token"}}
-
-FAMILIES = {
-    "v5.0": Family(5, ("clip",), 1, False, FIRST_CLASS, IN_ORDER | TOKEN_MEAN),
-    "v5.1": Family(5, ("clip",), 1, False, LAST_CLASS, IN_ORDER | TOKEN_MEAN),
-    "v6.0": Family(6, ("clip",), 1, False, LAST_CLASS, SANDWICH),
-    "v6.01": Family(6, ("clip",), 2, False, LAST_CLASS, FOUR_WAYS),
-    "hd": Family(6, THREE_ENCODERS, 1, False, PENULTIMATE, SANDWICH),
-    "uhd": Family(6, THREE_ENCODERS, 2, False, PENULTIMATE | {"tile_grid": 2}, SANDWICH),
-    "v7.00": Family(7, THREE_ENCODERS, 1, False, PENULTIMATE, IN_ORDER),
-    "v7.01": Family(7, ("siglip",), 1, False, {}, IN_ORDER),
-    "v7.02": Family(7, ("siglip",), 1, False, {}, IN_ORDER, tiling="smallest"),
-    "v7.03": Family(7, ("siglip",), 1, True, {}, IN_ORDER | PER_PICTURE, tiling="closest"),
-    "v7.04": Family(7, ("siglip",), 1, True, {}, IN_ORDER | PER_TILE, tiling="closest"),
-}
-"""Of families with the same tensors the first is taken, and the others are reached by their name."""
 
 HEAD_DIMS = {1152: 72}
 """Size of a vision encoder's head by its width: 72 in the so400m shape, else 64."""
@@ -283,7 +244,7 @@ def projector_input_width(shapes: Shapes) -> int:
 def family_to_start(version: int, vision: Mapping[str, Any], asked: str | None = None) -> str:
     """The family of a new model: the first with this generation and these encoders, or the one asked for."""
     encoders = _encoders_of(vision)
-    fitting = [name for name, family in FAMILIES.items() if family[:2] == (version, encoders)]
+    fitting = [name for name, release in RELEASES.items() if release.start == (version, encoders)]
     _refuse_family(asked, fitting, f"The new model has RWKV-{version} and {' + '.join(encoders)}")
     return asked or fitting[0]
 
@@ -293,8 +254,8 @@ def _encoders_of(vision: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _refuse_family(asked: str | None, fitting: Sequence[str], told: str) -> None:
-    if asked is not None and asked not in FAMILIES:
-        raise ConversionError(f"Unknown family {asked!r}: choose from {', '.join(FAMILIES)}.")
+    if asked is not None and asked not in RELEASES:
+        raise ConversionError(f"Unknown family {asked!r}: choose from {', '.join(RELEASES)}.")
     if asked is not None and asked not in fitting:
         raise ConversionError(f"{told}, which is {' or '.join(fitting) or 'no family'}, and not {asked}.")
     if not fitting:
@@ -310,7 +271,7 @@ def _family_of(shapes: Shapes, vision: Mapping[str, Any], version: int, asked: s
         )
     has_compressor = any(name.startswith("vtc.") for name in shapes)
     signature = (version, encoders, width // tower, has_compressor)
-    fitting = [name for name, family in FAMILIES.items() if family[:4] == signature]
+    fitting = [name for name, release in RELEASES.items() if release.signature == signature]
     told = f"RWKV-{version}, {' + '.join(encoders)}, a projector over {width} channels" + (
         " and a compressor" if has_compressor else ""
     )
@@ -333,15 +294,16 @@ def tower_width(vision: Mapping[str, Any]) -> int:
 
 
 def _projector_of(shapes: Shapes, family: str, gate_is_untrained: bool | None) -> str:
+    usual = RELEASES[family].projector
     if "proj.weight" in shapes:
-        return "linear_flip" if family == "v6.01" else "linear"
+        return usual if usual == "linear_flip" else "linear"
     if "proj.ln_v.weight" in shapes:
         return "gated_norm"
-    if family != "uhd":
+    if usual != "relu":
         return "gated"
     if gate_is_untrained is None:
         raise ConversionError(
-            "Only its values tell whether the UHD projector uses its gate: give projector='relu' or 'gated'."
+            f"Only its values tell whether the projector of {family} uses its gate: give projector='relu' or 'gated'."
         )
     return "relu" if gate_is_untrained else "gated"
 
@@ -369,7 +331,7 @@ class Inferred(NamedTuple):
     """What the tensors of a checkpoint tell."""
 
     family: str | None
-    """A name of `FAMILIES`; None for a language model alone."""
+    """A name of `RELEASES`; None for a language model alone."""
     config: VisualRWKVConfig | VisualRWKVTextConfig
 
 
@@ -387,7 +349,7 @@ def infer(
         shapes: tensor name -> shape, names as in the file.
         vision_config: fields of the vision tower: all of them if the checkpoint holds none, else those to
             overrule, as in `{"clip_config": {"num_attention_heads": 4}}`.
-        family: a name of `FAMILIES`, for those that share their tensors' names and shapes.
+        family: a name of `RELEASES`, for those that share their tensors' names and shapes.
         gate_is_untrained: what `gate_is_untrained` says of `proj.gate.weight`; UHD needs it, or `projector`.
         **overrides: fields of [`VisualRWKVConfig`] to overrule, or of [`VisualRWKVTextConfig`] for a language
             model alone.
@@ -410,11 +372,13 @@ def infer(
     family = _family_of(shapes, vision, text["rwkv_version"], family)
     found = {
         "text_config": text,
-        "vision_config": merged(FAMILIES[family].vision, vision),
+        "vision_config": merged(RELEASES[family].vision, vision),
         "projector": overrides.get("projector") or _projector_of(shapes, family, gate_is_untrained),
-        "compressor_num_layers": _depth(shapes, "vtc.blocks.") if FAMILIES[family].has_compressor else 0,
+        "compressor_num_layers": _depth(shapes, "vtc.blocks.") if RELEASES[family].has_compressor else 0,
     }
-    return Inferred(family, VisualRWKVConfig(**merged(merged(found, FAMILIES[family].fields), overrides)))
+    return Inferred(
+        family, VisualRWKVConfig(**merged(merged(found, RELEASES[family].config_fields), overrides))
+    )
 
 
 def infer_config(shapes: Shapes, **given: Any) -> VisualRWKVConfig | VisualRWKVTextConfig:
@@ -422,4 +386,4 @@ def infer_config(shapes: Shapes, **given: Any) -> VisualRWKVConfig | VisualRWKVT
     return infer(shapes, **given).config
 
 
-__all__ = ["FAMILIES", "Family", "Inferred", "gate_is_untrained", "infer", "infer_config"]
+__all__ = ["Inferred", "gate_is_untrained", "infer", "infer_config"]

@@ -15,12 +15,8 @@ from .errors import ConversionError
 from .folders import WriteOptions, locked, refuse_target
 from .key_map import projector_rows, rows_to_original
 from .original_to_hf import SourceTensors, language_dtype, write_folder
+from .releases import RELEASES
 from .towers import Assembled, TowerSource, assembled, read_tower, renamed
-
-PROJECTORS_OF_FAMILIES = {"v6.01": "linear_flip", "hd": "gated", "uhd": "relu"}
-"""Beside these, RWKV-5 and RWKV-6 start with a linear projector and RWKV-7 with a gated one."""
-
-PROJECTORS_OF_GENERATIONS = {5: "linear", 6: "linear", 7: "gated_norm"}
 
 COMPRESSOR_LAYERS = 3
 """Blocks of a fresh Visual Token Compressor (v7.03, v7.04)."""
@@ -68,10 +64,10 @@ def assemble_vlm(
         text = inference.text_fields(shapes_of(world))
         vision = inference.vision_fields(shapes_of(tower.tensors), given)
         family = inference.family_to_start(text["rwkv_version"], vision, family)
-        projector = projector or projector_to_start(family)
+        projector = projector or RELEASES[family].projector
         width = projector_width(family, vision)
         fresh = fresh_projector(projector, width, text["hidden_size"], seed, dtype)
-        compressor = [fresh_compressor(world)] if inference.FAMILIES[family].has_compressor else []
+        compressor = [fresh_compressor(world)] if RELEASES[family].has_compressor else []
         checkpoint = assembled(world, tower.tensors, fresh, *compressor)
         inferred = inference.infer(
             shapes_of(checkpoint), vision_config=given, family=family, projector=projector, **overrides
@@ -91,14 +87,10 @@ def shapes_of(tensors: SourceTensors) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in tensors.infos.items()}
 
 
-def projector_to_start(family: str) -> str:
-    by_generation = PROJECTORS_OF_GENERATIONS[inference.FAMILIES[family].rwkv_version]
-    return PROJECTORS_OF_FAMILIES.get(family, by_generation)
-
-
 def projector_width(family: str, vision: Mapping[str, Any]) -> int:
     """Return the channels that the projector's module is made for: "linear_flip" doubles them itself."""
-    views = 1 if family == "v6.01" else inference.FAMILIES[family].views
+    release = RELEASES[family]
+    views = 1 if release.projector == "linear_flip" else release.views
     return views * inference.tower_width(vision)
 
 

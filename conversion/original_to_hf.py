@@ -35,6 +35,7 @@ from .folders import (
     write_json,
 )
 from .key_map import Row, rows_to_ours
+from .releases import RELEASES
 from .state_dicts import checked_rows, infer_from, model_class
 from .towers import Assembled, TowerSource, assembled, read_tower
 
@@ -88,9 +89,7 @@ def write_folder(
     output_dir = Path(output_dir).absolute()
     refuse_target(output_dir, checkpoint.paths, options.overwrite)
     family, config = inferred
-    processor = processor_of(
-        config, options.tiling or (inference.FAMILIES[family].tiling if family else "none")
-    )
+    processor = processor_of(config, options.tiling or (RELEASES[family].tiling if family else "none"))
     rows = _rows_of_files(checkpoint, config)
     dtype = options.torch_dtype
     infos = {name: info for row in rows for name, info in _infos(row, checkpoint.infos, dtype)}

@@ -18,8 +18,9 @@ from visualrwkv_hf.modeling_vision import resample_position_embedding
 from .checkpoint import Checkpoint, TensorInfo, read_json
 from .errors import ConversionError
 from .hub_errors import hub_sentences
-from .infer_config import THREE_ENCODERS, VISION_MARKS
+from .infer_config import VISION_MARKS
 from .key_map import unwrapped_name
+from .releases import THREE_ENCODERS
 
 TowerSource = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 

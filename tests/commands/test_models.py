@@ -1,5 +1,6 @@
 """`--model` with an original checkpoint or a release: converted into the cache once, whole or not at all."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -71,28 +72,25 @@ def test_a_changed_checkpoint_is_another_one(checkpoints, cache, tmp_path):
     assert cached_model(str(tmp_path / "model.pth")) != first
 
 
-RELEASE = next(row for row in releases.RELEASES if row.name == "VisualRWKV-6 1B6")
+RELEASE = releases.RELEASES["v6.0"]
 
 
-def release(checkpoints, sha256=None):
-    row = RELEASE._asdict() | {
-        "files": ("whole.pth",),
-        "sha256": (sha256,),
-    }
-    return releases.Release(**row)
+def release(sha256=None):
+    model = dataclasses.replace(RELEASE.models[0], files=("whole.pth",), sha256=(sha256,))
+    return {"v6.0": dataclasses.replace(RELEASE, models=(model,))}
 
 
 @pytest.fixture
 def released(checkpoints, monkeypatch):
     """The release v6-1.6b is small, and where it is fetched from."""
-    monkeypatch.setattr(releases, "RELEASES", (release(checkpoints),))
+    monkeypatch.setattr(releases, "RELEASES", release())
     fetched = []
 
-    def local_file(address):
-        fetched.append(address)
-        return checkpoints / address.rpartition("/")[2]
+    def download(file):
+        fetched.append(str(file))
+        return checkpoints / file.path
 
-    monkeypatch.setattr("visualrwkv_hf.conversion.hub_files.local_file", local_file)
+    monkeypatch.setattr("visualrwkv_hf.conversion.hub_files.download", download)
     return fetched
 
 
@@ -117,12 +115,12 @@ def test_a_model_is_pulled_ahead(released, cache):
 def test_another_file_than_the_released_one_is_refused_and_nothing_is_kept(
     released, checkpoints, monkeypatch, cache, picture
 ):
-    monkeypatch.setattr(releases, "RELEASES", (release(checkpoints, "0" * 64),))
+    monkeypatch.setattr(releases, "RELEASES", release("0" * 64))
     result = ask("v6-1.6b", picture)
     assert result.exit_code == 1 and "is not the released file: its sha256 is" in result.stderr
     assert cached_models() == {} and not (cache / "v6-1.6b").exists()
     digest = checkpoint.sha256_of(checkpoints / "whole.pth")
-    monkeypatch.setattr(releases, "RELEASES", (release(checkpoints, digest),))
+    monkeypatch.setattr(releases, "RELEASES", release(digest))
     assert ask("v6-1.6b", picture).exit_code == 0
 
 
@@ -136,7 +134,7 @@ def test_a_conversion_that_fails_leaves_nothing(checkpoints, cache):
 
 
 def test_every_release_has_its_own_short_name():
-    names = [short_name(row.name) for row in releases.RELEASES]
+    names = [short_name(model.title) for row in releases.RELEASES.values() for model in row.models]
     assert len(set(names)) == len(names)
     assert {"v6-1.6b", "v7-0.1b", "v5-3b", "uhd-1.6b"} <= set(names)
     assert all(model_cache.SHORT_NAME.fullmatch(name) for name in names)

@@ -1,5 +1,7 @@
 """`visualrwkv convert`: what it makes, what it prints and how it refuses."""
 
+import dataclasses
+import hashlib
 import io
 import math
 import re
@@ -7,20 +9,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from hub_client import convert, hub_environment
+from paths import ROOT
 from released_shapes import RELEASES as RELEASED_SHAPES
 from safetensors.torch import load_file
 from tiny_checkpoint import write_checkpoint
 
+from visualrwkv_hf import SCANS, VisualRWKVConfig
 from visualrwkv_hf.cli import convert as cli_convert
 from visualrwkv_hf.conversion import ConversionError
+from visualrwkv_hf.conversion.checkpoint import sha256_of
 from visualrwkv_hf.conversion.folders import EXTRAS_FILE
 from visualrwkv_hf.conversion.hub_address import HubFile, parse_address
-from visualrwkv_hf.conversion.infer_config import FAMILIES, infer_config
-from visualrwkv_hf.conversion.model_card import published_scores
-from visualrwkv_hf.conversion.releases import RELEASES
+from visualrwkv_hf.conversion.infer_config import infer_config
+from visualrwkv_hf.conversion.releases import RELEASES, Release, ReleasedModel, release_table, released_model
+from visualrwkv_hf.encoders import ENCODERS
+from visualrwkv_hf.image_processing_visualrwkv import TILINGS
+from visualrwkv_hf.modeling_vision import PROJECTORS
+from visualrwkv_hf.training.conversations import PROMPT_FORMATS
 
 NOWHERE = "http://127.0.0.1:1"
 """Nothing listens on port 1."""
@@ -135,33 +144,104 @@ def test_bytes_to_write_is_what_is_written(checkpoint, tmp_path, dtype, width):
     assert sum(written) == width * sum(tensor.numel() for tensor in torch.load(checkpoint).values())
 
 
+MODELS = [(family, model) for family, release in RELEASES.items() for model in release.models]
+
+
 def test_list_shows_every_release_with_size_and_scores():
     answer = convert("--list")
     assert answer.code == 0
-    for release in RELEASES:
-        assert f"{release.name}  (family {release.family}, {release.num_bytes / 1e9:.2f} GB)" in answer.out
-        assert all(f"  {address}\n" in answer.out + "\n" for address in release.addresses)
+    for family, model in MODELS:
+        assert f"{model.title}  (family {family}, {model.num_bytes / 1e9:.2f} GB)" in answer.out
+        assert all(f"  {address}\n" in answer.out + "\n" for address in model.addresses)
     assert "VQAv2 75.8" in answer.out
 
 
-@pytest.mark.parametrize(
-    "release, shapes", list(zip(RELEASES, RELEASED_SHAPES.values())), ids=RELEASED_SHAPES
-)
-def test_release_agrees_with_its_tensors(release, shapes):
+@pytest.mark.parametrize("released, shapes", list(zip(MODELS, RELEASED_SHAPES.values())), ids=RELEASED_SHAPES)
+def test_release_agrees_with_its_tensors(released, shapes):
+    family, model = released
     shapes = shapes()
-    assert release.num_parameters == sum(math.prod(shape) for shape in shapes.values())
-    given = {"projector": "relu"} if release.family == "uhd" else {}  # its values would tell
+    assert model.num_parameters == sum(math.prod(shape) for shape in shapes.values())
+    given = {"projector": "relu"} if family == "uhd" else {}  # its values would tell
     config = infer_config(shapes, **given)
-    assert release.scores == published_scores(config)
-    family = FAMILIES[release.family]
-    assert family.rwkv_version == config.text_config.rwkv_version
-    assert family.encoders == tuple(config.vision_config.encoders)
+    assert released_model(config) == model
+    release = RELEASES[family]
+    assert release.rwkv_version == config.text_config.rwkv_version
+    assert release.encoders == tuple(config.vision_config.encoders)
+    assert (release.scan, release.image_position) == (config.scan, config.image_position)
 
 
-@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
-def test_release_addresses_name_repository_and_file(release):
-    for address, file in zip(release.addresses, release.files, strict=True):
-        assert parse_address(address) == HubFile(release.repo, file)
+@pytest.mark.parametrize("model", [model for _, model in MODELS], ids=lambda model: model.title)
+def test_release_addresses_name_repository_and_file(model):
+    for address, file in zip(model.addresses, model.files, strict=True):
+        assert parse_address(address) == HubFile(model.repo, file)
+
+
+@pytest.mark.parametrize("family", RELEASES)
+def test_rows_name_what_other_tables_hold(family):
+    release = RELEASES[family]
+    assert set(release.encoders) <= ENCODERS.keys() and release.projector in PROJECTORS
+    assert release.prompt_format in PROMPT_FORMATS and release.scan in SCANS and release.tiling in TILINGS
+
+
+def test_the_table_of_the_documentation_comes_from_the_releases():
+    assert f"\n{release_table()}\n" in (ROOT / "docs/releases.md").read_text("utf-8")
+
+
+DUMMY = Release(
+    rwkv_version=6,
+    encoders=("clip",),
+    projector="linear",
+    prompt_format="v6.0",
+    scan="multidirectional",
+    image_position="last",
+    vision={"class_token": "first"},
+    models=(
+        ReleasedModel(
+            title="Dummy 0B0",
+            hidden_size=64,
+            repo="ann/dummy",
+            files=("dummy.pth",),
+            num_parameters=5_000_000,
+            scores={"VQAv2": 12.5},
+            source="a test",
+        ),
+    ),
+)
+
+
+def test_a_release_is_one_row(checkpoint, tmp_path, monkeypatch):
+    """A new row is inferred or asked for, converted, has a card with its scores, and is in the list and the table."""
+    monkeypatch.setitem(RELEASES, "dummy", DUMMY)
+    answer = convert(checkpoint, tmp_path / "model", "--family", "dummy")
+    assert answer.code == 0, answer.err
+    config = VisualRWKVConfig.from_pretrained(tmp_path / "model")
+    assert (config.scan, config.image_position, config.class_token) == ("multidirectional", "last", "first")
+    assert config.conversion["family"] == "dummy"
+    card = (tmp_path / "model" / "README.md").read_text("utf-8")
+    assert "# Dummy 0B0" in card and "| VQAv2 | 12.5 |" in card and "a test" in card
+    listed = convert("--list").out
+    assert "Dummy 0B0  (family dummy, 0.01 GB)\n  hf://ann/dummy/dummy.pth\n  expected: VQAv2 12.5" in listed
+    assert "| `dummy` | 0B0 | RWKV-6 | clip | linear | multidirectional | last | none |" in release_table()
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_download_is_compared_with_the_published_file(is_same, checkpoint, tmp_path, monkeypatch):
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest() if is_same else "0" * 64
+    model = dataclasses.replace(DUMMY.models[0], sha256=(digest,))
+    monkeypatch.setitem(RELEASES, "dummy", dataclasses.replace(DUMMY, models=(model,)))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: str(checkpoint))
+    answer = convert("hf://ann/dummy/dummy.pth", tmp_path / "model")
+    if is_same:
+        assert answer.code == 0 and "dummy.pth: its sha256 is that of the published file" in answer.err
+        return
+    assert answer.code == 1 and not (tmp_path / "model").exists()
+    assert (
+        f"is not the released file: its sha256 is {sha256_of(checkpoint)}, that of the release is {digest}"
+        in answer.err
+    )
+    assert (
+        convert("hf://ann/dummy/dummy.pth@v1", tmp_path / "model").code == 0
+    )  # another revision is another file
 
 
 # Addresses.

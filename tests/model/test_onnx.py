@@ -17,7 +17,7 @@ from tiny import awake, text_config
 from tiny_training import tiny_model, tiny_processor
 
 from visualrwkv_hf import VisualRWKVConfig, VisualRWKVForConditionalGeneration, VisualRWKVProcessor
-from visualrwkv_hf.conversion.infer_config import FAMILIES
+from visualrwkv_hf.conversion.releases import RELEASES
 from visualrwkv_hf.image_processing_visualrwkv import TILINGS, image_processor_for
 from visualrwkv_hf.inference.onnx_export import (
     GRAPHS,
@@ -55,7 +55,7 @@ MULTIPLE = {"v7.00": 16, "v7.04": 16}
 
 
 def family_config(name: str) -> VisualRWKVConfig:
-    family = FAMILIES[name]
+    family = RELEASES[name]
     fields = {**family.fields, **FEWER_TOKENS.get(name, {})}
     text = dict(vocab_size=1024, hidden_size=32, num_hidden_layers=LAYERS.get(name, 2))
     text |= fields.pop("text_config", {})
@@ -85,7 +85,7 @@ def family_model(name: str) -> VisualRWKVForConditionalGeneration:
 
 def family_processor(name: str, model: VisualRWKVForConditionalGeneration) -> VisualRWKVProcessor:
     processor = tiny_processor(model)
-    processor.image_processor = image_processor_for(model.config, FAMILIES[name].tiling)
+    processor.image_processor = image_processor_for(model.config, RELEASES[name].tiling)
     processor.pad_prompt_to_multiple_of = MULTIPLE.get(name)
     return processor
 
@@ -146,7 +146,7 @@ def example_module(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=RELEASES)
 def exported(request, tmp_path_factory) -> Exported:
     return Exported(request.param, tmp_path_factory.mktemp("family"))
 

@@ -67,9 +67,9 @@ def convert(
     """Convert an original checkpoint to a folder for from_pretrained, or such a folder back."""
     with errors_in_a_sentence():
         if list_releases:
-            from visualrwkv_hf.conversion.releases import release_table
+            from visualrwkv_hf.conversion.releases import release_list
 
-            typer.echo(release_table())
+            typer.echo(release_list())
             return
         paths, vision_tower = paths or [], vision_tower or []
         refuse_number_of_paths(paths, to_original=to_original, world=world, vision_tower=vision_tower)
@@ -138,28 +138,28 @@ def refuse_without_effect(options: dict[str, Any], *, because: str) -> None:
 
 def convert_back(folder: str, out_path: str, **options: Any) -> Path:
     """Write a model folder as an original checkpoint."""
-    from visualrwkv_hf.conversion.convert import to_original
+    from visualrwkv_hf.conversion import to_original
 
     return to_original(folder, out_path, **options)
 
 
 def assemble(world: str, vision_tower: Sequence[str], output: str, **options: Any) -> Path:
     """Write an untrained model of a language model and a vision tower."""
+    from visualrwkv_hf.conversion import assemble_vlm
     from visualrwkv_hf.conversion.hub_files import local_file
-    from visualrwkv_hf.conversion.start import start_vlm
 
     with bytes_bar() as progress:
-        return start_vlm(local_file(world), vision_tower, output, progress=progress, **options)
+        return assemble_vlm(local_file(world, say), vision_tower, output, progress=progress, **options)
 
 
 def convert_sources(
     sources: Sequence[str], output: str, vision_tower: Sequence[str], *, dtype: str | None, **options: Any
 ) -> Path:
     """Write the model folder of an original checkpoint."""
-    from visualrwkv_hf.conversion.convert import to_hf
+    from visualrwkv_hf.conversion import to_hf
     from visualrwkv_hf.conversion.hub_files import local_file
 
-    files = [local_file(source) for source in sources]
+    files = [local_file(source, say) for source in sources]
     if vision_tower:
         options["vision_tower"] = vision_tower
     with bytes_bar(None if vision_tower else bytes_to_write(files, dtype)) as progress:
@@ -191,7 +191,7 @@ def say_next(folder: Path, *, is_trained: bool) -> None:
 def bytes_to_write(sources: Sequence[Path], dtype: str | None) -> int:
     """Return the size of the sources' tensors in `dtype`."""
     from visualrwkv_hf.conversion.checkpoint import read_checkpoint
-    from visualrwkv_hf.conversion.convert import parse_dtype
+    from visualrwkv_hf.conversion.folders import parse_dtype
 
     asked = parse_dtype(dtype)
     return sum(

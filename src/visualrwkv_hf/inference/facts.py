@@ -125,12 +125,12 @@ def _facts_from(folder: Path, read_tensors: Callable[[], Mapping[str, "TensorInf
 
 def title_of(config: "VisualRWKVConfig | VisualRWKVTextConfig") -> str:
     """Return the name of the release that has this shape, if there is one, and the family that the converter noted."""
-    from visualrwkv_hf.conversion.model_card import published_scores
+    from visualrwkv_hf.conversion.releases import released_model
 
-    scores = published_scores(config)
+    released = released_model(config)
     kind = "VisualRWKV" if config.model_type == VISION_MODEL else "RWKV"
     version = config.get_text_config(decoder=True).rwkv_version
-    title = f"shaped like {scores.title}" if scores else f"{kind}-{version}, the shape of no release"
+    title = f"shaped like {released.title}" if released else f"{kind}-{version}, the shape of no release"
     family = getattr(config, "conversion", {}).get("family")
     return f"{title}, converted from {family}" if family else title
 

@@ -71,7 +71,8 @@ def releases() -> dict[str, Any]:
     """Return the released checkpoints by their short names."""
     from visualrwkv_hf.conversion.releases import RELEASES
 
-    return {short_name(release.name): release for release in RELEASES}
+    models = [model for release in RELEASES.values() for model in release.models]
+    return {short_name(model.title): model for model in models}
 
 
 class Original(NamedTuple):
@@ -80,12 +81,10 @@ class Original(NamedTuple):
     Attributes:
         name: of its folder in the cache.
         addresses: one file, or the two of a split checkpoint: paths or `hf://` addresses.
-        sha256: of the files, where it is known.
     """
 
     name: str
     addresses: Sequence[str]
-    sha256: Sequence[str | None] = (None, None)
 
 
 def original_of(source: str) -> Original:
@@ -95,7 +94,7 @@ def original_of(source: str) -> Original:
         ValueError: there is no such release, file, or form of address.
     """
     if source.startswith(HUB_SCHEME):
-        from visualrwkv_hf.conversion.hub_files import parse_address
+        from visualrwkv_hf.conversion.hub_address import parse_address
 
         parse_address(source)
         return Original(re.sub(r"[^\w.-]+", "--", source.removeprefix(HUB_SCHEME)), [source])
@@ -107,7 +106,7 @@ def original_of(source: str) -> Original:
     known = releases()
     if source not in known:
         raise ValueError(f"There is no release {source}: the releases are {', '.join(known)}.")
-    return Original(source, known[source].addresses, known[source].sha256)
+    return Original(source, known[source].addresses)
 
 
 def _parts_of(path: Path) -> list[Path]:
@@ -151,15 +150,14 @@ def cached_model(
     with FileLock(folder.parent / f".{original.name}.lock"):
         if is_whole(folder):  # another process has made it meanwhile
             return folder
-        from visualrwkv_hf.conversion.convert import to_hf
+        from visualrwkv_hf.conversion import to_hf
         from visualrwkv_hf.conversion.hub_files import local_file
 
         files = []
-        for address, digest in zip(original.addresses, original.sha256):
+        for address in original.addresses:
             if address.startswith(HUB_SCHEME):
                 say(f"Fetching {address} (once).")
-            files.append(local_file(address))
-            refuse_other_content(files[-1], digest)
+            files.append(local_file(address, say))
         say(f"Converting into {folder} (once).")
         return to_hf(files, folder, progress=progress)
 
@@ -167,20 +165,6 @@ def cached_model(
 def is_whole(folder: Path) -> bool:
     """Return whether a model lies in `folder`: conversion puts it there whole or not at all."""
     return (folder / "config.json").is_file()
-
-
-def refuse_other_content(path: Path, digest: str | None) -> None:
-    """Raise `ValueError` if a file's sha256 is not the one that is known of it."""
-    if digest is None:
-        return
-    from visualrwkv_hf.conversion.checkpoint import sha256_of
-
-    found = sha256_of(path)
-    if found != digest:
-        raise ValueError(
-            f"{path} is not the released file: its sha256 is {found}, that of the release is {digest}. Delete it and "
-            "try again."
-        )
 
 
 # What is there.
