@@ -169,7 +169,7 @@ def locked(output: Path) -> Iterator[None]:
         ConversionError: if another process is writing to this target.
     """
     target = real_target(output)
-    path = target.with_name(f".{target.name}.lock")
+    path = target.with_name(f".{target.name}.convert.lock")
     lock = FileLock(path)
     try:
         with friendly_errors(output):

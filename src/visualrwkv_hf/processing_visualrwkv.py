@@ -145,9 +145,8 @@ class VisualRWKVProcessor(ProcessorMixin):
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the fields, and the code that reads them beside them, so that a push uploads both."""
         super().to_json_file(json_file_path)
-        is_ours = (
-            "auto_map" in getattr(self.image_processor, "to_dict", dict)()
-        )  # else it is one of transformers'
+        ours = IMAGE_PROCESSOR_CODE["AutoImageProcessor"].split(".")[-1]
+        is_ours = type(self.image_processor).__name__ == ours  # else it is one of transformers'
         code = PROCESSOR_CODE | (IMAGE_PROCESSOR_CODE if is_ours else {})
         copy_code(Path(json_file_path).parent, code)
 

@@ -88,7 +88,7 @@ def test_a_folder_set_aside_by_a_killed_conversion_comes_back(checkpoint, tmp_pa
     to_hf(checkpoint, tmp_path / "model")
     (tmp_path / "model").rename(tmp_path / ".model.unfinished-abc.old")
     with locked(tmp_path / "model"):
-        assert names_in(tmp_path) == {"model", ".model.lock"}
+        assert names_in(tmp_path) == {"model", ".model.convert.lock"}
     assert (tmp_path / "model" / "config.json").exists()
 
 

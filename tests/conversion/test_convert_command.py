@@ -18,7 +18,7 @@ from released_shapes import RELEASES as RELEASED_SHAPES
 from safetensors.torch import load_file
 from tiny_checkpoint import write_checkpoint
 
-from visualrwkv_hf import SCANS, VisualRWKVConfig
+from visualrwkv_hf import VisualRWKVConfig
 from visualrwkv_hf.cli import convert as cli_convert
 from visualrwkv_hf.conversion import ConversionError
 from visualrwkv_hf.conversion.checkpoint import sha256_of
@@ -29,6 +29,7 @@ from visualrwkv_hf.conversion.releases import RELEASES, Release, ReleasedModel, 
 from visualrwkv_hf.encoders import ENCODERS
 from visualrwkv_hf.image_processing_visualrwkv import TILINGS
 from visualrwkv_hf.modeling_vision import PROJECTORS
+from visualrwkv_hf.scan_orders import SCANS
 from visualrwkv_hf.training.conversations import PROMPT_FORMATS
 
 NOWHERE = "http://127.0.0.1:1"
