@@ -294,7 +294,7 @@ def tower_width(vision: Mapping[str, Any]) -> int:
 
 
 def _projector_of(shapes: Shapes, family: str, gate_is_untrained: bool | None) -> str:
-    usual = RELEASES[family].projector
+    usual = RELEASES[family].usual_projector
     if "proj.weight" in shapes:
         return usual if usual == "linear_flip" else "linear"
     if "proj.ln_v.weight" in shapes:

@@ -64,7 +64,7 @@ def assemble_vlm(
         text = inference.text_fields(shapes_of(world))
         vision = inference.vision_fields(shapes_of(tower.tensors), given)
         family = inference.family_to_start(text["rwkv_version"], vision, family)
-        projector = projector or RELEASES[family].projector
+        projector = projector or RELEASES[family].usual_projector
         width = projector_width(family, vision)
         fresh = fresh_projector(projector, width, text["hidden_size"], seed, dtype)
         compressor = [fresh_compressor(world)] if RELEASES[family].has_compressor else []
@@ -90,7 +90,7 @@ def shapes_of(tensors: SourceTensors) -> dict[str, tuple[int, ...]]:
 def projector_width(family: str, vision: Mapping[str, Any]) -> int:
     """Return the channels that the projector's module is made for: "linear_flip" doubles them itself."""
     release = RELEASES[family]
-    views = 1 if release.projector == "linear_flip" else release.views
+    views = 1 if release.usual_projector == "linear_flip" else release.views
     return views * inference.tower_width(vision)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from visualrwkv_hf.configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig
 
+from .generations import ORIGINAL_GENERATIONS
 from .hub_address import HubFile
 
 V5_REPO, V6_REPO = "howard-hou/visualrwkv-5", "howard-hou/visualrwkv-6"
@@ -67,7 +68,7 @@ class Release:
         encoders: of its vision tower, in channel order.
         views: input width of the projector, in widths of the tower.
         has_compressor: whether it has a Visual Token Compressor.
-        projector: of a new model.
+        projector: of a new model; None: the generation's (`ORIGINAL_GENERATIONS`).
         prompt_format: how it writes conversations: a name in `training.conversations.PROMPT_FORMATS`.
         scan: in which order the layers read the patches.
         image_position: where a picture is placed in its turn.
@@ -81,7 +82,7 @@ class Release:
     encoders: tuple[str, ...]
     views: int = 1
     has_compressor: bool = False
-    projector: str
+    projector: str | None = None
     prompt_format: str
     scan: str = "unidirectional"
     image_position: str = "first"
@@ -89,6 +90,11 @@ class Release:
     fields: Mapping[str, Any] = field(default_factory=dict)
     tiling: str = "none"
     models: tuple[ReleasedModel, ...] = ()
+
+    @property
+    def usual_projector(self) -> str:
+        """The projector of a new model."""
+        return self.projector or ORIGINAL_GENERATIONS[self.rwkv_version].projector
 
     @property
     def start(self) -> tuple[int, tuple[str, ...]]:
@@ -114,7 +120,6 @@ RELEASES = {
     "v5.0": Release(
         rwkv_version=5,
         encoders=("clip",),
-        projector="linear",
         prompt_format="v5",
         vision={"class_token": "first"},
         fields={"text_config": {"loss_reduction": "token"}},
@@ -143,7 +148,6 @@ RELEASES = {
     "v5.1": Release(
         rwkv_version=5,
         encoders=("clip",),
-        projector="linear",
         prompt_format="v5",
         vision={"class_token": "last"},
         fields={"text_config": {"loss_reduction": "token"}},
@@ -151,7 +155,6 @@ RELEASES = {
     "v6.0": Release(
         rwkv_version=6,
         encoders=("clip",),
-        projector="linear",
         prompt_format="v6.0",
         scan="bidirectional",
         image_position="middle",
@@ -285,7 +288,6 @@ RELEASES = {
     "v7.00": Release(
         rwkv_version=7,
         encoders=THREE_ENCODERS,
-        projector="gated_norm",
         prompt_format="v7.00",
         vision={"feature_layer": -2},
         models=(
@@ -321,13 +323,11 @@ RELEASES = {
     "v7.01": Release(
         rwkv_version=7,
         encoders=("siglip",),
-        projector="gated_norm",
         prompt_format="v7.01",
     ),
     "v7.02": Release(
         rwkv_version=7,
         encoders=("siglip",),
-        projector="gated_norm",
         prompt_format="v7.02",
         tiling="smallest",
     ),
@@ -335,7 +335,6 @@ RELEASES = {
         rwkv_version=7,
         encoders=("siglip",),
         has_compressor=True,
-        projector="gated_norm",
         prompt_format="v7.02",
         fields={"compressor_num_tokens": 1024},
         tiling="closest",
@@ -344,7 +343,6 @@ RELEASES = {
         rwkv_version=7,
         encoders=("siglip",),
         has_compressor=True,
-        projector="gated_norm",
         prompt_format="v7.02",
         fields={"compressor_num_tokens": 256, "compressor_per_tile": True},
         tiling="closest",
@@ -402,7 +400,7 @@ def release_table() -> str:
             ", ".join(model.title.split()[-1] for model in release.models) or "code only",
             f"RWKV-{release.rwkv_version}",
             " + ".join(release.encoders),
-            release.projector + (", compressor" if release.has_compressor else ""),
+            release.usual_projector + (", compressor" if release.has_compressor else ""),
             release.scan,
             release.image_position,
             "views" if release.vision.get("tile_grid", 1) > 1 else release.tiling,

@@ -180,7 +180,7 @@ def test_release_addresses_name_repository_and_file(model):
 @pytest.mark.parametrize("family", RELEASES)
 def test_rows_name_what_other_tables_hold(family):
     release = RELEASES[family]
-    assert set(release.encoders) <= ENCODERS.keys() and release.projector in PROJECTORS
+    assert set(release.encoders) <= ENCODERS.keys() and release.usual_projector in PROJECTORS
     assert release.prompt_format in PROMPT_FORMATS and release.scan in SCANS and release.tiling in TILINGS
 
 
