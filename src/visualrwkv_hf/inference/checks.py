@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..chat_template import release_chat_template
+
 MAX_TEXT_FILE_BYTES = 64 * 2**20
 """Largest JSON or template file that is read. The tokenizer of the releases takes 4 MB."""
 
@@ -158,8 +160,6 @@ def refuse_strange_generation(config: Any, folder: Path) -> None:
 
 # Chat templates.
 
-POSITION = re.compile(r'image_position \| default\("(first|middle|last)"\)')
-
 PROBE_SECONDS, PROBE_BYTES, PROBE_CHARACTERS = 5, 2**30, 1_000_000
 """What a template may take for a short chat: processor time, memory, length of the prompt."""
 
@@ -238,9 +238,7 @@ def refuse_strange_template(template: Any, folder: Path) -> None:
 
 def is_known_template(template: str) -> bool:
     """Return whether a template is the package's own, for any position of the picture."""
-    own = (Path(__file__).parents[1] / "chat_template.jinja").read_text("utf-8")
-    same = [POSITION.sub("", text).split() for text in (own, template)]
-    return same[0] == same[1]
+    return template.strip() in {release_chat_template(place).strip() for place in ("first", "middle", "last")}
 
 
 def _probe(template: str) -> int:
