@@ -1,15 +1,16 @@
-"""Answers a benchmark's question file, and writes what the benchmark's official scorer takes.
+"""Answer a benchmark's question file, and write the file that the benchmark's official scorer reads.
 
     pip install -e ".[eval]"
     python examples/evaluate.py textvqa --model MODEL --questions llava_textvqa_val_v051_ocr.jsonl \
         --image-folder train_images --annotations TextVQA_0.5.1_val.json --output-dir out/textvqa
     accelerate launch --multi_gpu --num_processes 8 examples/evaluate.py mmbench --questions mmbench_dev.tsv ...
 
-The benchmarks, with their files, prompts and metrics, are the table in benchmarks_vqa.py. Decoding is greedy, as the
-original's. In OUTPUT_DIR: `answers.jsonl` (LLaVA's format, in the file's order), the file for the official scorer where
-that is another, `scores.json` where the metric needs no server, and `parts/` with the answers as they came. Killed and
-started again with the same options, on any number of processes, it continues where it stopped. Processes on a CPU
-are launched in the same way (accelerate's own --cpu would start only one), with this script's --cpu.
+benchmarks_vqa.py has the table of benchmarks with their files, prompts and metrics. Decoding is greedy, as in the
+original. OUTPUT_DIR receives `answers.jsonl` (LLaVA's format, in the order of the questions), the file for the official
+scorer if it differs, `scores.json` if the metric needs no server, and `parts/` with the answers in the order in which
+they were given. A run that was killed continues when it is started again with the same options, even with another
+number of processes. On a CPU, launch processes in the same way with this script's --cpu (accelerate's own --cpu would
+start only one).
 """
 
 import hashlib
@@ -33,7 +34,7 @@ from visualrwkv_hf.inference import load_config, load_model, load_processor
 from visualrwkv_hf.training import exit_together
 
 WAIT = timedelta(weeks=1)
-"""For the slowest process: the default would end a run whose last pictures take half an hour longer."""
+"""How long a process waits for the slowest one. With the default, a difference of half an hour would end the run."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ def write_answers(answers: Sequence[Answer], errors: dict[int, str], model_id: s
 
 def main(
     benchmark: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHMARKS)}.")],
-    model: Annotated[str, typer.Option(help="A folder or a Hub id.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub id of the model.")],
     questions: Annotated[
         Path, typer.Option(exists=True, dir_okay=False, help="The benchmark's question file.")
     ],
@@ -304,28 +305,30 @@ def main(
         ),
     ],
     image_folder: Annotated[
-        Path | None, typer.Option(help="Where the pictures' paths start; beside the questions if not given.")
+        Path | None,
+        typer.Option(help="Folder that picture paths start from. Default: that of the questions."),
     ] = None,
     annotations: Annotated[
-        Path | None, typer.Option(exists=True, help="The benchmark's right answers, where they are apart.")
+        Path | None,
+        typer.Option(
+            exists=True, help="File with the right answers, if the question file does not have them."
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions at once, in each process.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch, in each process.")] = 8,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The longest answer; the original's if not given.")
+        int | None, typer.Option(min=1, help="Maximum tokens of an answer. Default: the original's.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, or auto for the model's own.")
+        str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.")
     ] = "auto",
     image_position: Annotated[
-        str | None, typer.Option(help="first, middle or last; as the model was trained if not given.")
+        str | None, typer.Option(help="first, middle or last. Default: as the model was trained.")
     ] = None,
     skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Count a row that cannot be asked as wrong, and go on.")
+        bool, typer.Option("--skip-bad-rows", help="Count a row that cannot be read as wrong, and continue.")
     ] = False,
-    workers: Annotated[
-        int, typer.Option(min=0, help="Processes of each model that read pictures ahead.")
-    ] = 0,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Leave the GPU alone.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Data loader processes for each model process.")] = 0,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Run on the CPU even if there is a GPU.")] = False,
 ) -> None:
     """Answers a benchmark's question file, and writes what its official scorer takes."""
     state = PartialState(cpu=cpu, timeout=WAIT)

@@ -1,13 +1,14 @@
-"""Trains the model inside the package from scratch, on pictures that install from package registries.
+"""Train the model inside the package from scratch, on pictures that come from package registries.
 
-    pip install easy-vqa scikit-learn      # and npm, which packs the emoji
+    pip install easy-vqa scikit-learn      # npm is needed too: it downloads the emoji
     torchrun --nproc-per-node 2 examples/train_tiny.py --output-dir tiny
 
-RWKV-7, sandwich prompt, bidirectional scan, the recipe's optimizer and stages. Nothing is pretrained, so the first
-stage, in three parts, trains everything, the vision tower too; the last is the paper's: the tower is frozen, language
-model and projector go on. Then all held-out questions are asked, also with the pictures shuffled among the questions,
-and the model card is written. One seed gives one model on one machine. Two processes, each with half of every batch,
-keep two cores busier than one process of two threads; with plain `python` it is one.
+The model is an RWKV-7 with the sandwich prompt and a bidirectional scan; optimizer and stages are the recipe's. Nothing
+is pretrained, so the first stage, in three parts, trains everything including the vision tower. The last stage is the
+paper's second one: the tower is frozen, language model and projector are trained. Then the model answers all held-out
+questions, and again with the pictures shuffled among the questions, and the model card is written. On one machine a seed
+determines the model. Two processes with half of each batch use two cores better than one process with two threads; plain
+`python` starts one process.
 """
 
 import argparse
@@ -477,31 +478,40 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("tiny"), help="the model's folder")
+    parser.add_argument("--output-dir", type=Path, default=Path("tiny"), help="folder for the model")
     parser.add_argument(
-        "--data-dir", type=Path, default=Path("tiny-data"), help="where the emoji package lies"
+        "--data-dir", type=Path, default=Path("tiny-data"), help="folder with the emoji package"
     )
     parser.add_argument(
         "--steps",
         type=int,
         nargs=len(STAGES),
         default=[stage.steps for stage in STAGES],
-        help="of each stage",
+        help="number of steps in each stage",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--validation",
         action="store_true",
-        help="hold out a tenth of the training's pictures, and ask about these in place of the test's: for choices",
+        help="evaluate on a held-out tenth of the training pictures instead of the test set (for choosing settings)",
     )
-    parser.add_argument("--without-code", action="store_true", help="save no copy of the package's code")
     parser.add_argument(
-        "--ablation", action="store_true", help="train no model, compare variants of a small one"
+        "--without-code", action="store_true", help="do not save a copy of the package's code"
+    )
+    parser.add_argument(
+        "--ablation",
+        action="store_true",
+        help="compare variants of a small model instead of training the model",
     )
     parser.add_argument("--ablation-steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=5, help="of the ablation")
-    parser.add_argument("--questions", type=int, default=1000, help="of the ablation's test, at most")
-    parser.add_argument("--markdown", type=Path, help="also write the ablation's table to this file")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds per variant in the ablation")
+    parser.add_argument(
+        "--questions",
+        type=int,
+        default=1000,
+        help="maximum number of test questions per task in the ablation",
+    )
+    parser.add_argument("--markdown", type=Path, help="write the ablation's table to this file as well")
     return parser.parse_args(arguments)
 
 

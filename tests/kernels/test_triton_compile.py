@@ -27,7 +27,9 @@ def compile_kernels(*arguments):
     )
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [TARGETS[0], *(pytest.param(target, marks=pytest.mark.slow) for target in TARGETS[1:])]
+)
 def test_kernels_compile(target, tmp_path):
     rows = tmp_path / "rows.json"
     run = compile_kernels(

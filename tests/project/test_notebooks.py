@@ -43,6 +43,7 @@ def printed(notebook) -> str:
     return "".join(output["text"] for output in outputs if output["output_type"] == "stream")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_runs(name, environment, tmp_path):
     notebook = nbformat.read(EXAMPLES / name, as_version=4)

@@ -1,7 +1,7 @@
-"""Training data as transformers' Trainer reads it: LLaVA JSON or chat messages with pictures -> batches.
+"""Load LLaVA conversations or chat messages with pictures, and collate them into training batches.
 
-Rows name their pictures; these are opened when a batch is made, in the data loader's workers. Text, ids and labels
-are those of `data_visualrwkv`. Letters: N pictures, B batch, T time.
+A row names its pictures; they are opened when a batch is made, in the data loader's workers. Text, ids and labels come
+from `conversations.py`. Letters: N pictures, B batch, T time.
 """
 
 import json
@@ -34,23 +34,23 @@ logger = logging.get_logger(__name__)
 
 SPEAKER_OF_ROLE = {"user": "human", "assistant": "gpt"}
 PICTURE_SOURCES = ("image", "path", "url", "base64")
-"""Where a part `{"type": "image", ...}` of a message may hold its picture, as in transformers' chats."""
+"""Keys under which a message part `{"type": "image", ...}` may hold its picture, as in transformers' chats."""
 
 
 def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None) -> "Dataset":
-    """A file of LLaVA conversations or of chat messages as a `datasets.Dataset`; no picture is opened.
+    """Load a file of LLaVA conversations or chat messages as a `datasets.Dataset`, without opening any picture.
 
     Args:
-        path: JSON (a list of samples) or JSON lines (`.jsonl`). A sample has `conversations` (LLaVA's turns) or
-            `messages` (roles user and assistant, a system message may stand first), and its pictures, paths or
-            URLs, as `image` or `images`, one or a list, or in the parts of its messages. `id` is optional.
-        image_folder: where relative paths start; by default beside `path`.
+        path: A JSON file with a list of samples, or JSON lines (`.jsonl`). A sample has `conversations` (LLaVA's turns)
+            or `messages` (roles user and assistant, optionally a system message first). Its pictures are paths or
+            URLs, one or a list, under `image` or `images` or in the parts of its messages. `id` is optional.
+        image_folder: The folder that relative paths start from. Default: the folder of `path`.
 
     Returns:
-        Columns `id` (text), `conversations` (turns `from`, `value`) and `images` (a list of texts).
+        A data set with the columns `id` (text), `conversations` (turns `from`, `value`) and `images` (a list of texts).
 
     Raises:
-        ValueError: a sample is malformed: it says which.
+        ValueError: If a sample is malformed. The message names the sample.
     """
     from datasets import Dataset
 
@@ -72,7 +72,7 @@ def _read_rows(path: Path) -> list[dict]:
 
 
 def _checked_row(row: dict, number: int, folder: Path) -> dict[str, Any]:
-    """A row in the columns that every row has: Arrow knows no column of texts and lists."""
+    """Return a row with the same columns as every other: an Arrow column cannot mix texts and lists."""
     try:
         conversations, images = conversation_of(row)
         if strange := [image for image in images if not isinstance(image, str)]:
@@ -85,12 +85,12 @@ def _checked_row(row: dict, number: int, folder: Path) -> dict[str, Any]:
 
 
 def conversation_of(row: dict) -> tuple[list[dict], list]:
-    """LLaVA's turns and the pictures of a row, which may hold chat `messages` instead.
+    """Return the turns and the pictures of a row that holds LLaVA `conversations` or chat `messages`.
 
-    Pictures beside messages that have no part for them belong to the first message, as in TRL.
+    If the row has pictures but its messages have no image parts, the pictures belong to the first message, as in TRL.
 
     Raises:
-        ValueError: the row has neither, or its messages are not of the chat template's form.
+        ValueError: If the row has neither, or its messages do not fit the chat template.
     """
     given: Any = next((row[name] for name in ("images", "image") if row.get(name) is not None), [])
     images = list(given) if isinstance(given, list | tuple) else [given]
@@ -108,13 +108,13 @@ def conversation_of(row: dict) -> tuple[list[dict], list]:
 
 
 def messages_to_conversation(messages: Sequence[dict]) -> tuple[list[dict], list]:
-    """Chat messages as LLaVA's turns, and the pictures that their parts hold.
+    """Convert chat messages to LLaVA's turns, and collect the pictures of their parts.
 
-    As in the chat template, the pictures of a message stand in front of its text, parts of text become lines, and a
-    system message stands in front of the first user message.
+    As in the chat template, a message's pictures precede its text, its text parts become lines, and a system message
+    is put before the first user message.
 
     Raises:
-        ValueError: a role or a part is unknown, or a text holds `<image>`, which a part must stand for.
+        ValueError: If a role or a part is unknown, or a text contains `<image>` in place of an image part.
     """
     system = ""
     turns: list[dict] = []
@@ -144,7 +144,7 @@ def _text(part: dict) -> str:
 
 
 class Sample(NamedTuple):
-    """Ids, labels and attention mask of T tokens; `pixels`: what the image processor gives for its pictures."""
+    """Ids, labels and attention mask of T tokens, and in `pixels` the image processor's output for the pictures."""
 
     input_ids: list[int]
     labels: list[int]
@@ -157,31 +157,31 @@ NOTHING = Sample([], [], [], {})
 
 @dataclass
 class VisualRWKVDataCollator:
-    """Rows with `conversations` or `messages` and their pictures -> a batch for training.
+    """Collate rows with `conversations` or `messages` and their pictures into a batch for training.
 
-    Give the Trainer `remove_unused_columns=False`, or it takes the rows' columns away.
+    A Trainer needs `remove_unused_columns=False`, or it removes the columns that are read here.
 
     processor:
-        The model's.
+        The model's processor.
     prompt_format:
-        How the text is written: a [`PromptFormat`] or the name of a release in `PROMPT_FORMATS`. None: v7.00's, with
-        pictures where the processor places them, which is what its chat template writes with
-        `sandwich_history=True`. In the formats up to HD an `<image>` without a picture is plain text; else it is
-        a bad sample.
+        How the text is written: a [`PromptFormat`] or the name of a release in `PROMPT_FORMATS`. The default is
+        v7.00's format with the processor's image position, which is what the chat template writes with
+        `sandwich_history=True`. An `<image>` without a picture is plain text in the formats up to HD, and makes a bad
+        sample in the others.
     max_length:
-        Longest sequence, pictures included. Text behind it is cut; a sample whose picture or whose last label would
-        be cut is a bad one.
+        Maximum number of tokens, pictures included. Longer text is cut. A sample is bad if this would cut a picture
+        or leave no label.
     on_bad_sample:
-        "raise": a sample that cannot be read (a picture missing or broken, too few or too many of them, ...) ends
-        the training with an error that names it. "skip": it is logged as a warning, and the batch is smaller.
+        "raise": a sample that cannot be read (a picture is missing or broken, there are too few or too many, ...) ends
+        the training with an error that names it. "skip": it is left out of the batch, with a warning in the log.
     padding_side:
-        Where pads stand; the model's result does not depend on it.
+        The side on which shorter samples are padded; the model's result does not depend on it.
     pad_to_multiple_of:
-        If given, T is a multiple of it.
+        If given, T is padded to a multiple of it.
     picture_in_every_batch:
-        A batch of texts alone, or one of which every sample was skipped, gives the projector no gradient, which
-        training it alone and distributed training need. True: such a batch has a blank picture whose tokens are
-        masked out, so that this gradient is there: zero, but for L2Wrap's pull, which no mask keeps off.
+        A batch without pictures gives the projector no gradient, but training the projector alone and distributed
+        training need one. With True, such a batch gets a blank picture whose tokens are masked. The gradient is then
+        zero, except for L2Wrap's part, which no mask removes.
     """
 
     processor: "VisualRWKVProcessor"
@@ -211,10 +211,11 @@ class VisualRWKVDataCollator:
         return replace(PROMPT_FORMATS["v7.00"], image_position=position)
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `labels`, `attention_mask` [B, T] and the pixels of the pictures, in the order of the text.
+        """Return `input_ids`, `labels`, `attention_mask` [B, T] and the pictures' pixels in the order of the text.
 
         Raises:
-            ValueError: a sample is bad, or all are and a batch may be without a picture; it says which.
+            ValueError: If a sample is bad and `on_bad_sample` is "raise" (the message names the sample), or if all are
+                bad and `picture_in_every_batch` is False.
         """
         samples = [sample for row in rows if (sample := self._readable(row)) is not None]
         if self.picture_in_every_batch and not any(sample.pixels for sample in samples):
@@ -224,7 +225,7 @@ class VisualRWKVDataCollator:
         return self._padded(samples) | _concatenated([sample.pixels for sample in samples if sample.pixels])
 
     def _readable(self, row: dict) -> Sample | None:
-        """The sample; None: it is bad, and that is said."""
+        """Return the sample, or None after logging why it was skipped."""
         try:
             return self.encode(row)
         except (KeyError, TypeError, ValueError) as error:
@@ -235,10 +236,10 @@ class VisualRWKVDataCollator:
             return None
 
     def encode(self, row: dict) -> Sample:
-        """One row, without pads.
+        """Encode one row, without padding.
 
         Raises:
-            ValueError: the sample is bad.
+            ValueError: If the sample is bad.
         """
         conversations, images = conversation_of(row)
         if not images and self.format.without_pictures != "keep":
@@ -273,18 +274,18 @@ class VisualRWKVDataCollator:
         return dict(self.processor.image_processor(images, return_tensors="pt")) if images else {}
 
     def _blank_pixels(self) -> dict[str, torch.Tensor]:
-        """A picture of zeros, as the original's v7.01 gives a text."""
+        """Return the pixels of a picture of zeros, which the original's v7.01 adds to a text."""
         pixels = self._pixels([Image.new("RGB", (64, 64))])
         return {name: x.zero_() if x.is_floating_point() else x for name, x in pixels.items()}
 
     def _token_counts(self, pixels: dict[str, torch.Tensor]) -> list[int] | int:
-        """Tokens of each picture; one number where all have the same."""
+        """Return the number of tokens of each picture, or a single number if all have the same."""
         tiles = pixels.get("num_tiles")
         number_of = self.processor.num_image_tokens_of
         return number_of(1) if tiles is None else [number_of(int(count)) for count in tiles]
 
     def _with_blank(self, sample: Sample) -> Sample:
-        """The sample and a picture behind it that is neither read nor learned."""
+        """Append a blank picture that is masked and has no labels."""
         pixels = self._blank_pixels()
         counts = self._token_counts(pixels)
         length = counts if isinstance(counts, int) else sum(counts)
@@ -312,7 +313,7 @@ class VisualRWKVDataCollator:
 
 
 def name_of(row: dict) -> str:
-    """How a message calls a row: by its id, else by its pictures, else by its first words."""
+    """Return how messages refer to a row: by its id, or else its pictures, or else its first words."""
     if row.get("id") is not None:
         return f"Sample {row['id']!r}"
     pictures = next((row[name] for name in ("images", "image") if row.get(name)), None)

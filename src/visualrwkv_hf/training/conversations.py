@@ -1,7 +1,7 @@
-"""The original's training data: conversations -> text, ids and labels, and the order of the samples.
+"""Turn conversations into text, ids and labels as the original does, and order samples as it does.
 
 A conversation is LLaVA's list of turns `{"from": "human" | "gpt", "value": text}`, where the text holds a
-literal `<image>` for every picture. A release differs from another by its `PromptFormat`.
+literal `<image>` for every picture. Releases differ in their `PromptFormat`.
 """
 
 import re
@@ -24,20 +24,20 @@ class PromptFormat:
     r"""How a release writes a conversation.
 
     image_position:
-        Where the pictures of a turn with text v stand. "first": `<image>\n{v}`; "last": `{v}\n<image>`;
+        Where the pictures of a turn with text v are placed. "first": `<image>\n{v}`; "last": `{v}\n<image>`;
         "middle", the sandwich: `{H}\n<image>\n{v}`; "inline": where the text has them.
     sandwich:
-        H of "middle". "turn": v again. "conversation": all human turns, one a line; those with a picture
-        without the request for a short answer, the others as they are, blank lines included.
+        H of "middle". "turn": v repeated. "conversation": all human turns, one per line; turns with a picture lose
+        their request for a short answer, the others are unchanged, blank lines included.
     pictures_in_answers:
-        Whether a picture of a gpt turn stays; else it is removed.
+        Whether to keep a picture in a gpt turn instead of removing it.
     merge_pictures:
-        Whether several `<image>` of a turn stand for one picture.
+        Whether several `<image>` in a turn stand for one picture.
     one_picture:
         Whether a conversation with pictures must have exactly one.
     without_pictures:
-        What becomes of a conversation without pictures. "keep": an `<image>` in it is plain text; "remove":
-        it is removed; "dummy": so it is, and the first turn gets a placeholder, for an empty picture.
+        What to do with `<image>` in a conversation without pictures. "keep": leave it as plain text. "remove": delete
+        it. "dummy": delete it and add a placeholder for an empty picture to the first turn.
     train_on_prefix:
         Whether the ids of "Assistant:" are labels.
     """
@@ -61,37 +61,37 @@ PROMPT_FORMATS = {
     "v7.01": PromptFormat(one_picture=True, without_pictures="dummy"),
     "v7.02": PromptFormat(one_picture=True, image_position="inline"),
 }
-"""Formats of the releases. Up to HD `image_position` was an option: `dataclasses.replace` it."""
+"""Formats of the releases. Up to HD `image_position` was an option: change it with `dataclasses.replace`."""
 
 
 class Turn(NamedTuple):
-    """A turn as the model reads it: the speaker ("human" or "gpt") and the text with its `<image>`."""
+    """A turn as the model reads it: the speaker ("human" or "gpt") and the text, with `<image>` for each picture."""
 
     speaker: str
     text: str
 
 
 def collapse(text: str) -> str:
-    """Strips the text and makes one newline of every run of blank lines."""
+    """Strip the text and replace every run of blank lines by one newline."""
     return re.sub(r"\n(\s*\n)+", "\n", text.strip())
 
 
 def format_conversation(
     conversations: list[dict], prompt_format: PromptFormat, num_images: int | None = None
 ) -> list[Turn]:
-    r"""The text of a conversation: `"".join(turn.text for turn in turns)`.
+    r"""Format the turns of a conversation; `"".join(turn.text for turn in turns)` is its text.
 
-    A turn is `User: {text}\n\n` or `Assistant: {text}\n\n`, an empty one `User:` or `Assistant:`.
+    A turn becomes `User: {text}\n\n` or `Assistant: {text}\n\n`, and an empty one `User:` or `Assistant:`.
 
     Args:
-        conversations: the turns, as the module's docstring says.
-        prompt_format: the release's format.
-        num_images: the sample's pictures, to be checked against the placeholders of the text, or None.
-            With 0 the conversation is read as one without pictures.
+        conversations: The turns, in the form that the module's docstring describes.
+        prompt_format: The release's format.
+        num_images: The number of pictures, which must equal the number of placeholders; None skips this check. With 0
+            the conversation is formatted as one without pictures.
 
     Raises:
-        ValueError: a speaker is unknown, there are more or less placeholders than pictures, or more than the
-            one `<image>` that the format allows.
+        ValueError: If a speaker is unknown, the numbers of placeholders and pictures differ, or there is more than
+            one `<image>` where the format allows only one.
     """
     turns = [(_speaker(turn), turn["value"]) for turn in conversations]
     count = sum(value.count(IMAGE) for _, value in turns)
@@ -133,14 +133,14 @@ def _spoken(speaker: str, text: str) -> str:
 
 
 def _history(value: str) -> str:
-    """A human turn as it stands in the first half of the sandwich."""
+    """Return a human turn as the first half of the sandwich repeats it."""
     if IMAGE not in value:
         return value.strip()
     return collapse(value.replace(IMAGE, "").replace(SHORT_ANSWER, ""))
 
 
 def _with_pictures(speaker: str, value: str, history: str, prompt_format: PromptFormat) -> str:
-    """The text of a turn with its placeholders where the format wants them."""
+    """Return the text of a turn with its placeholders where the format puts them."""
     count = value.count(IMAGE) if speaker == "human" or prompt_format.pictures_in_answers else 0
     if prompt_format.image_position == "inline" and count:
         return collapse(value)
@@ -166,18 +166,18 @@ def encode_turns(
     num_image_tokens: int | list[int],
     num_images: int | None = None,
 ) -> list[tuple[Turn, list[int]]]:
-    """The turns and their ids: every turn, and the text around a picture, is tokenized by itself.
+    """Return the turns with their ids. Each turn, and the text on either side of a picture, is tokenized separately.
 
     Args:
-        tokenizer: the World tokenizer.
-        conversations: as `format_conversation`.
-        prompt_format: as `format_conversation`.
-        num_image_tokens: how many times `tokenizer.image_token_id` stands for a picture: one number, or one
-            for every picture in the order of the text.
-        num_images: as `format_conversation`.
+        tokenizer: The World tokenizer.
+        conversations: See [`format_conversation`].
+        prompt_format: See [`format_conversation`].
+        num_image_tokens: How often `tokenizer.image_token_id` is repeated for a picture: one number, or one for each
+            picture in the order of the text.
+        num_images: See [`format_conversation`].
 
     Raises:
-        ValueError: as `format_conversation`, or if `num_image_tokens` has not one number for every picture.
+        ValueError: As [`format_conversation`], or if `num_image_tokens` does not have one number for each picture.
     """
     turns = format_conversation(conversations, prompt_format, num_images)
     as_text = prompt_format.without_pictures == "keep" and num_images == 0
@@ -191,12 +191,12 @@ def encode_turns(
 
 
 def _encode_pieces(tokenizer, texts: list[str], lengths) -> list[int]:
-    """Ids of the texts with a picture's placeholders between each two; the next length is the picture's."""
+    """Return the ids of the texts, with the placeholders of a picture between two; `lengths` yields their numbers."""
     ids = []
     for position, text in enumerate(texts):
         if position:
             ids += [tokenizer.image_token_id] * next(lengths)
-        # split_special_tokens: what data says is text, be it the name of a special token
+        # split_special_tokens: data is text, even where it contains the name of a special token
         ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     return ids
 
@@ -208,10 +208,10 @@ def encode_conversation(
     num_image_tokens: int | list[int],
     num_images: int | None = None,
 ) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of a training sample, both without padding.
+    """Return `input_ids` and `labels` of a training sample, both without padding.
 
-    Labels are the answers with the end of their turn; everything else is -100: human turns, pictures, and
-    "Assistant:" unless the format trains on it. Arguments and errors as `encode_turns`.
+    The answers and the ends of their turns are labels. Everything else is -100: human turns, pictures, and
+    "Assistant:" unless the format trains on it. Arguments and errors are those of [`encode_turns`].
     """
     input_ids, labels = [], []
     for turn, ids in encode_turns(tokenizer, conversations, prompt_format, num_image_tokens, num_images):
@@ -233,10 +233,10 @@ def _labels(tokenizer, speaker: str, ids: list[int], prompt_format: PromptFormat
 def pad_or_truncate(
     sample: dict[str, list[int]], length: int, pad_token_id: int, image_token_id: int
 ) -> dict[str, list[int]]:
-    """The first `length` ids and labels of a sample, or the sample with pads and -100 behind it.
+    """Cut a sample to `length` ids and labels, or append pads and -100 until it has that length.
 
     Raises:
-        ValueError: a picture would be cut: it counts `length` against its last token.
+        ValueError: If this would cut a picture.
     """
     input_ids, labels = sample["input_ids"], sample["labels"]
     if image_token_id in input_ids[length:]:
@@ -250,13 +250,13 @@ def pad_or_truncate(
 
 
 def conversation_to_messages(conversations: list[dict]) -> list[dict]:
-    """A conversation as chat messages: the pictures of a human turn first, then its text.
+    """Convert a conversation to chat messages, with the pictures of a human turn before its text.
 
-    Pictures of gpt turns are left out, as the original does from HD on. With `sandwich_history=True` the
-    chat template writes the messages as the original wrote its training data.
+    Pictures of gpt turns are left out, as in the original from HD on. With `sandwich_history=True` the chat template
+    formats these messages as the original formatted its training data.
 
     Raises:
-        ValueError: a speaker is unknown.
+        ValueError: If a speaker is unknown.
     """
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
@@ -269,10 +269,10 @@ def conversation_to_messages(conversations: list[dict]) -> list[dict]:
 
 
 def magic_prime(num_samples: int) -> int:
-    """The largest prime p = 3 n + 2 below `num_samples`: modulo such a prime, cubing is a permutation.
+    """Return the largest prime p = 3 n + 2 below `num_samples`. Modulo such a prime, cubing is a permutation.
 
     Raises:
-        ValueError: there is none, with fewer than 3 samples.
+        ValueError: If `num_samples` is below 3, where there is no such prime.
     """
     for candidate in range(num_samples - 1, 1, -1):
         if candidate % 3 == 2 and all(candidate % d for d in range(2, int(candidate**0.5) + 1)):
@@ -289,11 +289,11 @@ def sample_order(
     world_size: int = 1,
     repeat: Literal["reversed", "permuted"] = "reversed",
 ) -> list[int]:
-    """The samples that one process reads in one epoch of `epoch_steps` batches, in the original's order.
+    """Return the samples that one process reads in an epoch of `epoch_steps` batches, in the original's order.
 
-    step^3 mod p with p = `magic_prime(num_samples)` and a step counted over all epochs and processes; samples
-    from p on are not read in the first p steps. Later steps read the list in another order: "reversed"
-    (v6.0, v7.00) or, from v7.01 on, "permuted", anew after every p steps.
+    Step s reads sample s^3 mod p with p = `magic_prime(num_samples)`, where s counts over all epochs and processes.
+    So the first p steps never read the samples from p on. After every p steps the list is reordered: "reversed"
+    (v6.0, v7.00) or "permuted" anew each time (from v7.01 on).
 
     Returns:
         `epoch_steps * micro_batch_size` indices below `num_samples`.
@@ -307,12 +307,12 @@ def sample_order(
 
 
 def _reread_orders(num_samples: int, rounds: int, repeat: str) -> list:
-    """The list's order in each round of p steps: as it is in round 0."""
+    """Return the order of the list in each round of p steps; round 0 leaves it as it is."""
     in_order = range(num_samples)
     if repeat == "reversed":
         return [in_order] + [in_order[::-1]] * rounds
     generator = np.random.RandomState(PERMUTATION_SEED)
-    # One permutation is drawn for round 0 too, though that round does not use it.
+    # The original draws a permutation for round 0 too, though that round does not use it.
     permutations = [generator.permutation(num_samples).tolist() for _ in range(rounds + 1)]
     return [in_order] + permutations[1:]
 
