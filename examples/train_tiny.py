@@ -3,12 +3,12 @@
     pip install easy-vqa scikit-learn      # npm is needed too: it downloads the emoji
     torchrun --nproc-per-node 2 examples/train_tiny.py --output-dir tiny
 
-The model is an RWKV-7 with the sandwich prompt and a bidirectional scan; optimizer and stages are the recipe's. Nothing
-is pretrained, so the first stage, in three parts, trains everything including the vision tower. The last stage is the
-paper's second one: the tower is frozen, language model and projector are trained. Then the model answers all held-out
-questions, and again with the pictures shuffled among the questions, and the model card is written. On one machine a seed
-determines the model. Two processes with half of each batch use two cores better than one process with two threads; plain
-`python` starts one process.
+The model is an RWKV-7 with the sandwich prompt and a bidirectional scan; optimizer and stages are the recipe's.
+Nothing is pretrained, so the first stage, in three parts, trains everything including the vision tower. The last stage
+is the paper's second one: the tower is frozen, language model and projector are trained. Then the model answers all
+held-out questions, and again with the pictures shuffled among the questions, and the model card is written. On one
+machine a seed determines the model. Two processes with half of each batch use two cores better than one process with
+two threads; plain `python` starts one process.
 """
 
 import argparse
