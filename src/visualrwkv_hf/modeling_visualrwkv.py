@@ -363,6 +363,9 @@ class VisualRWKVForConditionalGeneration(
     ) -> VisualRWKVCausalLMOutputWithPast:
         """Return the logits [B, T, vocab_size] and, with labels, the loss.
 
+        All pictures are encoded in one batch and all tokens are read at once. `generate()` on a CPU does it picture by
+        picture and piece by piece (see [`VisualRWKVGenerationMixin`]), so its logits may differ by rounding.
+
         Args: see [`VisualRWKVModel.forward`] for the inputs, and [`VisualRWKVForCausalLM.forward`] for `labels`,
         `logits_to_keep`, `skip_logits` and the options of the loss: a training step whose logits would exceed 256 MiB
         returns `logits=None` by default.

@@ -364,6 +364,30 @@ def test_cache_of_a_batch_can_be_taken_apart(model):
     )
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [VisualRWKVCache, VisualRWKVStaticCache])
+def test_running_caches_are_copied_stacked_and_taken_apart(model, kind):
+    """Each continues by itself: nothing that happens to a copy happens to the cache."""
+    ids = torch.randint(1, 300, (2, 9), generator=torch.Generator().manual_seed(4))
+    caches = [kind(model.config) for _ in range(2)]
+    for row, cache in zip(ids, caches):
+        model(row[None, :8], past_key_values=cache)
+    both = kind.stack(caches)
+    assert type(both) is kind and both.batch_size == 2 and both.nbytes == 2 * caches[0].nbytes
+    expected = model(ids, use_cache=False).logits[:, 8:]
+    for _ in range(2):  # the second time from the same cache
+        for number, other in enumerate((both.copy(), both.to("cpu"), kind.stack([both[0], both[-1]]))):
+            assert type(other) is kind, number
+            logits = model(ids[:, 8:], past_key_values=other).logits
+            # float32, a few hundred terms in another order
+            torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0)
+            assert int(other.get_seq_length()) == 9 and int(both.get_seq_length()) == 8
+    with pytest.raises(IndexError, match="2 samples, asked for 2"):
+        both[2]
+    with pytest.raises(ValueError, match="at least one"):
+        kind.stack([])
+
+
 def test_pictures_and_placeholders_must_match(model, inputs):
     with pytest.raises(ValueError, match="17 image placeholders, the pictures give 34 tokens"):
         model(inputs["input_ids"], pixel_values=pixels(2))
