@@ -21,10 +21,10 @@ class _Step(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a state is kept: `conv_states[index]` as [B, C, 1] if it is a token, else `recurrent_states[index]`."""
+    """Where a state is kept: `conv_states[number]` as [B, C, 1] if it is a token, else `recurrent_states[number]`."""
 
     is_token: bool
-    index: int
+    number: int
 
 
 class VisualRWKVCacheLayer(LinearAttentionLayer):
@@ -122,7 +122,9 @@ class VisualRWKVCacheLayer(LinearAttentionLayer):
             self.has_previous_state[index] = present
 
     def _read(self, place: _Place) -> Tensor:
-        return self.conv_states[place.index][..., 0] if place.is_token else self.recurrent_states[place.index]
+        return (
+            self.conv_states[place.number][..., 0] if place.is_token else self.recurrent_states[place.number]
+        )
 
     def _write(self, name: str, value: Tensor) -> None:
         if name not in self.places:
@@ -133,12 +135,12 @@ class VisualRWKVCacheLayer(LinearAttentionLayer):
 
     def _make_place(self, value: Tensor) -> _Place:
         place = _Place(is_token(value), sum(p.is_token == is_token(value) for p in self.places.values()))
-        if place.index >= self.number_of_states:
+        if place.number >= self.number_of_states:
             self._add_index()
         if place.is_token:
-            self.lazy_initialization(conv_states=value[..., None], state_idx=place.index)
+            self.lazy_initialization(conv_states=value[..., None], state_idx=place.number)
         else:
-            self.lazy_initialization(recurrent_states=value, state_idx=place.index)
+            self.lazy_initialization(recurrent_states=value, state_idx=place.number)
         return place
 
     def _add_index(self) -> None:

@@ -32,12 +32,12 @@ RANKS = (
     "gate_low_rank_dim",
 )
 
-if TYPE_CHECKING:
-    PartConfig = (
-        Any  # for readers of a finished configuration: `__post_init__` has made an object of the dict
-    )
+if TYPE_CHECKING:  # what readers of a finished configuration see: `__post_init__` has filled these fields
+    PartConfig = Any
+    DerivedSize = Any
 else:
     PartConfig = dict | PreTrainedConfig | None
+    DerivedSize = int | None
 
 
 @strict
@@ -89,13 +89,13 @@ class VisualRWKVTextConfig(PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 12
     head_dim: int = 64
-    attention_size: int | None = None
-    intermediate_size: int | None = None
-    mix_low_rank_dim: int | None = None
-    decay_low_rank_dim: int | None = None
-    a_low_rank_dim: int | None = None
-    v_low_rank_dim: int | None = None
-    gate_low_rank_dim: int | None = None
+    attention_size: DerivedSize = None
+    intermediate_size: DerivedSize = None
+    mix_low_rank_dim: DerivedSize = None
+    decay_low_rank_dim: DerivedSize = None
+    a_low_rank_dim: DerivedSize = None
+    v_low_rank_dim: DerivedSize = None
+    gate_low_rank_dim: DerivedSize = None
     layer_norm_eps: float = 1e-5
     group_norm_eps: float = 64e-5
     loss_reduction: Literal["sample", "token"] = "sample"

@@ -48,7 +48,7 @@ class VisualRWKVPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, _halves_of_blocks()):
-            module.init_weights()
+            module.init_weights()  # type: ignore[operator]
         elif isinstance(module, nn.Linear):
             # torch's own default. RWKV-7 initialises the linear layers of a block itself, after this.
             init.kaiming_uniform_(module.weight, a=5**0.5)
@@ -176,7 +176,7 @@ class LanguageModelHead:
         return kept_positions(logits, logits_to_keep), loss
 
 
-def predicts_next_token(model_class: type) -> type:
+def predicts_next_token(model_class: Any) -> Any:
     """Tell transformers' Trainer that the logits of a class are those of the next token; a class decorator.
 
     With `label_smoothing_factor` the Trainer computes the loss itself, and moves the labels by one position only for

@@ -38,7 +38,7 @@ class VisualRWKVCausalLMOutputWithPast(ModelOutput):
     """`loss` scalar, `logits` [B, T, vocab_size], `past_key_values`, `hidden_states`, `image_hidden_states`."""
 
     loss: torch.Tensor | None = None
-    logits: torch.FloatTensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None

@@ -98,6 +98,7 @@ def rwkv7_recurrence(
     heads = partial(split_heads, head_dim=weights.r_k.shape[-1])
     k, v = products.k, products.v  # [B, T, A]
     if products.value_gate is not None:
+        assert v_first is not None and weights.v0 is not None
         v = torch.lerp(v, v_first, torch.sigmoid(weights.v0 + products.value_gate).to(v.dtype))
     w = -DECAY_SCALE * torch.sigmoid(at_least_float32(weights.w0 + products.decay))
     a = torch.sigmoid(weights.a0 + products.rate)
@@ -142,8 +143,8 @@ def rwkv7_decode(
         out, of the shape and dtype of r.
     """
     shape = state.shape[1:3]
-    w0, a0, v0, k_k, k_a = (None if x is None else x.flatten() for x in (w0, a0, v0, k_k, k_a))
-    weights = Rwkv7Weights(w0, a0, v0, k_k, k_a, r_k.view(shape))
+    w0, a0, k_k, k_a = (x.flatten() for x in (w0, a0, k_k, k_a))
+    weights = Rwkv7Weights(w0, a0, None if v0 is None else v0.flatten(), k_k, k_a, r_k.view(shape))
     norm = plain_norm(shape[0], norm_weight, norm_bias, eps, state.dtype)
     products = Rwkv7Products(r, decay, k, v, rate, gate, value_gate)
     recurrence = partial(rwkv7_recurrence, v_first=as_token(v_first, state.dtype))
@@ -160,6 +161,9 @@ class Rwkv7TimeMix(TimeMix):
 
     decode_op = "rwkv7_decode"
     plain_decode = staticmethod(rwkv7_decode)
+    w0: nn.Parameter
+    a0: nn.Parameter
+    v0: nn.Parameter
 
     def __init__(self, config: VisualRWKVTextConfig, layer_idx: int):
         super().__init__(config, layer_idx)

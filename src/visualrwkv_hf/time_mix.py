@@ -161,6 +161,7 @@ class TimeMix(nn.Module):
         updates = {}
         if decode := self._decode_op(hidden_states, state):
             arguments = self.decode_arguments(products, v_first) | self._norm_arguments()
+            assert state is not None
             if state.indices is not None:
                 arguments["state_indices"] = state.indices
             out = decode(**arguments, state=state.tensors[WKV], mask=token_order.mask())  # writes the state
