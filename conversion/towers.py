@@ -279,7 +279,7 @@ def _config_fields(path: Path, encoder: str) -> dict[str, Any]:
         )
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
     return {f"{encoder}_config": {field: getattr(config, field) for field in TOLD_BY_CONFIG}}
 

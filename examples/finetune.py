@@ -16,6 +16,7 @@ On several GPUs: `accelerate launch --config_file examples/accelerate/ddp.yaml e
 
 import argparse
 import hashlib
+import shlex
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -223,6 +224,9 @@ def main(command_line: list[str]) -> None:
     else:
         trainer.save_model()
         trainer.create_model_card()
+        if trainer.is_world_process_zero() and not (options.lora and not options.merge_lora):
+            folder = shlex.quote(arguments.output_dir)
+            print(f'Next: visualrwkv ask --model {folder} PICTURE "What is in the picture?"', file=sys.stderr)
     exit_together()
 
 

@@ -174,7 +174,7 @@ def test_a_language_model_sees_nothing(folder, picture, tmp_path):
     VisualRWKVForCausalLM(text_config(7)).save_pretrained(tmp_path)
     tiny_processor(tiny_model()).save_pretrained(tmp_path)
     line = refused(picture, "--model", tmp_path, "--output", tmp_path / "figure.png")
-    assert "of type 'visualrwkv_text', which reads no pictures" in line
+    assert "holds a language model, which reads no pictures" in line
 
 
 def test_without_matplotlib_it_says_how_to_get_it(folder, picture, tmp_path, monkeypatch):

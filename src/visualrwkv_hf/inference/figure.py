@@ -1,6 +1,6 @@
-"""A figure of what the model does with a picture: its patches, the order in which layers read them, the prompt.
+"""Draw what the model does with a picture: its patches, the order in which layers read them, and the prompt.
 
-Needs matplotlib (the extra "show"). Weights are not read: a configuration and a processor tell all of it.
+It needs matplotlib (the extra "show"). No weights are read: the configuration and the processor are enough.
 """
 
 import os
@@ -21,40 +21,40 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUM_LAYERS = 4
-"""A scan has no more directions than this."""
+"""Layers that are drawn. No scan has more directions."""
 
 RAMP = "plasma"
-"""Colours from the patch that is read first to the last."""
+"""Colour map from the patch that is read first to the last one."""
 
 INK, PAPER = "#22303c", "#ffffff"
 BEFORE, AFTER, PICTURE = "#dbe9f6", "#fde8cd", "#e4d7f1"
-"""What stands before the picture in the prompt, what stands behind it, and the picture."""
+"""Colours of the prompt before the picture, of the prompt after it, and of the picture."""
 
 PAGE_WIDTH = 850.0
 MARGIN = 28.0
 SIDE, GAP, TITLE = 396.0, 18.0, 32.0
-"""Of the large panel; between panels; above each."""
+"""Side of the large panel; space between panels; space above each for its title."""
 ROW_HEIGHT, FONT_SIZE, LETTER_WIDTH = 27.0, 10.0, 6.02
-"""In points, like all sizes on the page; a letter of the monospaced font is 0.602 of its size."""
+"""In points, as are all sizes here. A letter of the monospaced font is 0.602 of its size wide."""
 
 PLACES = {
-    "first": "stands in front of the question",
-    "middle": "stands between the question and the question again: the sandwich",
-    "last": "stands behind the question",
+    "first": "comes before the question",
+    "middle": "comes between the question and the question again: the sandwich",
+    "last": "comes after the question",
 }
 
 MARKS = str.maketrans({"\n": "\u21b5", " ": "\u00b7", "\t": "\u2192"})
-"""White space as one sees it."""
+"""White space -> a visible character."""
 
 
 class Seen(NamedTuple):
-    """What the model is given of one picture, and how it is made for it.
+    """What the model is given for one picture.
 
     Attributes:
-        tiles: pixels from 0 to 1 as its first encoder reads them, float32 [pieces, S, S, 3].
-        tokens: the prompt's ids, all of the picture among them.
-        patch_grid: rows and columns of patches of a piece.
-        token_grid: rows and columns of tokens that are left of them; (0, 0) where they have no place in the picture.
+        tiles: pixels from 0 to 1 as the first encoder reads them, float32 [pieces, S, S, 3].
+        tokens: the ids of the prompt, those of the picture included.
+        patch_grid: rows and columns of patches in a piece.
+        token_grid: rows and columns of tokens after pooling; (0, 0) if tokens have no position in the picture.
     """
 
     tiles: np.ndarray
@@ -64,7 +64,7 @@ class Seen(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A box of the prompt: a token, or the picture with all of its tokens."""
+    """A box of the prompt: one token, or the picture with all its tokens."""
 
     text: str
     colour: str
@@ -78,18 +78,18 @@ class Item(NamedTuple):
 def reading_figure(
     picture, question: str, source: str, scan: str | None = None, image_position: str | None = None
 ) -> "Figure":
-    """Draws what a model does with a picture and a question about it.
+    """Draw what a model does with a picture and a question about it.
 
     Args:
         picture: see `open_picture`.
         question: what is asked.
         source: the model's folder or Hub id.
-        scan: another scan than the model's.
-        image_position: another position of the picture in the prompt than the model's.
+        scan: draw this scan in place of the model's.
+        image_position: put the picture here in the prompt, not where the model has it.
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: no picture, an unknown scan, or a model that reads no pictures.
+        ValueError: the picture cannot be read, the scan is unknown, or the model reads no pictures.
         jinja2.TemplateError: a question or a position that the chat template refuses.
     """
     figure_class = _figure_class()
@@ -122,7 +122,7 @@ def reading_figure(
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike) -> None:
-    """Writes a figure in the format that the name ends with.
+    """Write a figure in the format of the file extension.
 
     Raises:
         ValueError: matplotlib knows no such format.
@@ -145,7 +145,7 @@ def _figure_class() -> type["Figure"]:
 
 
 def what_is_seen(picture, question: str, config, processor, image_position: str | None) -> Seen:
-    """A picture and a question, as processor and configuration make them into what is read."""
+    """Return what the processor makes of a picture and a question."""
     content = [{"type": "image", "image": open_picture(picture)}, {"type": "text", "text": question}]
     inputs = chat_inputs(processor, [{"role": "user", "content": content}], image_position)
     grid = config.vision_config.grid_size
@@ -155,14 +155,14 @@ def what_is_seen(picture, question: str, config, processor, image_position: str 
 
 
 def as_seen(pixel_values: np.ndarray, image_processor) -> np.ndarray:
-    """Normalised pixels [N, 3, S, S] back as colours from 0 to 1, [N, S, S, 3]."""
+    """Undo the normalisation of pixels [N, 3, S, S]; return colours from 0 to 1, [N, S, S, 3]."""
     fields = next(iter(getattr(image_processor, "encoders", {}).values()), None) or vars(image_processor)
     mean, std = (np.asarray(fields[name], dtype=np.float32) for name in ("image_mean", "image_std"))
     return (np.moveaxis(pixel_values, 1, -1) * std + mean).clip(0, 1)
 
 
 def prompt_items(tokens: Sequence[int], processor) -> Iterator[Item]:
-    """The prompt in boxes: one a token, and one for the picture."""
+    """Yield the boxes of the prompt: one for each token, and one for the picture."""
     colour = BEFORE
     for is_picture, run in groupby(tokens, key=lambda token: token == processor.image_token_id):
         if is_picture:
@@ -175,7 +175,7 @@ def prompt_items(tokens: Sequence[int], processor) -> Iterator[Item]:
 
 
 def wrapped(items: Sequence[Item], width: float, gap: float = 3) -> Iterator[list[tuple[float, Item]]]:
-    """Rows of items with their left edges, none wider than `width` unless it is a single item."""
+    """Yield rows of items with their left edges. No row is wider than `width` unless it is a single item."""
     row: list[tuple[float, Item]] = []
     left = 0.0
     for item in items:
@@ -188,7 +188,7 @@ def wrapped(items: Sequence[Item], width: float, gap: float = 3) -> Iterator[lis
 
 
 def first_sentence(direction: Callable) -> str:
-    """What a direction of a scan does, in its own words."""
+    """Return what a direction of a scan does, from its docstring."""
     return (direction.__doc__ or direction.__name__).split("\n")[0].partition(":")[0].rstrip(".")
 
 
@@ -203,7 +203,7 @@ def _frame(axes: "Axes", title: str, size: float = 10) -> None:
 
 
 def draw_patches(axes: "Axes", seen: Seen) -> None:
-    """The picture as its first encoder sees it, under the patch grid; tiles side by side."""
+    """Draw the picture as the first encoder sees it, under the patch grid; tiles go side by side."""
     pieces, side = seen.tiles.shape[:2]
     columns = int(np.ceil(np.sqrt(pieces)))
     canvas = np.ones((-(-pieces // columns) * side, columns * side, 3), np.float32)
@@ -229,7 +229,7 @@ def _draw_grid(axes: "Axes", height: int, width: int, side: int, cells: tuple[in
 
 
 def draw_order(axes: "Axes", seen: Seen, scan: str, layer: int, words: str) -> None:
-    """In which order a layer reads the tokens: a ramp of colours over the picture, and the way as a line."""
+    """Draw the order in which a layer reads the tokens: as colours over the picture, and as a line."""
     from matplotlib.collections import LineCollection
 
     height, width = seen.token_grid
@@ -267,7 +267,7 @@ def draw_order(axes: "Axes", seen: Seen, scan: str, layer: int, words: str) -> N
 
 
 def _draw_arrows(axes: "Axes", steps: np.ndarray, thick: float, count: int = 9) -> None:
-    """Some of the steps [n, 2, 2] with a head, evenly along the way."""
+    """Draw `count` of the steps [n, 2, 2] as arrows, evenly spaced along the line."""
     for step in steps[np.unique(np.linspace(0, len(steps) - 1, min(count, len(steps))).astype(int))]:
         start, end = step
         axes.annotate(
@@ -279,7 +279,7 @@ def _draw_arrows(axes: "Axes", steps: np.ndarray, thick: float, count: int = 9) 
 
 
 def draw_ramp(axes: "Axes") -> None:
-    """The colours' meaning."""
+    """Draw the legend of the colours."""
     axes.imshow(np.linspace(0, 1, 256)[None], cmap=RAMP, aspect="auto", alpha=0.7)
     _frame(axes, "")
     style: dict[str, Any] = dict(transform=axes.transAxes, fontsize=8, color=INK)
@@ -290,7 +290,7 @@ def draw_ramp(axes: "Axes") -> None:
 def draw_prompt(
     axes: "Axes", rows: Sequence[list[tuple[float, Item]]], seen: Seen, image_token_id: int, position: str
 ) -> None:
-    """The prompt as the model reads it, a box a token, the picture in its place."""
+    """Draw the prompt as the model reads it: one box for each token, and the picture in its position."""
     from matplotlib.patches import FancyBboxPatch
 
     axes.set(xlim=(0, PAGE_WIDTH - 2 * MARGIN), ylim=(len(rows) * ROW_HEIGHT, 0))

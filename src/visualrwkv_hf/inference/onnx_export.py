@@ -1,10 +1,10 @@
-"""A model as ONNX graphs: a picture -> its tokens; a prompt -> state and logits; one token and the state -> the same.
+"""Export a model as three ONNX graphs: the vision tower, reading a prompt, and decoding one token.
 
     from visualrwkv_hf import export_onnx
 
     export_onnx(model, processor, "onnx")
 
-needs the packages onnx and onnxscript. `examples/onnx_chat.py` chats with the folder, through onnxruntime alone.
+It needs the packages onnx and onnxscript. `examples/onnx_chat.py` chats with the result using onnxruntime alone.
 
 Letters: P pieces of pictures (whole ones, views, tiles), N pictures or tiles with tokens of their own, L tokens of
 one, B batch, T time, D directions of the scan, C hidden size, H heads.
@@ -33,10 +33,10 @@ from ..token_order import IN_ORDER, TokenOrder, token_orders
 
 WEIGHTS = "weights.data"
 LEAST_EXTERNAL = 1024
-"""Bytes from which on a constant is written beside the graphs, where they share it."""
+"""Smallest constant, in bytes, that is written to the file that the graphs share."""
 
 PARTS = {TIME_MIX_SHIFT: "time_mix_shift", CHANNEL_MIX_SHIFT: "channel_mix_shift"}
-"""Names of a layer's states in the graphs, where they are not ours."""
+"""Our name of a layer's state -> its name in the graphs, where they differ."""
 
 CUTTINGS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -45,11 +45,11 @@ CUTTINGS: dict[str, dict[str, Any]] = {
     "smallest": {"grids": None, "stretched": True},
     "closest": {"grids": None, "stretched": True, "surplus": True},
 }
-"""Tiling of the image processor -> what is not as `cutting_recipe` has it."""
+"""Tiling of the image processor -> the fields of `cutting_recipe` that differ from their defaults."""
 
 
 class PictureGraph(nn.Module):
-    """Pixels [P, 3, S, S] for each encoder -> tokens [N L, C]; with a compressor, of one picture [L', C]."""
+    """Map pixels [P, 3, S, S] of each encoder to tokens [N L, C]; with a compressor, one picture to [L', C]."""
 
     def __init__(self, model: VisualRWKVForConditionalGeneration):
         super().__init__()
@@ -65,7 +65,7 @@ class PictureGraph(nn.Module):
 
 
 def compressed(compressor: VisualTokenCompressor, tiles: torch.Tensor) -> torch.Tensor:
-    """`compressor.forward` for one picture's `tiles` [tiles, L, C] -> [L', C], whose number a graph leaves open."""
+    """Compute `compressor.forward` for one picture's `tiles` [tiles, L, C] -> [L', C], for any number of tiles."""
     tokens, num_tiles = compressor.read(tiles.flatten(0, 1)[None]), tiles.shape[0]
     if compressor.config.compressor_reduction == "pool":
         return window_means(tokens, compressor.config.num_image_tokens_of(num_tiles))[0]
@@ -73,7 +73,7 @@ def compressed(compressor: VisualTokenCompressor, tiles: torch.Tensor) -> torch.
 
 
 def window_means(tokens: torch.Tensor, count: int) -> torch.Tensor:
-    """`F.adaptive_avg_pool1d` over T, [B, T, C] -> [B, count, C]: ONNX would have it for one T only."""
+    """Compute `F.adaptive_avg_pool1d` over T, [B, T, C] -> [B, count, C]; ONNX could export it for a fixed T only."""
     length = tokens.shape[1]
     window, token = torch.arange(count)[:, None], torch.arange(length)
     first, end = window * length // count, ((window + 1) * length + count - 1) // count  # [count, 1]
@@ -82,7 +82,7 @@ def window_means(tokens: torch.Tensor, count: int) -> torch.Tensor:
 
 
 class LanguageGraph(nn.Module):
-    """What reading many tokens and reading one have in common."""
+    """The part that reading a prompt and decoding one token share."""
 
     def __init__(self, model: VisualRWKVForConditionalGeneration):
         super().__init__()
@@ -103,7 +103,7 @@ class LanguageGraph(nn.Module):
 
 
 class ReadGraph(LanguageGraph):
-    """A prompt of one sample: ids [1, T], the tokens of its pictures [N L, C], the layers' orders [1, D, T]."""
+    """Read the prompt of one sample: ids [1, T], picture tokens [N L, C], the orders of the layers [1, D, T]."""
 
     def forward(
         self,
@@ -121,7 +121,7 @@ class ReadGraph(LanguageGraph):
 
 
 class StepGraph(LanguageGraph):
-    """One token of each sample: ids [B, 1]."""
+    """Decode one token of each sample: ids [B, 1]."""
 
     def forward(self, input_ids: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.read(self.language_model.embed_tokens(input_ids), [IN_ORDER], states)
@@ -135,24 +135,24 @@ def states_of(config: VisualRWKVTextConfig) -> tuple[StateSpec, ...]:
 def export_onnx(
     model: VisualRWKVForConditionalGeneration, processor: VisualRWKVProcessor, folder: str | Path
 ) -> Path:
-    """Writes what is needed to chat about pictures without torch.
+    """Write what is needed to chat about pictures without torch.
 
     `vision.onnx`: `pixel_values` [P, 3, S, S], and `pixel_values_siglip` and so on where the tower has further
-    encoders -> `image_features` [N L, C]. What is cut comes piece by piece, as the image processor gives it; with a
-    compressor, one picture at a time.
+    encoders -> `image_features` [N L, C]. Pieces come in the order of the image processor; with a compressor, one
+    picture at a time.
     `read.onnx`: `input_ids` [1, T], `image_features` (without a picture one row of zeros), `scan_orders` [1, D, T]
     and the state -> `logits` [1, vocab_size] of the next token and the new state.
     `step.onnx`: `input_ids` [B, 1] and the state -> `logits` [B, vocab_size] and the new state.
 
     The state is `past.{layer}.{part}` going in and `present.{layer}.{part}` coming out, with parts `time_mix_shift`,
     `channel_mix_shift` and `wkv`; zeros at the start. Everything is float32. The graphs share `weights.data`;
-    `tokenizer.json` and `chat.json` say the rest: prompts, how pictures are cut and become pixels, in which orders the
-    layers read one.
+    `tokenizer.json` and `chat.json` hold the rest: prompts, how a picture is cut and normalised, and in which order the
+    layers read it.
 
     Args:
         model: in float32.
         processor: the model's.
-        folder: made if it is not there.
+        folder: to write to; it is created if it does not exist.
 
     Returns:
         The folder.
@@ -175,12 +175,12 @@ def export_onnx(
 
 
 def pixel_names(config: Any) -> list[str]:
-    """The inputs of the vision tower, one for each encoder."""
+    """Return the names of the vision tower's inputs, one for each encoder."""
     return list(config.vision_config.pixel_inputs.values())
 
 
 def state_names(model: VisualRWKVForConditionalGeneration, when: str) -> list[str]:
-    """`when` is "past" or "present"."""
+    """Return the names of all states in a graph; `when` is "past" for inputs and "present" for outputs."""
     config = model.config.text_config
     parts = [PARTS.get(spec.name, spec.name) for spec in states_of(config)]
     return [f"{when}.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in parts]
@@ -226,7 +226,7 @@ GRAPHS = {"vision": trace_vision, "read": trace_read, "step": trace_step}
 def traced(
     graph: nn.Module, inputs: tuple, input_names: list[str], output_names: list[str], dynamic_shapes: tuple
 ) -> Any:
-    """The graph as a model of onnx_ir, without constant arithmetic; onnxruntime does the rest as it loads it."""
+    """Return the graph as a model of onnx_ir with constants folded; onnxruntime optimises the rest when it loads it."""
     from onnxscript import optimizer
 
     program: Any = torch.onnx.export(
@@ -247,7 +247,7 @@ def traced(
 
 
 def save_graphs(models: dict[str, Any], folder: Path) -> None:
-    """Writes `{name}.onnx` of each model (of onnx_ir), and one file of the constants of all, each once."""
+    """Write `{name}.onnx` for each model of onnx_ir, and one file with the large constants of all, each once."""
     import onnx_ir as ir
 
     values = [value for model in models.values() for value in large_constants(model)]
@@ -271,15 +271,15 @@ def save_graphs(models: dict[str, Any], folder: Path) -> None:
 
 
 def large_constants(model: Any) -> Iterable[Any]:
-    """Weights of a model of onnx_ir that are worth sharing."""
+    """Return the weights of a model of onnx_ir that are large enough to be shared."""
     initializers = model.graph.initializers.values()
     return [value for value in initializers if value.const_value.nbytes >= LEAST_EXTERNAL]
 
 
 def span_orders(model: VisualRWKVForConditionalGeneration) -> list[list[int]]:
-    """D times the places 0, ..., L-1 of one tile in the order in which layers l with l mod D read them.
+    """Return the D orders of the scan: the positions 0, ..., L-1 of one tile as layers l with l mod D = d read them.
 
-    One place where all read as it comes: a picture is a multiple of that, however many tokens it has.
+    If all layers read in the stored order it is [[0]], of which a picture of any number of tokens is a multiple.
     """
     config = model.config
     height, width = config.pooled_grid
@@ -293,7 +293,7 @@ def span_orders(model: VisualRWKVForConditionalGeneration) -> list[list[int]]:
 def chat_description(
     model: VisualRWKVForConditionalGeneration, processor: VisualRWKVProcessor
 ) -> dict[str, Any]:
-    """What a program needs beside graphs and tokenizer, for `chat.json`."""
+    """Return the content of `chat.json`: what a program needs besides the graphs and the tokenizer."""
     eos = model.generation_config.eos_token_id
     recipes = pixel_recipes(model.config, processor.image_processor)
     return {
@@ -313,7 +313,7 @@ def chat_description(
 
 
 def prompt_pattern(processor: VisualRWKVProcessor, with_picture: bool) -> str:
-    """The prompt of a question that stands at {text}, and, in front of a picture without a request, at {question}."""
+    """Return the prompt with {text} for the question, and {question} for its copy before a picture (the sandwich)."""
     content = [{"type": "image"}] * with_picture + [{"type": "text", "text": "{text}"}]
     messages = [{"role": "user", "content": content}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -321,7 +321,7 @@ def prompt_pattern(processor: VisualRWKVProcessor, with_picture: bool) -> str:
 
 
 def pixel_recipes(config: Any, image_processor: Any) -> dict[str, dict[str, Any]]:
-    """For each input of pixels `size`, `mean`, `std`; `crop`: the shorter side is resized and the middle taken."""
+    """Return `size`, `mean` and `std` of each pixel input, and `crop`: resize the shorter side and crop the centre."""
     recipes: list[dict[str, Any]]
     if isinstance(image_processor, VisualRWKVImageProcessor):
         encoders = [image_processor.encoders[name] for name in config.vision_config.encoders]
@@ -338,12 +338,13 @@ def pixel_recipes(config: Any, image_processor: Any) -> dict[str, dict[str, Any]
 
 
 def cutting_recipe(image_processor: Any, side: int) -> dict[str, Any]:
-    """What the encoders see of a picture.
+    """Return how a picture is cut into tiles.
 
-    Tiles of one of `grids` (columns, rows), that which leaves least of its columns x rows squares of `side` pixels
-    empty when the picture fills it; with `surplus`, counting by how much its area differs from the picture's, too.
-    None: as many squares as cover the picture, or one fewer, in each direction. `whole`: the picture stands in front,
-    and alone where the grid is `spared` and has no less area. `stretched`: it is resized to the squares before.
+    The grid is the one of `grids` (columns, rows) whose squares of `side` pixels stay least empty when the picture is
+    fitted into them; with `surplus`, the difference between its area and the picture's counts as well. If `grids` is
+    None, the candidates are as many squares as cover the picture, or one fewer, in each direction. `whole`: the whole
+    picture comes before its tiles, and alone if the grid is one of `spared` and is at least as large as the picture.
+    `stretched`: the picture is resized to the grid before it is cut.
     """
     grid = getattr(image_processor, "tile_grid", 1)
     recipe: dict[str, Any] = dict(
