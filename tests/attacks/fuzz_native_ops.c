@@ -53,16 +53,22 @@ static float *floats(Input *in, int64_t count) {
     return x;
 }
 
-static void *stored(Input *in, int64_t count, int64_t format) {
-    int64_t bytes = format >= 0 && format < FORMAT_COUNT ? BYTES[format] : 4;
-    uint8_t *x = array(count, bytes);
-    for (int64_t i = 0; x && i < count * bytes; i++) x[i] = i < 256 ? byte(in) : x[i % 256];
-    return x;
-}
-
 static int64_t product_of(int64_t a, int64_t b) {
     int64_t ab;
     return a < 0 || b < 0 || __builtin_mul_overflow(a, b, &ab) ? -1 : ab;
+}
+
+static void *stored(Input *in, int64_t count, int64_t format) {
+    int64_t bytes = product_of(count, format >= 0 && format < FORMAT_COUNT ? BITS[format] : 32) / 8;
+    uint8_t *x = array(bytes, 1);
+    for (int64_t i = 0; x && i < bytes; i++) x[i] = i < 256 ? byte(in) : x[i % 256];
+    return x;
+}
+
+static void *scales(Input *in, int64_t rows, int64_t columns, int64_t format) {
+    if (byte(in) == 0) return NULL; /* to be refused where a format needs one */
+    int64_t bytes = format == INT8 || format == INT4 ? scale_bytes(format, columns) : 0;
+    return bytes > 0 ? stored(in, product_of(rows, bytes), INT8) : NULL;
 }
 
 /* --- the ops ------------------------------------------------------------------------------------------ */
@@ -99,7 +105,7 @@ static void fuzz_linear(Input *in) {
     int64_t weights = product_of(rows, columns), inputs = product_of(count, columns), outputs = product_of(count, rows);
     if (weights < 0 || inputs < 0 || outputs < 0) weights = inputs = outputs = 0;
     void *weight = stored(in, weights, format);
-    float *scale = byte(in) & 1 ? floats(in, rows < 0 ? 0 : rows) : NULL;
+    void *scale = scales(in, rows < 0 ? 0 : rows, columns, format);
     float *x = floats(in, inputs), *y = floats(in, outputs);
     if (!is_too_large) visualrwkv_linear(2, count, columns, rows, format, weight, scale, x, y);
 }
@@ -124,8 +130,7 @@ static void fuzz_block(Input *in) {
         int64_t columns = i == OUTPUT ? s.A : i == FFN_VALUE ? s.F : s.C, format = between(in, 0, FORMAT_COUNT - 1);
         int64_t rows = i == FFN_KEY ? s.F : i < OUTPUT ? s.A : s.C;
         if (is_rwkv7 && (i == GATE || i == FFN_RECEPTANCE)) continue;
-        w.linear[i] = (Linear){stored(in, rows * columns, format), NULL, format};
-        if (format == INT8) w.linear[i].scale = floats(in, rows);
+        w.linear[i] = (Linear){stored(in, rows * columns, format), scales(in, rows, columns, format), format};
     }
     void *att = stored(in, s.B * s.C, s.format), *ffn = stored(in, s.B * s.C, s.format);
     float *state = floats(in, s.B * s.A * (s.A / s.H)), *v_first = floats(in, s.B * s.A), *x = floats(in, s.B * s.C);

@@ -325,20 +325,20 @@ def test_layer_with_a_time_mix_narrower_than_the_model(version, called):
     assert called == AFTER_OTHERS
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
 @pytest.mark.parametrize("version", [5, 6, 7])
-def test_layer_of_bfloat16_rounds_no_more_than_torch(version, int8, called):
-    """What layers hand on and states carry is rounded, nothing between; int8 weights also have scales to round."""
+def test_layer_of_bfloat16_rounds_no_more_than_torch(version, weights, called):
+    """Layers' outputs and states are rounded and nothing in between. int8 weights also have scales to round."""
     model = causal_lm(version, hidden_size=128).bfloat16()
     exact = causal_lm(version, hidden_size=128)
     exact.load_state_dict({name: x.float() for name, x in model.state_dict().items()})
-    if int8:
-        exact = native_layers.accelerate_on_cpu(exact, int8=True)
+    if weights:
+        exact = native_layers.accelerate_on_cpu(exact, weights=weights)
     expected = step_by_step(exact, *ids_and_mask())
     plain = error(step_by_step(model, *ids_and_mask()), expected)
     called.clear()
-    native_layers.accelerate_on_cpu(model, int8)
-    assert error(step_by_step(model, *ids_and_mask()), expected) < (1.5 if int8 else 1.1) * plain
+    native_layers.accelerate_on_cpu(model, weights=weights)
+    assert error(step_by_step(model, *ids_and_mask()), expected) < (1.5 if weights else 1.1) * plain
     assert called == AFTER_OTHERS
 
 
@@ -487,9 +487,9 @@ def test_changing_the_dtype_afterwards(int8, called):
     assert "linear" in called and ("block" in called) == (not int8)
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_copies_compute_the_same(int8, tmp_path):
-    model, inputs = native_layers.accelerate_on_cpu(causal_lm(7), int8), ids_and_mask()
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_copies_compute_the_same(weights, tmp_path):
+    model, inputs = native_layers.accelerate_on_cpu(causal_lm(7), weights=weights), ids_and_mask()
     torch.save(model, tmp_path / "model")
     copies = [copy.deepcopy(model), torch.load(tmp_path / "model", weights_only=False)]
     expected = step_by_step(model, *inputs)
@@ -498,10 +498,13 @@ def test_copies_compute_the_same(int8, tmp_path):
         assert torch.equal(step_by_step(each, *inputs), expected)
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_saved_model_is_a_plain_one(int8, tmp_path):
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_saved_model_is_a_plain_one(weights, tmp_path):
     """Weights that were rounded to int8 are saved as the float32 numbers that they stand for."""
-    model, inputs = native_layers.accelerate_on_cpu(causal_lm(7, hidden_size=128), int8), ids_and_mask()
+    model, inputs = (
+        native_layers.accelerate_on_cpu(causal_lm(7, hidden_size=128), weights=weights),
+        ids_and_mask(),
+    )
     model.save_pretrained(tmp_path)
     loaded = VisualRWKVForCausalLM.from_pretrained(tmp_path)
     assert type(loaded.lm_head) is nn.Linear
@@ -537,6 +540,58 @@ def test_int8_stays_near(version):
     assert 1e-4 < error(step_by_step(model, ids, mask), expected) < 2 * in_bfloat16
 
 
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_int4_stays_near(version, called):
+    """15 steps between the largest weights of 32: some sixteen times as coarse as int8. The head is int8."""
+    model = causal_lm(version, hidden_size=128)
+    ids, mask = torch.randint(1, 320, (2, 9)), torch.ones(2, 9)
+    expected = step_by_step(model, ids, mask)
+    native_layers.accelerate_on_cpu(model, weights="int4")
+    key = model.model.layers[0].att.key
+    assert key.weight.dtype == torch.uint8 and key.weight.shape == (128, 64) and key.scale.shape == (128, 4)
+    assert model.lm_head.weight.dtype == torch.int8
+    called.clear()
+    in_int8 = native_layers.accelerate_on_cpu(causal_lm(version, hidden_size=128), weights="int8")
+    found, fine = (error(step_by_step(x, ids, mask), expected) for x in (model, in_int8))
+    assert 4 * fine < found < 32 * fine
+    assert called == AFTER_OTHERS
+
+
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
+def test_int4_linear_rounds_the_weight_only(dtype):
+    """Few rows by the native op, many by torch: both multiply by the same rounded weight."""
+    torch.manual_seed(0)
+    original = torch.randn(40, 96)
+    original[3, 32:64] = 0
+    linear = nn.Linear(96, 40, bias=False)
+    linear.weight.data.copy_(original)
+    rounded = native_layers.Int4Linear(linear)
+    weight, steps = rounded.widened(), rounded.scale.float().abs().repeat_interleave(32, 1)
+    # One step where 16 would be needed, and what rounding the scale to bfloat16 adds; else half a step.
+    assert ((weight - original).abs() <= 1.05 * steps).all()
+    assert ((weight - original).abs() <= 0.55 * steps).float().mean() > 0.95
+    for rows in (1, native.MAX_ROWS, native.MAX_ROWS + 1):
+        x = torch.randn(rows, 96).to(dtype)
+        with torch.no_grad():
+            assert error(rounded(x), x.double() @ weight.double().T) < max(TOLERANCE, torch.finfo(dtype).eps)
+
+
+def test_int4_rounds_what_it_can_hold_to_itself():
+    """So that a saved model, loaded and rounded again, is the same one."""
+    linear = nn.Linear(64, 8, bias=False)
+    once = native_layers.Int4Linear(linear)
+    linear.weight.data.copy_(once.widened())
+    assert torch.equal(native_layers.Int4Linear(linear).widened(), once.widened())
+    twice = native_layers.Int4Linear(nn.Linear(64, 8, bias=False))
+    twice.load_state_dict(once.state_dict())
+    assert torch.equal(twice.widened(), once.widened())
+
+
+def test_weights_of_no_such_format_are_refused():
+    with pytest.raises(ValueError, match="weights must be None, int8 or int4, got 'int3'"):
+        native_layers.accelerate_on_cpu(causal_lm(7), weights="int3")
+
+
 def test_int8_linear_rounds_the_weight_only():
     """Few rows by the native op, many by torch: both multiply by the same rounded weight."""
     torch.manual_seed(0)
@@ -569,6 +624,7 @@ def test_each_width_of_a_register(for_this_cpu, monkeypatch, tmp_path, called):
     for version in (6, 7):
         assert_gradients(version, recurrence_inputs(version, 2, 20, 2, 20, 70, torch.float32))
     test_int8_linear_rounds_the_weight_only()
+    test_int4_linear_rounds_the_weight_only(torch.float32)
     for version in (5, 6, 7):
         called.clear()
         test_layer_of_a_token_equals_plain(version, "wide", called)
@@ -577,12 +633,14 @@ def test_each_width_of_a_register(for_this_cpu, monkeypatch, tmp_path, called):
 def test_layers_that_c_cannot_multiply_are_torchs(called):
     """Columns that are no multiple of 16, and a bias."""
     x = torch.randn(2, 72)
-    for int8 in (False, True):
-        layer = native_layers.accelerated_linear(nn.Linear(72, 8, bias=False), int8)
+    for weights in (None, "int8", "int4"):
+        layer = native_layers.accelerated_linear(nn.Linear(72, 8, bias=False), weights)
         with torch.no_grad():
             weight = layer.state_dict()["weight"].double()
             assert error(layer(x), x.double() @ weight.T) < TOLERANCE
-        assert type(native_layers.accelerated_linear(nn.Linear(64, 8), int8)) is nn.Linear
+        biased = native_layers.accelerated_linear(nn.Linear(72, 8), weights)
+        with torch.no_grad():
+            assert error(biased(x), nn.functional.linear(x, biased.weight, biased.bias)) < TOLERANCE
     assert not called
 
 
@@ -658,8 +716,10 @@ def test_slots_are_in_the_order_of_c(name):
 def test_formats_and_sizes_are_in_the_order_of_c():
     contract = native.library().contract
     assert tuple(row.tag for row in formats.FORMATS) == contract["FORMATS"]
-    assert tuple(row.tag for row in formats.FORMATS if not row.scaled) == contract["FLOAT_FORMATS"]
-    assert all(row.bits == 8 * row.dtype.itemsize for row in formats.FORMATS)
+    floats = tuple(row.tag for row in formats.FORMATS if row.scale_dtype is None)
+    assert floats == contract["FLOAT_FORMATS"]
+    (group,) = {row.group for row in formats.FORMATS if row.group}
+    assert group == contract["GROUP"] == native_layers.Int4Linear.group
     assert block._Sizes._fields == contract["SIZES"]
 
 
@@ -709,13 +769,13 @@ def without_units(monkeypatch):
 
 
 @pytest.fixture
-def panels(monkeypatch) -> list[tuple[int, ...]]:
-    """The shapes of the weights that are multiplied panel by panel: without it plain might be compared with plain."""
+def panels(monkeypatch) -> list[int]:
+    """The rows of the weights that are multiplied panel by panel: without it plain might be compared with plain."""
     seen, multiply = [], native_layers.multiply_panels
     monkeypatch.setattr(
         native_layers,
         "multiply_panels",
-        lambda x, w, *a, **k: (seen.append(w.shape), multiply(x, w, *a, **k))[1],
+        lambda x, rows, *a, **k: (seen.append(rows), multiply(x, rows, *a, **k))[1],
     )
     return seen
 
@@ -726,7 +786,7 @@ def test_panels_round_the_result_only(rows, columns, has_bias, dtype, without_un
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((2, 7, columns), (rows, columns), (rows,)))
     bias = bias if has_bias else None
-    found = products.multiply_panels(x, weight, bias=bias)
+    found = products.multiply_panels(x, rows, weight.__getitem__, bias=bias)
     expected = nn.functional.linear(x.double(), weight.double(), bias if bias is None else bias.double())
     assert found.dtype == dtype and found.shape == expected.shape
     assert error(found, expected) < torch.finfo(dtype).eps
@@ -747,6 +807,17 @@ def test_model_without_units_rounds_no_more_than_torch(version, dtype, without_u
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_rounded_weights_are_widened_in_panels(weights, without_units, panels):
+    model = native_layers.accelerate_on_cpu(causal_lm(7, hidden_size=128), weights=weights)
+    plain = causal_lm(7, hidden_size=128)
+    plain.load_state_dict(model.state_dict())
+    ids = torch.randint(1, 320, (2, 40))
+    assert error(model(ids).logits, plain(ids).logits) < TOLERANCE
+    assert len(panels) == 3 * 6 + 1
+
+
+@torch.no_grad()
 def test_towers_and_projectors_multiply_in_panels(without_units, panels):
     model = tiny_vlm().bfloat16()
     inputs = dict(input_ids=prompt(model), pixel_values=pixels(1))
@@ -762,7 +833,7 @@ def test_towers_and_projectors_multiply_in_panels(without_units, panels):
 
 def test_panels_are_for_inference_only(without_units, panels):
     """With a gradient, traced, under autocast or with the torch backend, torch multiplies."""
-    layer = native_layers.accelerated_linear(nn.Linear(64, 32).bfloat16(), int8=False)
+    layer = native_layers.accelerated_linear(nn.Linear(64, 32).bfloat16(), None)
     x = torch.randn(20, 64, dtype=torch.bfloat16)
     layer(x).sum().backward()
     assert layer.weight.grad is not None

@@ -18,7 +18,7 @@ from ..layer_state import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, WKV, LayerState
 from ..modeling_rwkv import RwkvBlock
 from ..rwkv7_time_mix import DECAY_SCALE
 from ..token_order import TokenOrder
-from .formats import FLOAT_DTYPES, FORMAT_OF, SCALED_DTYPES
+from .formats import FLOAT_DTYPES, FORMAT_OF, FORMATS
 from .layers import NATIVE_LINEARS, serves
 from .memory import is_plain
 from .ops import library
@@ -119,7 +119,7 @@ class _Weights(NamedTuple):
 
     vectors: list[Tensor | None]
     low_rank: list[Tensor | None]  # down and up of each map
-    linear: list[tuple[Tensor, Tensor | None] | None]  # weight [out, in] and scale [out]
+    linear: list[tuple[Tensor, Tensor | None] | None]  # weight and scale of each layer
 
     @classmethod
     def of(cls, block: RwkvBlock, version: int) -> _Weights:
@@ -290,7 +290,7 @@ def _have_their_sizes(sizes: _Sizes, weights: _Weights) -> bool:
             for down, up, width in maps
         )
         and all(
-            pair is None or pair[0].shape == others.get(slot.name, (A, C))
+            pair is None or _has_shape(pair[0], *others.get(slot.name, (A, C)))
             for slot, pair in zip(LINEARS, weights.linear)
         )
     )
@@ -300,4 +300,10 @@ def is_stored_well(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> 
     """Return whether a linear layer's weight and scale are of a format that multiplies inputs of `dtype`."""
     if scale is None:
         return weight.dtype == dtype
-    return weight.dtype in SCALED_DTYPES and scale.dtype == torch.float32
+    return weight.dtype in FORMAT_OF and FORMATS[FORMAT_OF[weight.dtype]].scale_dtype == scale.dtype
+
+
+def _has_shape(weight: Tensor, rows: int, columns: int) -> bool:
+    """Return whether a tensor holds [rows, columns] weights of the format of its dtype."""
+    is_format = weight.dtype in FORMAT_OF
+    return is_format and weight.shape == (rows, FORMATS[FORMAT_OF[weight.dtype]].columns(columns))

@@ -10,13 +10,14 @@
 
 /* Compute y [count, out] = scale x W^T for x [count, in] and W [out, in]. */
 int visualrwkv_linear(int threads, int64_t count, int64_t in, int64_t out, int64_t format, const void *weight,
-                      const float *scale, const float *x, float *y) {
+                      const void *scale, const float *x, float *y) {
     if (in < 1 || in % COLUMN_MULTIPLE || !is_countable(count, in, 1) || !is_countable(count, out, 1) ||
         !is_countable(out, in, 1))
         return SIZE_OUT_OF_RANGE;
-    if (format < 0 || format >= FORMAT_COUNT) return FORMAT_UNKNOWN;
+    Linear w = {weight, scale, format};
+    if (!is_readable(w, in)) return FORMAT_UNKNOWN;
 #pragma omp parallel num_threads(threads)
-    multiply((Linear){weight, scale, format}, itself, count, in, out, x, y);
+    multiply(w, itself, count, in, out, x, y);
     return OK;
 }
 
@@ -57,7 +58,7 @@ const char *visualrwkv_contract(void) {
 #define WORDS(NAME) #NAME NAME(AS_WORD) "\n"
 #define CONSTANT(NAME, X) #NAME " " NUMBER(X) "\n"
     return CONSTANT(MAX_KEYS, MAX_KEYS) CONSTANT(COLUMN_MULTIPLE, COLUMN_MULTIPLE)
-        CONSTANT(LOW_RANK_MULTIPLE, LOW_RANK_MULTIPLE) WORDS(FORMATS) WORDS(FLOAT_FORMATS) WORDS(ERRORS)
+        CONSTANT(LOW_RANK_MULTIPLE, LOW_RANK_MULTIPLE) CONSTANT(GROUP, GROUP) WORDS(FORMATS) WORDS(FLOAT_FORMATS) WORDS(ERRORS)
             WORDS(VECTORS_OF_C) WORDS(VECTORS_OF_A) WORDS(LOW_RANKS) WORDS(LINEARS) WORDS(SIZES);
 }
 
@@ -178,7 +179,7 @@ static void enter(const Block *l, int64_t n, int weight, int bias, void *previou
     int64_t C = l->s.C;
     layer_norm(C, l->eps, l->vector[weight], l->vector[bias], l->x + n * C, l->normed + n * C);
     look_back(C, l->s.format, l->mask && !l->mask[n], l->normed + n * C,
-              (char *)previous + n * C * BYTES[l->s.format], l->back + n * C);
+              (char *)previous + n * C * (BITS[l->s.format] / 8), l->back + n * C);
 }
 
 /* y = x + back (weight + dynamic). In RWKV-5 the stored weight is that of x, so that of `back` is 1 - weight. */
@@ -218,7 +219,7 @@ static void shift_dynamically(const Block *l) {
     multiply_low_rank(l->weights->low_rank[LOW_SHIFT].down, format, tanhf, B, C, 5 * D, C, l->mixed, low);
 #pragma omp barrier
     for (int i = 0; i < 5; i++)
-        multiply_low_rank(up + i * D * C * BYTES[format], format, itself, B, D, C, 5 * D, low + i * D,
+        multiply_low_rank(up + i * D * C * (BITS[format] / 8), format, itself, B, D, C, 5 * D, low + i * D,
                           l->shifted[targets[i]]);
 #pragma omp barrier
 #pragma omp for
@@ -317,8 +318,10 @@ static int check_block(const Sizes *s, const Weights *weights) {
     for (int i = 0; i < LOW_RANK; i++)
         if (s->rank[i] < 0 || s->rank[i] > most || s->rank[i] % LOW_RANK_MULTIPLE) return SIZE_OUT_OF_RANGE;
     if (!is_float_format(s->format)) return FORMAT_UNKNOWN;
-    for (int i = 0; i < LINEAR; i++)
-        if (weights->linear[i].format < 0 || weights->linear[i].format >= FORMAT_COUNT) return FORMAT_UNKNOWN;
+    for (int i = 0; i < LINEAR; i++) {
+        int64_t in = i == OUTPUT ? s->A : i == FFN_VALUE ? s->F : s->C;
+        if (weights->linear[i].weight && !is_readable(weights->linear[i], in)) return FORMAT_UNKNOWN;
+    }
     return OK;
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .formats import FORMAT_OF
+from .formats import FORMAT_OF, FORMATS
 from .library import Library, load_library
 
 RECURRENCES = ("wkv6", "wkv7")
@@ -209,16 +209,18 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
     Args:
         x: [..., in], of at most a few rows: the time grows with each of them.
-        weight: W [out, in], contiguous, in a dtype of `formats.FORMATS`; `in` is a multiple of 16.
-        scale: [out], for int8 weights.
+        weight: W [out, in], contiguous, in a dtype of `formats.FORMATS`; `in` is a multiple of 16. int4 weights are
+            uint8 [out, in / 2], and `in` is a multiple of 32.
+        scale: [out] for int8 weights, [out, in / 32] for int4 weights.
 
     Returns:
         [..., out] in the dtype of x.
     """
     out = torch.empty(*x.shape[:-1], len(weight))
-    (rows, columns), count = weight.shape, x.numel() // x.shape[-1]
+    rows, columns, count = len(weight), x.shape[-1], x.numel() // x.shape[-1]
     tag = FORMAT_OF[weight.dtype]
-    library().call("linear", count, columns, rows, tag, weight, _floats(scale), _floats(x), out)
+    scale = None if scale is None else scale.to(FORMATS[tag].scale_dtype).contiguous()
+    library().call("linear", count, columns, rows, tag, weight, scale, _floats(x), out)
     return out.to(x.dtype)
 
 

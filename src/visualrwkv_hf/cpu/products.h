@@ -6,23 +6,52 @@ enum { AHEAD = 4096 };
 /* The number of columns of every linear layer is a multiple of this, which is the widest register's number of floats. */
 #define COLUMN_MULTIPLE 16
 
-typedef float Dot(int64_t n, const void *w, const float *x);
-#define DOT(TAG)                                                                                                \
-    static float dot_##TAG(int64_t n, const void *row, const float *x) {                                        \
-        const TAG##_t *w = row;                                                                                 \
+static void prefetch(const void *from, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch((const char *)from + AHEAD + byte, 0, 2);
+}
+
+/* The product of a row of n weights, whose scale or scales are at `scale`, with x. */
+typedef float Dot(int64_t n, const void *row, const void *scale, const float *x);
+#define SUM_OF_PRODUCTS(TAG)                                                                                    \
+    static float sum_of_products_##TAG(int64_t n, const TAG##_t *w, const float *x) {                           \
         Lanes y[4] = {0};                                                                                       \
         int64_t i = 0;                                                                                          \
         for (; i + 4 * LANES <= n; i += 4 * LANES) {                                                            \
-            const char *ahead = (const char *)(w + i) + AHEAD;                                                  \
-            for (int64_t byte = 0; byte < (int64_t)(4 * LANES * sizeof(TAG##_t)); byte += 64)                   \
-                __builtin_prefetch(ahead + byte, 0, 2);                                                         \
+            prefetch(w + i, 4 * LANES * sizeof(TAG##_t));                                                       \
             _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++)                                                 \
                 y[j] += lanes_##TAG(w + i + j * LANES) * lanes_F32(x + i + j * LANES);                          \
         }                                                                                                       \
         for (; i < n; i += LANES) y[0] += lanes_##TAG(w + i) * lanes_F32(x + i);                                \
         return sum((y[0] + y[1]) + (y[2] + y[3]));                                                              \
     }
-FORMATS(DOT)
+#define DOT(TAG)                                                                                                \
+    static float dot_##TAG(int64_t n, const void *row, const void *scale, const float *x) {                     \
+        (void)scale;                                                                                            \
+        return sum_of_products_##TAG(n, row, x);                                                                \
+    }
+FLOAT_FORMATS(SUM_OF_PRODUCTS)
+FLOAT_FORMATS(DOT)
+SUM_OF_PRODUCTS(INT8)
+
+static float dot_INT8(int64_t n, const void *row, const void *scale, const float *x) {
+    return *(const float *)scale * sum_of_products_INT8(n, row, x);
+}
+
+static float dot_INT4(int64_t n, const void *row, const void *scale, const float *x) {
+    const uint8_t *w = row;
+    const BF16_t *scales = scale;
+    Lanes y[4] = {0};
+    _Pragma("GCC unroll 4") for (int64_t g = 0; g < n / GROUP; g++, w += GROUP / 2, x += GROUP) {
+        Lanes group = {0};
+        if (g % 4 == 0) prefetch(w, 64);
+        _Pragma("GCC unroll 4") for (int i = 0; i < GROUP / 2; i += LANES) {
+            Lanes upper, lower = lanes_halves(w + i, &upper);
+            group += lower * lanes_F32(x + i) + upper * lanes_F32(x + GROUP / 2 + i);
+        }
+        y[g % 4] += value_BF16(scales[g]) * group;
+    }
+    return sum((y[0] + y[1]) + (y[2] + y[3]));
+}
 #define AS_DOT(TAG) dot_##TAG,
 static Dot *const DOTS[] = {FORMATS(AS_DOT)};
 
@@ -45,12 +74,21 @@ static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 static float silu(float x) { return x * sigmoid(x); }
 static float squared_relu(float x) { return x > 0 ? x * x : 0; }
 
-/* A weight W [out, in] of some format; `scale` [out] multiplies its rows, or is null. */
+/* A weight W [out, in] of some format. `scale` is float32 [out] for INT8 and bfloat16 [out, in / GROUP] for INT4. */
 typedef struct {
-    const void *weight;
-    const float *scale;
+    const void *weight, *scale;
     int64_t format;
 } Linear;
+
+static int64_t scale_bytes(int64_t format, int64_t in) { /* of one row */
+    return format == INT8 ? sizeof(F32_t) : format == INT4 ? in / GROUP * sizeof(BF16_t) : 0;
+}
+
+/* Whether there is such a format, with a scale where it needs one and a number of columns that it can have. */
+static int is_readable(Linear w, int64_t in) {
+    if (w.format < 0 || w.format >= FORMAT_COUNT || (scale_bytes(w.format, GROUP) && !w.scale)) return 0;
+    return w.format != INT4 || in % GROUP == 0;
+}
 
 /* A "team" function is called by every thread of a parallel region, and each computes a part. The results of the
    others can be read after the next barrier. */
@@ -58,12 +96,12 @@ typedef struct {
 /* Team: y = f(x W^T), [count, out]. */
 static void multiply(Linear w, Function f, int64_t count, int64_t in, int64_t out, const float *x, float *y) {
     Dot *dot = DOTS[w.format];
-    int64_t bytes = in * BYTES[w.format];
+    int64_t bytes = in * BITS[w.format] / 8, scales = scale_bytes(w.format, in);
 #pragma omp for schedule(guided, 32) nowait
     for (int64_t o = 0; o < out; o++) {
         const char *row = (const char *)w.weight + o * bytes;
-        float scale = w.scale ? w.scale[o] : 1;
-        for (int64_t n = 0; n < count; n++) y[n * out + o] = f(scale * dot(in, row, x + n * in));
+        const char *scale = scales ? (const char *)w.scale + o * scales : NULL;
+        for (int64_t n = 0; n < count; n++) y[n * out + o] = f(dot(in, row, scale, x + n * in));
     }
 }
 
@@ -98,7 +136,7 @@ static void multiply_low_rank(const void *w, int64_t format, Function f, int64_t
         for (int64_t n = 0; n < count; n++) {
             float sums[TILE] = {0};
             for (int64_t i = 0; i < in; i += LOW_RANK_MULTIPLE)
-                ADD_ROWS_OF[format](out, width, (const char *)w + (i * out + o) * BYTES[format], x + n * stride + i,
+                ADD_ROWS_OF[format](out, width, (const char *)w + (i * out + o) * (BITS[format] / 8), x + n * stride + i,
                                     sums);
             for (int64_t j = 0; j < width; j++) y[n * out + o + j] = f(sums[j]);
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -53,28 +54,32 @@ def may_use_panels(x: Tensor) -> bool:
 
 
 def multiply_panels(
-    x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+    x: Tensor,
+    rows: int,
+    widen: Callable[[slice], Tensor],
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Compute scale * (x W^T) + bias in `compute_dtype`, PANEL_ROWS rows of W at a time.
 
     Args:
         x: [..., in].
-        weight: W [out, in] in any dtype, int8 among them.
+        rows: how many rows W [out, in] has.
+        widen: returns those rows of W, in any dtype.
         scale: [out], or None for ones.
         bias: [out], or None for zeros.
 
     Returns:
         [..., out] in the dtype of x.
     """
-    rows, columns = weight.shape
-    dtype = compute_dtype(x.dtype)
+    columns, dtype = x.shape[-1], compute_dtype(x.dtype)
     inputs = x.reshape(-1, columns).to(dtype)
     out = torch.empty(len(inputs), rows, dtype=dtype)
     panel = torch.empty(min(PANEL_ROWS, rows), columns, dtype=dtype)
     for start in range(0, rows, PANEL_ROWS):
-        stored = weight[start : start + PANEL_ROWS]
-        widened = panel[: len(stored)].copy_(stored)
-        torch.mm(inputs, widened.T, out=out[:, start : start + len(stored)])
+        some = slice(start, min(start + PANEL_ROWS, rows))
+        widened = panel[: some.stop - start].copy_(widen(some))
+        torch.mm(inputs, widened.T, out=out[:, some])
     if scale is not None:
         out *= scale.to(dtype)
     if bias is not None:

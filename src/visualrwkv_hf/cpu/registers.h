@@ -4,8 +4,11 @@
 #include <string.h>
 
 /* The tags that say how a number is stored. cpu/formats.py has one row for each; a test compares the two.
-   INT8 is for the weights of linear layers only: a weight is its int8 times the scale of its row. */
-#define FORMATS(X) X(F32) X(BF16) X(F16) X(INT8)
+   INT8 and INT4 are for the weights of linear layers only. INT8: a weight is its int8 times the float32 scale of its row.
+   INT4: GROUP weights of a row share a bfloat16 scale and lie in GROUP / 2 bytes, weight i in the lower half of byte i,
+   weight GROUP / 2 + i in its upper half, each as 8 more than the integer that the scale multiplies. */
+#define FORMATS(X) X(F32) X(BF16) X(F16) X(INT8) X(INT4)
+#define GROUP 32
 #define FLOAT_FORMATS(X) X(F32) X(BF16) X(F16)
 #define AS_ITEM(NAME) NAME,
 enum { FORMATS(AS_ITEM) FORMAT_COUNT };
@@ -13,8 +16,9 @@ typedef float F32_t;
 typedef uint16_t BF16_t; /* the upper half of a float32 */
 typedef uint16_t F16_t;
 typedef int8_t INT8_t;
-#define SIZE_OF(TAG) sizeof(TAG##_t),
-static const int64_t BYTES[] = {FORMATS(SIZE_OF)};
+enum { BITS_F32 = 32, BITS_BF16 = 16, BITS_F16 = 16, BITS_INT8 = 8, BITS_INT4 = 4 };
+#define AS_BITS(TAG) BITS_##TAG,
+static const int64_t BITS[] = {FORMATS(AS_BITS)}; /* of one weight */
 
 static inline int is_float_format(int64_t format) { return format >= F32 && format <= F16; }
 
@@ -67,6 +71,12 @@ static inline Lanes lanes_F16(const F16_t *w) { return _mm512_cvtph_ps(_mm256_lo
 static inline Lanes lanes_INT8(const INT8_t *w) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)w)));
 }
+static inline Lanes lanes_halves(const uint8_t *w, Lanes *upper) { /* both halves of each byte, less 8 */
+    const __m512 less_8 = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)w));
+    *upper = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), less_8);
+    return _mm512_permutexvar_ps(bytes, less_8); /* looks at four bits only */
+}
 static inline float sum(Lanes x) { return _mm512_reduce_add_ps(x); }
 #elif defined(__AVX2__)
 #include <immintrin.h>
@@ -78,6 +88,12 @@ static inline Lanes lanes_BF16(const BF16_t *w) {
 }
 static inline Lanes lanes_INT8(const INT8_t *w) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)w)));
+}
+static inline Lanes lanes_halves(const uint8_t *w, Lanes *upper) {
+    const __m256i four = _mm256_set1_epi32(15), eight = _mm256_set1_epi32(8);
+    __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)w));
+    *upper = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bytes, 4), eight));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(bytes, four), eight));
 }
 #else
 enum { LANES = 4 };
@@ -96,6 +112,11 @@ static inline Lanes lanes_INT8(const INT8_t *w) {
     Lanes x;
     for (int j = 0; j < LANES; j++) x[j] = w[j];
     return x;
+}
+static inline Lanes lanes_halves(const uint8_t *w, Lanes *upper) {
+    Lanes lower;
+    for (int j = 0; j < LANES; j++) lower[j] = (float)((w[j] & 15) - 8), (*upper)[j] = (float)((w[j] >> 4) - 8);
+    return lower;
 }
 #endif
 #if !defined(__AVX512F__)
