@@ -327,6 +327,8 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         """
         tokens = self._encoded(plan.unread)
         features = torch.cat(tokens) if tokens else None
+        if features is None and not plan.ends:
+            return ids, None
         counts = self._placeholders(ids).sum(1).tolist()  # picture tokens of each row
         repeats = len(ids) // len(plan.num_read)
         if features is not None and sum(counts[::repeats]) != len(features):

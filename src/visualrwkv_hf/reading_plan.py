@@ -176,6 +176,8 @@ class ReadingPlan:
 
         T' exceeds T where tokens are guessed before the first step, as in assisted decoding.
         """
+        if not any(self.num_read) and not self.ends:  # spares a GPU the wait for each row's length
+            return input_ids, attention_mask
         mask = mask_of(input_ids, attention_mask)
         mask = torch.ones_like(input_ids) if mask is None else mask
         repeats = len(input_ids) // len(self.num_read)
@@ -194,7 +196,7 @@ class ReadingPlan:
             num_tokens: tokens of the prompt, or of prompt and `answer`.
             answer: int64 [T], what was generated.
         """
-        if self.store is None or self.cache.batch_size != 1 or int(self.cache.get_seq_length()) != num_tokens:
+        if self.store is None or int(self.cache.get_seq_length()) != num_tokens or self.cache.batch_size != 1:
             return
         prompt = self.prompts[0] if answer is None else self.prompts[0].continued(answer.cpu())
         if num_tokens <= prompt.length:
