@@ -11,6 +11,7 @@ import torch
 import transformers_tests
 import triton_interpreter
 from default_signals import restore_signals
+from slow_tests import mark_slow
 
 triton_interpreter.install()
 
@@ -53,3 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def golden_folder(pytestconfig: pytest.Config) -> Path:
     return pytestconfig.getoption("golden").resolve()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses among the markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow(items)
