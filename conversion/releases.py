@@ -6,12 +6,13 @@ documentation all come from `RELEASES`. A new release is a new row.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from visualrwkv_hf.configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig
+from typing import TYPE_CHECKING, Any
 
 from .generations import ORIGINAL_GENERATIONS
 from .hub_address import HubFile
+
+if TYPE_CHECKING:  # the list of releases is printed without torch
+    from visualrwkv_hf.configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig
 
 V5_REPO, V6_REPO = "howard-hou/visualrwkv-5", "howard-hou/visualrwkv-6"
 V6_PAPER = "arXiv 2406.13362, table 2"
@@ -351,9 +352,9 @@ RELEASES = {
 """Among releases with the same tensors the first is inferred, and the others are asked for by their name."""
 
 
-def released_model(config: VisualRWKVConfig | VisualRWKVTextConfig) -> ReleasedModel | None:
+def released_model(config: "VisualRWKVConfig | VisualRWKVTextConfig") -> ReleasedModel | None:
     """Return the published model of a configuration's shape; a fine-tune of it has other scores."""
-    if isinstance(config, VisualRWKVTextConfig):
+    if config.model_type == "visualrwkv_text":
         return None
     text, vision = config.text_config, config.vision_config
     for release in RELEASES.values():

@@ -278,8 +278,18 @@ app()
             [sys.executable, "-c", code, "ask", picture, "What is it?"], capture_output=True, text=True
         )
         assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("\n") == 1
-    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("visualrwkv-hf ")
+    for command, shown in (
+        (["--version"], "visualrwkv-hf "),
+        (["convert", "--list"], "VisualRWKV-5 1B5"),
+        (["models"], ""),
+        (["models", "--help"], "pull"),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+        assert done.returncode == 0 and shown in done.stdout, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code, "info", str(tmp_path / "none")], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "There is no folder" in done.stderr
 
 
 def test_ask_names_a_picture_that_is_not_there(converted):
