@@ -288,19 +288,26 @@ def launches_of(ops, dtypes, head_sizes, targets, quick: bool) -> list[Launch]:
 
 
 class Code(NamedTuple):
-    """What a compiled kernel needs: registers of a thread, bytes and instructions that spill some of them, bytes of
-    shared memory; its instructions on matrix units and multiply-adds elsewhere."""
+    """What a compiled kernel needs, and which instructions its machine code has, each counted once.
 
-    registers: int
-    spilled: int
-    spills: int
-    shared: int
-    matrix: int
-    fma: int
+    A loop's instructions count once too, however often it runs. All counts are per warp.
+    """
+
+    registers: int  # of a thread
+    spilled: int  # bytes of a thread's registers that are spilled to memory
+    spills: int  # instructions that do so
+    shared: int  # bytes of a block
+    instructions: int
+    matrix: int  # on matrix units
+    wgmma: int  # those of them that a whole warp group issues (sm_90)
+    shuffles: int
+    shared_ops: int  # loads from and stores to shared memory
+    barriers: int
+    fma: int  # multiply-adds outside the matrix units
 
 
 def count(pattern: str, text: str) -> int:
-    return len(re.findall(pattern, text))
+    return len(re.findall(pattern, text, re.MULTILINE))
 
 
 def read_cubin(compiled) -> Code:
@@ -318,7 +325,12 @@ def read_cubin(compiled) -> Code:
         stack,
         count(r"\b(LDL|STL)\b", code),
         compiled.metadata.shared,
-        count(r"\b(HMMA|HGMMA)\b", code),
+        count(r"^\s+/\*[0-9a-f]{4,6}\*/", code),
+        count(r"\b(HMMA|HGMMA|UTCHMMA)\b", code),
+        count(r"\bHGMMA\b", code),
+        count(r"\bSHFL\b", code),
+        count(r"\b(LDS|LDSM|STS|STSM)\b", code),
+        count(r"\bBAR\b", code),
         count(r"\bFFMA\b", code),
     )
 
@@ -331,7 +343,12 @@ def read_amdgcn(compiled) -> Code:
         facts["private_segment_fixed_size"],
         facts["vgpr_spill_count"],
         compiled.metadata.shared,
+        count(r"^\t[a-z]+_\w+", code),
         count(r"\bv_mfma_", code),
+        0,
+        count(r"\b(ds_bpermute|ds_permute|ds_swizzle)\w*|\bv_\w+_dpp\b", code),
+        count(r"\bds_(?:read|write|load|store)\w*", code),
+        count(r"\bs_barrier\b", code),
         count(r"\bv_(?:pk_)?(?:fma|fmac)_f32", code),
     )
 

@@ -1,62 +1,81 @@
-"""Triton kernels for what a recurrent layer does between its matrix products. A leaf: it imports torch and triton."""
+"""Triton kernels for what a recurrent layer computes between its matrix products. Imports only torch and triton."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .chunks import DTYPES, HEAD_SIZES, interpreted
-from .chunks import unsupported as unsupported_recurrence
 from .decode import rwkv6_decode, rwkv7_decode
+from .launches import DTYPES, HEAD_SIZES, has_matrix_units, interpreted
 from .low_rank import low_rank
 from .token_shift import token_shift
 from .wkv6 import wkv6
 from .wkv7 import wkv7
 
-KERNELS: dict[str, Callable[..., Any]] = {
-    "wkv6": wkv6,
-    "wkv7": wkv7,
-    "token_shift": token_shift,
-    "low_rank": low_rank,
-    "rwkv6_decode": rwkv6_decode,
-    "rwkv7_decode": rwkv7_decode,
+
+def _why_not_dtype(x: Tensor, *_: Tensor, gradient: bool = False) -> str:
+    return "" if x.dtype in DTYPES else f"{x.dtype} is not served"
+
+
+def _why_not_decode(x: Tensor, state: Tensor, *_: Tensor, gradient: bool = False) -> str:
+    if state.shape[-1] not in HEAD_SIZES:
+        return f"head sizes K = V in {HEAD_SIZES} are served, not {state.shape[-1]}"
+    return _why_not_dtype(x)
+
+
+def _why_not_recurrence(r: Tensor, v: Tensor, gradient: bool = False) -> str:
+    K, V = r.shape[-1], v.shape[-1]
+    if K != V or K not in HEAD_SIZES:
+        return f"head sizes K = V in {HEAD_SIZES} are served, not K = {K} and V = {V}"
+    if reason := _why_not_dtype(r):
+        return reason
+    if r.device.type != "cuda":
+        return "" if interpreted() else f"Triton does not run on {r.device.type}"
+    if gradient and not has_matrix_units(r):
+        return "gradients need a GPU of compute capability 8.0 or higher"
+    return ""
+
+
+class Op(NamedTuple):
+    """A kernel, and why it does not serve some tensors.
+
+    Attributes:
+        kernel: the op, with the signature of its plain torch function.
+        why_not: (tensors that decide, gradient=...) -> the reason in words, empty if the kernel serves them. The
+            tensors are r and v of a recurrence, x and the state of a decoding step, else x.
+    """
+
+    kernel: Callable[..., Any]
+    why_not: Callable[..., str]
+
+
+KERNELS: dict[str, Op] = {
+    "wkv6": Op(wkv6, _why_not_recurrence),
+    "wkv7": Op(wkv7, _why_not_recurrence),
+    "token_shift": Op(token_shift, _why_not_dtype),
+    "low_rank": Op(low_rank, _why_not_dtype),
+    "rwkv6_decode": Op(rwkv6_decode, _why_not_decode),
+    "rwkv7_decode": Op(rwkv7_decode, _why_not_decode),
 }
 
 
 def unsupported(op: str, *tensors: Tensor, gradient: bool = False) -> str:
-    """Why the kernel of `op` does not serve these tensors here; empty if it does.
+    """Return why the kernel of `op` does not serve these tensors on this machine; empty if it does.
 
     Args:
-        op: a name of `KERNELS`.
-        tensors: r and v of a recurrence, x and carried of a token shift, x of a low-rank map, x and the
-            state of a decoding step, and the indices of states that lie in a pool.
-        gradient: whether one will be asked for.
+        op: a name in `KERNELS`.
+        tensors: those that decide, see `Op.why_not`.
+        gradient: whether the caller needs one.
     """
-    if op in ("wkv6", "wkv7"):
-        r, v = tensors
-        reason = unsupported_recurrence(r, v, gradient)
-    elif tensors[0].dtype not in DTYPES:
-        reason = f"{tensors[0].dtype} is not served"
-    elif op == "token_shift" and len(tensors) > 1 and len(tensors[1]) != len(tensors[0]):
-        x, carried = tensors
-        reason = (
-            f"it serves one carried token per row, not {len(carried)} for {len(x)} rows (packed sequences)"
-        )
-    elif op.endswith("decode") and len(tensors) > 2:
-        reason = "states that lie in a pool are not served"
-    elif op.endswith("decode") and tensors[1].shape[-1] not in HEAD_SIZES:
-        reason = f"head sizes K = V in {HEAD_SIZES} are served, not {tensors[1].shape[-1]}"
-    else:
-        reason = ""
-    return reason or unusable()
+    return KERNELS[op].why_not(*tensors, gradient=gradient) or unusable()
 
 
 @torch.compiler.assume_constant_result
 def unusable() -> str:
-    """Why Triton cannot launch anything here, such as for want of a C compiler; empty if it can."""
+    """Return why Triton cannot launch anything on this machine, such as a missing C compiler; empty if it can."""
     return "" if interpreted() else _driver_error()
 
 

@@ -1,6 +1,11 @@
-"""One token of one layer: what stands between the matrix products of a time mix, in one launch.
+"""One token of one time mix: everything between its matrix products, in one launch.
 
-For reading token by token without gradients. Letters: B batch, H heads, K = V size of a head, A = H K.
+For decoding, without gradients. Letters: B batch, N states of a pool, H heads, K = V size of a head, A = H K.
+
+The state is read and written in place. Without `state_indices` the batch's states are [B, H, K, V], one per sequence.
+With `state_indices` [B], `state` is a pool [N, H, K, V], of which sequence b uses row `state_indices[b]`: an engine
+that serves many sequences gathers no states and scatters none. A negative index marks a slot of the batch that holds
+no sequence (as when a captured graph has room for more sequences than there are): no state changes, and out is 0.
 """
 
 import torch
@@ -8,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunks import HEAD_SIZES, needs_gradient, on_device_of
+from .launches import DECODE_WARPS, HEAD_SIZES, needs_gradient, on_device_of
 
 DECAY_SCALE = tl.constexpr(0.6065306597126334)
-"""e^(-1/2): the log decay of RWKV-7 lies between minus this and 0."""
+"""e^(-1/2). RWKV-7's log decays lie between -e^(-1/2) and 0."""
 
 
 def rwkv7_decode(
@@ -34,44 +39,47 @@ def rwkv7_decode(
     v_first: Tensor | None = None,
     v0: Tensor | None = None,
     mask: Tensor | None = None,
+    state_indices: Tensor | None = None,
 ) -> Tensor:
-    """RWKV-7 (arXiv 2503.14456, section 4) from the matrix products of a token to what `output` reads.
+    """Compute RWKV-7's time mix of one token (arXiv 2503.14456, section 4) from its matrix products up to `output`.
 
         w = -e^(-1/2) sigmoid(w0 + decay);  eta = sigmoid(a0 + rate);  kk = k k_k / |k k_k|;  k' = k (1 + (eta - 1) k_a)
         v' = v + (v_first - v) sigmoid(v0 + value_gate)
         S <- diag(exp(w)) S + (kk eta) (-kk^T S) + k' v'^T;  y = r^T S
         out = (norm(y) + (sum r k' r_k) v') gate
 
-    Computed in float32, without gradients.
+    Arithmetic is in float32.
 
     Args:
-        r: receptance, [B, A] or [B, 1, A], as all up to gate, value_gate and v_first.
+        r: receptance, [B, A] or [B, 1, A]. So are decay, k, v, rate, gate, value_gate and v_first.
         decay: tanh(x_w w1) w2, without its bias w0.
         k: key.
         v: value.
-        rate: (x_a a1) a2, in-context learning rate without its bias a0.
+        rate: (x_a a1) a2, the in-context learning rate without its bias a0.
         gate: sigmoid(x_g g1) g2.
-        state: S [B, H, K, V] float32, contiguous; written in place.
+        state: S, contiguous float32, updated in place: [B, H, K, V], or [N, H, K, V] with state_indices.
         w0: bias of decay, A elements.
         a0: bias of rate, A elements.
         k_k: A elements.
         k_a: A elements.
         r_k: A elements.
-        norm_weight: of the norm per head, A elements.
-        norm_bias: likewise.
-        eps: of that norm.
-        value_gate: (x_v v1) v2 without its bias v0; None with `v_first` and `v0` in layer 0: v' = v.
-        v_first: values of layer 0.
+        norm_weight: weight of the norm over each head, A elements.
+        norm_bias: bias of that norm, A elements.
+        eps: epsilon of that norm.
+        value_gate: (x_v v1) v2 without its bias v0. None, like `v_first` and `v0`, in layer 0, where v' = v.
+        v_first: v of layer 0.
         v0: bias of value_gate, A elements.
-        mask: bool [B] or [B, 1], False at pads: their state stays as it was, their out is 0.
+        mask: bool [B] or [B, 1], False at pads: their state does not change and their out is 0.
+        state_indices: int32 or int64 [B], the row of `state` that each sequence uses, no row twice; negative for none.
+            The device does not check that they are below N.
 
     Returns:
-        out, of the shape and dtype of r.
+        out, in the shape and dtype of r.
 
     Raises:
-        ValueError: shapes that do not fit, a state that is not contiguous float32, some but not all of value_gate,
-            v_first and v0.
-        RuntimeError: a gradient is asked for.
+        ValueError: shapes do not fit, the state is not contiguous float32, or only some of value_gate, v_first and v0
+            are given.
+        RuntimeError: an input requires a gradient.
     """
     if len({value_gate is None, v_first is None, v0 is None}) != 1:
         raise ValueError("value_gate, v_first and v0 go together: give all or none.")
@@ -79,8 +87,9 @@ def rwkv7_decode(
     tokens |= {"value_gate": value_gate, "v_first": v_first}
     weights = {"w0": w0, "a0": a0, "v0": v0, "k_k": k_k, "k_a": k_a, "r_k": r_k}
     weights |= {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    _check("rwkv7_decode", tokens, weights, state, mask)
-    return _rwkv7_decode(**_contiguous(tokens | weights | {"mask": mask}), state=state, eps=eps)
+    _check("rwkv7_decode", tokens, weights, state, mask, state_indices)
+    indices = {"mask": mask, "state_indices": state_indices}
+    return _rwkv7_decode(**_contiguous(tokens | weights | indices), state=state, eps=eps)
 
 
 def rwkv6_decode(
@@ -96,40 +105,44 @@ def rwkv6_decode(
     norm_bias: Tensor,
     eps: float,
     mask: Tensor | None = None,
+    state_indices: Tensor | None = None,
 ) -> Tensor:
-    """RWKV-6 and 5 (arXiv 2404.05892) from the matrix products of a token to what `output` reads.
+    """Compute RWKV-6's or 5's time mix of one token (arXiv 2404.05892) from its matrix products up to `output`.
 
         w = -exp(time_decay + decay)
         y = r^T (S + diag(u) k v^T);  S <- diag(exp(w)) S + k v^T
         out = norm(y) silu(gate)
 
-    Computed in float32, without gradients.
+    Arithmetic is in float32.
 
     Args:
-        r: receptance, [B, A] or [B, 1, A], as all up to gate.
-        decay: what the data add to time_decay (RWKV-6), or None (RWKV-5).
+        r: receptance, [B, A] or [B, 1, A]. So are decay, k, v and gate.
+        decay: the data-dependent part of the decay, added to time_decay (RWKV-6), or None (RWKV-5).
         k: key.
         v: value.
-        gate: in front of its silu.
-        state: S [B, H, K, V] float32, contiguous; written in place.
+        gate: the gate before its silu.
+        state: S, contiguous float32, updated in place: [B, H, K, V], or [N, H, K, V] with state_indices.
         time_decay: A elements.
         u: bonus of the current token, A elements.
-        norm_weight: of the norm per head, A elements.
-        norm_bias: likewise.
-        eps: of that norm.
-        mask: bool [B] or [B, 1], False at pads: their state stays as it was, their out is 0.
+        norm_weight: weight of the norm over each head, A elements.
+        norm_bias: bias of that norm, A elements.
+        eps: epsilon of that norm.
+        mask: bool [B] or [B, 1], False at pads: their state does not change and their out is 0.
+        state_indices: int32 or int64 [B], the row of `state` that each sequence uses, no row twice; negative for none.
+            The device does not check that they are below N.
 
     Returns:
-        out, of the shape and dtype of r.
+        out, in the shape and dtype of r.
 
     Raises:
-        ValueError: shapes that do not fit, a state that is not contiguous float32.
-        RuntimeError: a gradient is asked for.
+        ValueError: shapes do not fit, or the state is not contiguous float32.
+        RuntimeError: an input requires a gradient.
     """
     tokens = {"r": r, "decay": decay, "k": k, "v": v, "gate": gate}
     weights = {"time_decay": time_decay, "u": u, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    _check("rwkv6_decode", tokens, weights, state, mask)
-    return _rwkv6_decode(**_contiguous(tokens | weights | {"mask": mask}), state=state, eps=eps)
+    _check("rwkv6_decode", tokens, weights, state, mask, state_indices)
+    indices = {"mask": mask, "state_indices": state_indices}
+    return _rwkv6_decode(**_contiguous(tokens | weights | indices), state=state, eps=eps)
 
 
 def _check(
@@ -138,15 +151,23 @@ def _check(
     weights: dict[str, Tensor | None],
     state: Tensor,
     mask: Tensor | None,
+    state_indices: Tensor | None,
 ) -> None:
     if state.dim() != 4 or state.shape[2] != state.shape[3] or state.shape[2] not in HEAD_SIZES:
         raise ValueError(
-            f"state must be [B, H, K, K] with K one of {', '.join(map(str, HEAD_SIZES))}, "
+            f"state must be [B, H, K, K] (or [N, H, K, K]) with K one of {', '.join(map(str, HEAD_SIZES))}, "
             f"got {list(state.shape)}."
         )
     if state.dtype != torch.float32 or not state.is_contiguous():
         raise ValueError(f"state must be contiguous float32, got {state.dtype} of strides {state.stride()}.")
-    B, H, K, _ = state.shape
+    N, H, K, _ = state.shape
+    B = N if state_indices is None else state_indices.numel()
+    if state_indices is not None and (
+        state_indices.dim() != 1 or state_indices.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(
+            f"state_indices must be int32 or int64 [B], got {state_indices.dtype} {list(state_indices.shape)}."
+        )
     for name, x in tokens.items():
         if x is not None and list(x.shape) not in ([B, H * K], [B, 1, H * K]):
             raise ValueError(f"{name} must be [B, A] = {[B, H * K]} or [B, 1, A], got {list(x.shape)}.")
@@ -166,18 +187,29 @@ def _contiguous(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {name: None if x is None else x.contiguous() for name, x in tensors.items()}
 
 
-# --- kernels: one program per sequence and head, its state in registers ----------------------------------
+# --- kernels: one program per sequence and head, which holds the head's state in registers ---------------
 
 
 @triton.jit
-def _not_a_pad(mask, i_b, o_k):
-    """Whether sequence i_b has a token to read, [K]: as a vector, for the interpreter garbles a bool scalar."""
-    return o_k >= 0 if mask is None else tl.load(mask + i_b + tl.zeros_like(o_k)) != 0
+def _state_of(state, mask, state_indices, i_b, i_h, o_k, H: tl.constexpr, K: tl.constexpr):
+    """Find the state of sequence i_b and head i_h.
+
+    Returns p_state [K, K], and m_real [K]: True where the sequence has a token to read. The mask is a vector because
+    the interpreter garbles a bool scalar.
+    """
+    i_state, m_real = i_b, o_k >= 0
+    if state_indices is not None:
+        i_state = tl.load(state_indices + i_b).to(tl.int64)
+        m_real = m_real & (o_k * 0 + i_state >= 0)
+        i_state = tl.maximum(i_state, 0)
+    if mask is not None:
+        m_real = m_real & (tl.load(mask + i_b + tl.zeros_like(o_k)) != 0)
+    return state + (i_state * H + i_h) * K * K + o_k[:, None] * K + o_k[None, :], m_real
 
 
 @triton.jit
 def _gated_norm(b_y, b_bonus, norm_weight, norm_bias, gate, out, o_h, o_bh, m_real, eps, K: tl.constexpr):
-    """Writes (norm(y) + bonus) gate of one head; b_y, b_bonus [K]."""
+    """Store (norm(y) + bonus) gate of one head, 0 where not m_real; b_y, b_bonus, gate [K]."""
     b_centred = b_y - tl.sum(b_y, 0) / K
     b_norm = b_centred * tl.rsqrt(tl.sum(b_centred * b_centred, 0) / K + eps)
     b_norm = b_norm * tl.load(norm_weight + o_h).to(tl.float32) + tl.load(norm_bias + o_h).to(tl.float32)
@@ -205,6 +237,7 @@ def rwkv7_decode_fwd_kernel(
     norm_bias,
     state,
     mask,
+    state_indices,
     out,
     eps,
     H: tl.constexpr,
@@ -213,9 +246,8 @@ def rwkv7_decode_fwd_kernel(
     i_bh = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, K)
     o_h, o_bh = i_bh % H * K + o_k, i_bh * K + o_k
-    m_real = _not_a_pad(mask, i_bh // H, o_k)
-    p_state = state + i_bh * K * K + o_k[:, None] * K + o_k[None, :]
-    b_S = tl.load(p_state)  # first, for all else is small
+    p_state, m_real = _state_of(state, mask, state_indices, i_bh // H, i_bh % H, o_k, H, K)
+    b_S = tl.load(p_state)  # loaded first, because it is by far the largest
 
     b_r = tl.load(r + o_bh).to(tl.float32)
     b_k = tl.load(k + o_bh).to(tl.float32)
@@ -230,7 +262,7 @@ def rwkv7_decode_fwd_kernel(
     b_k *= 1 + (b_rate - 1) * tl.load(k_a + o_h).to(tl.float32)
     b_bonus = tl.sum(b_r * b_k * tl.load(r_k + o_h).to(tl.float32), 0) * b_v
 
-    b_sa = -tl.sum(b_kk[:, None] * b_S, 0)  # what the state holds under kk, [V]
+    b_sa = -tl.sum(b_kk[:, None] * b_S, 0)  # minus what the state holds under the key kk, [V]
     b_S *= tl.exp(tl.sigmoid(b_decay) * -DECAY_SCALE)[:, None]
     b_S += (b_kk * b_rate)[:, None] * b_sa[None, :] + b_k[:, None] * b_v[None, :]
     tl.store(p_state, b_S, mask=m_real[:, None])
@@ -252,6 +284,7 @@ def rwkv6_decode_fwd_kernel(
     norm_bias,
     state,
     mask,
+    state_indices,
     out,
     eps,
     H: tl.constexpr,
@@ -260,9 +293,8 @@ def rwkv6_decode_fwd_kernel(
     i_bh = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, K)
     o_h, o_bh = i_bh % H * K + o_k, i_bh * K + o_k
-    m_real = _not_a_pad(mask, i_bh // H, o_k)
-    p_state = state + i_bh * K * K + o_k[:, None] * K + o_k[None, :]
-    b_S = tl.load(p_state)  # first, for all else is small
+    p_state, m_real = _state_of(state, mask, state_indices, i_bh // H, i_bh % H, o_k, H, K)
+    b_S = tl.load(p_state)  # loaded first, because it is by far the largest
 
     b_r = tl.load(r + o_bh).to(tl.float32)
     b_k = tl.load(k + o_bh).to(tl.float32)
@@ -281,9 +313,6 @@ def rwkv6_decode_fwd_kernel(
 
 
 # --- the ops ------------------------------------------------------------------------------------------
-
-NUM_WARPS = {32: 2, 64: 4, 128: 8}
-"""By head size: the state takes 16, 32 or 64 registers of a thread."""
 
 
 @torch.library.custom_op("visualrwkv::rwkv7_decode", mutates_args=("state",))
@@ -306,15 +335,16 @@ def _rwkv7_decode(
     norm_bias: Tensor,
     state: Tensor,
     mask: Tensor | None,
+    state_indices: Tensor | None,
     eps: float,
 ) -> Tensor:
-    B, H, K, _ = state.shape
+    B, (_, H, K, _) = r.shape[0], state.shape
     out = torch.empty_like(r)
     tokens = (r, decay, k, v, rate, gate, value_gate, v_first)
     weights = (w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias)
     with on_device_of(r):
         rwkv7_decode_fwd_kernel[(B * H,)](
-            *tokens, *weights, state, mask, out, eps, H=H, K=K, num_warps=NUM_WARPS[K]
+            *tokens, *weights, state, mask, state_indices, out, eps, H=H, K=K, num_warps=DECODE_WARPS[K]
         )
     return out
 
@@ -337,14 +367,28 @@ def _rwkv6_decode(
     norm_bias: Tensor,
     state: Tensor,
     mask: Tensor | None,
+    state_indices: Tensor | None,
     eps: float,
 ) -> Tensor:
-    B, H, K, _ = state.shape
+    B, (_, H, K, _) = r.shape[0], state.shape
     out = torch.empty_like(r)
     weights = (time_decay, u, norm_weight, norm_bias)
     with on_device_of(r):
         rwkv6_decode_fwd_kernel[(B * H,)](
-            r, decay, k, v, gate, *weights, state, mask, out, eps, H=H, K=K, num_warps=NUM_WARPS[K]
+            r,
+            decay,
+            k,
+            v,
+            gate,
+            *weights,
+            state,
+            mask,
+            state_indices,
+            out,
+            eps,
+            H=H,
+            K=K,
+            num_warps=DECODE_WARPS[K],
         )
     return out
 

@@ -1,8 +1,8 @@
-"""The low-rank maps of a layer for one token, f(x W1) W2, in two launches however many they are.
+"""The low-rank maps f(x W1) W2 of a layer for one token, in two launches for any number of maps.
 
-What stands in such a map is read in a microsecond: one matrix product after another would take longer to start than to
-compute. Letters: B batch, M maps, C hidden size, D rank of a map, A width of what comes out, S splits of C,
-BC / BD / BA channels / ranks / outputs of a tile.
+The weights of one map are read in about a microsecond, so separate matrix products would take longer to launch than to
+compute. Letters: B batch, M maps, C hidden size, D rank of a map, A output width, S splits of C, BC / BD / BA channels,
+ranks, outputs of a tile.
 """
 
 from collections.abc import Sequence
@@ -12,38 +12,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunks import DTYPES, needs_gradient, on_device_of
+from .launches import (
+    DTYPES,
+    LOW_RANK_DOWN,
+    LOW_RANK_SPLIT,
+    LOW_RANK_UP,
+    LOW_RANK_WARPS,
+    needs_gradient,
+    on_device_of,
+)
 
 FUNCTIONS = ("identity", "tanh", "sigmoid")
-"""What may stand between the halves of a map."""
+"""The functions f that a map may have between its two products."""
 
-CHANNELS_OF_A_SPLIT = 512
-"""Of C: 8 programs for each 32 ranks of a 7B model, some 200 in all, where a large GPU has 132 processors."""
-
-TILE_DOWN = {"BC": 256, "BD": 32}
-TILE_UP = {"BD": 64, "BA": 64}
-NUM_WARPS = 4
+MAX_ROWS = 65_535
+"""The largest B: a row is a program along the grid's third axis, which CUDA limits to this."""
 
 
 def low_rank(
     x: Sequence[Tensor], down: Sequence[Tensor], up: Sequence[Tensor], functions: Sequence[str]
 ) -> Tensor:
-    """y_m = f_m(x_m W1_m) W2_m for M maps (RWKV-7: arXiv 2503.14456, section 4; RWKV-6: 2404.05892, section 4).
+    """Return y_m = f_m(x_m W1_m) W2_m for M maps (RWKV-7: arXiv 2503.14456, section 4; RWKV-6: 2404.05892, section 4).
 
-    Computed in float32, without gradients.
+    Arithmetic is in float32. There is no gradient. Each row reads all weights once, so for more than a few rows matrix
+    products are faster.
 
     Args:
-        x: M times [B, C] or [B, 1, C], bfloat16, float16 or float32. Every row reads all weights anew: for a few rows.
-        down: W1, M times [C, D_m].
-        up: W2, M times [D_m, A].
-        functions: f, M of `FUNCTIONS`.
+        x: M tensors [B, C] or [B, 1, C], bfloat16, float16 or float32, B <= 65,535.
+        down: W1, M tensors [C, D_m].
+        up: W2, M tensors [D_m, A].
+        functions: f, M names out of `FUNCTIONS`.
 
     Returns:
         y, [M, B, A] or [M, B, 1, A] in the dtype of x.
 
     Raises:
-        ValueError: shapes that do not fit, float64, another function.
-        RuntimeError: a gradient is asked for.
+        ValueError: shapes do not fit, an input is float64, a function is unknown, or B > 65,535.
+        RuntimeError: an input requires a gradient.
     """
     _check(x, down, up, functions)
     names = [FUNCTIONS.index(name) for name in functions]
@@ -60,6 +65,8 @@ def _check(
     if unknown := set(functions) - set(FUNCTIONS):
         raise ValueError(f"functions must be of {', '.join(FUNCTIONS)}, got {', '.join(sorted(unknown))}.")
     shape, A = list(x[0].shape), up[0].shape[-1]
+    if shape[0] > MAX_ROWS:
+        raise ValueError(f"x must have at most {MAX_ROWS:,} rows, got {shape[0]:,}: use matrix products.")
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[1] != 1):
         raise ValueError(f"x must be [B, C] or [B, 1, C], got {shape}.")
     for x_m, w1, w2 in zip(x, down, up):
@@ -94,7 +101,7 @@ def _down(
     BC: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Writes ranks i_d BD, ... of x W1, summed over the channels of split i_s; x and partial are of one row."""
+    """Store ranks i_d BD, ... of x W1, summed over the channels of split i_s; x and partial point to one row."""
     o_d = i_d * BD + tl.arange(0, BD)
     b_sum = tl.zeros([BD], tl.float32)
     for i_c in tl.static_range(0, CS, BC):
@@ -152,7 +159,7 @@ def _up(
     BD: tl.constexpr,
     BA: tl.constexpr,
 ):
-    """f(sum of partial) W2, [BA]; the sums of a split lie `step` behind those of the one before."""
+    """Return f(sum of partial over S splits) W2, [BA]; `step` elements lie between the sums of two splits."""
     b_y = tl.zeros([BA], tl.float32)
     for i_d in tl.static_range(0, D, BD):
         o_d = i_d + tl.arange(0, BD)
@@ -197,12 +204,12 @@ def low_rank_up_fwd_kernel(
 @torch.library.custom_op("visualrwkv::low_rank", mutates_args=())
 def _low_rank(x: list[Tensor], down: list[Tensor], up: list[Tensor], functions: list[int]) -> Tensor:
     (*batch, C), A, M = x[0].shape, up[0].shape[1], len(x)
-    B, S = x[0].numel() // C, triton.cdiv(C, CHANNELS_OF_A_SPLIT)
+    B, S = x[0].numel() // C, triton.cdiv(C, LOW_RANK_SPLIT)
     ranks = tuple(w.shape[1] for w in down)
-    sizes = {"M": M, "D": ranks, "RANKS": sum(ranks), "num_warps": NUM_WARPS}
+    sizes = {"M": M, "D": ranks, "RANKS": sum(ranks), "num_warps": LOW_RANK_WARPS}
     partial = torch.empty(S, B, sum(ranks), dtype=torch.float32, device=x[0].device)
     y = torch.empty(M, *batch, A, dtype=x[0].dtype, device=x[0].device)
-    blocks = sum(triton.cdiv(D, TILE_DOWN["BD"]) for D in ranks)
+    blocks = sum(triton.cdiv(D, LOW_RANK_DOWN["BD"]) for D in ranks)
     with on_device_of(y):
         low_rank_down_fwd_kernel[(blocks, S, B)](
             tuple(x),
@@ -210,12 +217,12 @@ def _low_rank(x: list[Tensor], down: list[Tensor], up: list[Tensor], functions: 
             partial,
             B,
             C=C,
-            CS=CHANNELS_OF_A_SPLIT,
+            CS=LOW_RANK_SPLIT,
             **sizes,
-            **TILE_DOWN,
+            **LOW_RANK_DOWN,
         )
-        low_rank_up_fwd_kernel[(triton.cdiv(A, TILE_UP["BA"]), M, B)](
-            partial, tuple(up), y, B, A=A, FUNCTION=tuple(functions), S=S, **sizes, **TILE_UP
+        low_rank_up_fwd_kernel[(triton.cdiv(A, LOW_RANK_UP["BA"]), M, B)](
+            partial, tuple(up), y, B, A=A, FUNCTION=tuple(functions), S=S, **sizes, **LOW_RANK_UP
         )
     return y
 

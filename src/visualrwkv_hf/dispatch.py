@@ -135,7 +135,7 @@ def _find_triton(op: str, *tensors: Tensor, gradient: bool) -> Found:
     except ImportError as error:
         return None, str(error)
     reason = unsupported(op, *tensors, gradient=gradient)
-    return (None, reason) if reason else (KERNELS[op], "")
+    return (None, reason) if reason else (KERNELS[op].kernel, "")
 
 
 def _find_native(op: str, *tensors: Tensor, gradient: bool) -> Found:

@@ -122,6 +122,41 @@ def test_pads_leave_the_state_alone(variant):
     assert torch.equal(state[::2], alone[::2]) and torch.equal(out[::2], out_alone[::2])
 
 
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_states_of_a_pool_are_updated_in_place(variant, index):
+    """Row i of the batch uses row state_indices[i] of the pool; the other rows do not change."""
+    op = VARIANTS[variant][0]
+    tokens, weights, states = inputs(variant, 3, 1, 2, 32)
+    pool = torch.randn(7, 2, 32, 32, generator=torch.Generator().manual_seed(3))
+    state_indices = torch.tensor([5, 0, 3], dtype=index)
+    pool[state_indices.long()] = states
+    before, address = pool.clone(), pool.data_ptr()
+    out_alone = op(**tokens, **weights, state=states, eps=EPS)
+    out = op(**tokens, **weights, state=pool, eps=EPS, state_indices=state_indices)
+    assert torch.equal(out, out_alone) and pool.data_ptr() == address
+    before[state_indices.long()] = states
+    assert torch.equal(pool, before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_slot_without_a_sequence_changes_no_state(variant):
+    op = VARIANTS[variant][0]
+    tokens, weights, _ = inputs(variant, 4, 1, 2, 32)
+    pool = torch.randn(3, 2, 32, 32, generator=torch.Generator().manual_seed(3))
+    before = pool.clone()
+    out = op(
+        **tokens,
+        **weights,
+        state=pool,
+        eps=EPS,
+        mask=torch.tensor([True, True, False, True]),
+        state_indices=torch.tensor([-1, 2, 1, -1]),
+    )
+    assert torch.equal(pool[:2], before[:2]) and not torch.equal(pool[2], before[2])
+    assert out[1].any() and not out[[0, 2, 3]].any()
+
+
 def test_a_key_of_zeros_removes_nothing():
     tokens, weights, state = inputs("rwkv7-layer-0", 1, 1, 1, 32)
     decayed = (
@@ -184,6 +219,7 @@ def test_is_a_well_behaved_custom_op(monkeypatch, variant, masked):
     arguments = {argument.name: None for argument in op._schema.arguments}
     arguments |= tokens | weights | {"state": state, "eps": EPS}
     arguments["mask"] = torch.tensor([True, False]) if masked else None
+    arguments["state_indices"] = torch.tensor([1, 0]) if masked else None
     torch.library.opcheck(op, (), arguments)
 
 
@@ -214,6 +250,8 @@ def test_refuses_to_be_differentiated(variant):
         (dict(mask=torch.ones(2, dtype=torch.bool)), r"mask must be bool \[B\] = \[1\]"),
         (dict(mask=torch.ones(1)), "got torch.float32"),
         (dict(r=torch.zeros(1, 32).double()), "got float64"),
+        (dict(state_indices=torch.zeros(1)), r"int32 or int64 \[B\], got torch.float32 \[1\]"),
+        (dict(state_indices=torch.zeros(2, dtype=torch.int64)), r"r must be \[B, A\] = \[2, 32\]"),
         (dict(v_first=torch.zeros(1, 32)), "all or none"),
     ],
 )

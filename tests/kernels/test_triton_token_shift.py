@@ -21,8 +21,8 @@ def poison(monkeypatch):
 
 def plain(x, carried, mix, previous=None, dynamic=None):
     """The equation, token by token: [M, B, T, C]."""
-    entries = torch.cat([carried[:, None], x], 1)  # [B, 1 + T, C]
     B, T, _ = x.shape
+    entries = torch.cat([carried.unflatten(0, (B, -1)), x], 1)  # [B, n + T, C]
     out = []
     for m in range(len(mix)):
         weights = mix[m].flatten() if dynamic is None else mix[m].flatten() + dynamic[m]
@@ -141,6 +141,57 @@ def test_packed_sequences_may_all_begin_with_the_carried_token():
     assert all(error(g, h) < 1e-6 for g, h in zip(found, wanted))
 
 
+def packed(lengths, B, n, seed=0):
+    """`previous` [B, T] and `following` of n sequences packed in each row; some tokens are pads."""
+    generator = torch.Generator().manual_seed(seed)
+    T = sum(lengths)
+    previous, following = torch.zeros(B, T, dtype=torch.long), torch.full((B, n + T), -1)
+    for b in range(B):
+        first = 0
+        for i, length in enumerate(lengths):
+            last = i
+            for token in (first + torch.randperm(length, generator=generator)).tolist():
+                is_pad = torch.rand(1, generator=generator).item() < 0.2
+                previous[b, token] = n + token if is_pad else last
+                following[b, previous[b, token]] = token
+                last = last if is_pad else n + token
+            first += length
+    return previous, following
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "B"), [((5, 0, 1, 33), 1), ((1, 1, 1), 1), ((9, 4), 2), ((0, 0, 0, 2), 1)]
+)
+def test_each_packed_sequence_continues_its_own_carried_token(lengths, B, dtype):
+    n, T = len(lengths), sum(lengths)
+    x, _, mix, dynamic = inputs(2, B, T, 100, dtype, dynamic=True)
+    carried = torch.randn(B * n, 100, generator=torch.Generator().manual_seed(5)).to(dtype).requires_grad_()
+    previous, following = packed(lengths, B, n)
+    assert torch.equal(following_of(previous, n), following)
+    tensors = [x, carried, *mix, dynamic]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    truth = plain(*exact[:2], exact[2:4], previous, exact[4])
+    wanted = gradients(truth.unbind(), exact)
+    for back in (following, None):
+        ours = token_shift(x, carried, mix, previous, back, dynamic)
+        assert all(error(y, y_true) < TOLERANCE[dtype] for y, y_true in zip(ours, truth))
+        found = gradients(ours, tensors)
+        assert all(error(g, g_true) < TOLERANCE[dtype] for g, g_true in zip(found, wanted))
+
+
+def test_packed_sequences_equal_each_alone():
+    lengths = (3, 1, 6)
+    x, _, mix, _ = inputs(2, 1, sum(lengths), 96)
+    carried = torch.randn(3, 96, generator=torch.Generator().manual_seed(5))
+    previous = torch.tensor([[0, 3, 4, 1, 2, 7, 8, 9, 10, 11]])
+    together = torch.stack(token_shift(x, carried, mix, previous))
+    alone = [
+        torch.stack(token_shift(part, carried[i : i + 1], mix)) for i, part in enumerate(x.split(lengths, 1))
+    ]
+    assert torch.equal(together, torch.cat(alone, 2))
+
+
 def test_a_token_alone_continues_the_text():
     x, carried, mix, _ = inputs(4, 2, 6, 100, torch.bfloat16)
     whole = torch.stack(token_shift(x, carried, mix))
@@ -200,7 +251,16 @@ def test_is_a_well_behaved_custom_op(monkeypatch, dynamic, in_order):
     [
         (dict(x=torch.zeros(2, 0, 8)), r"T >= 1, got \[2, 0, 8\]"),
         (dict(x=torch.zeros(2, 3, 8, dtype=torch.float64)), "got torch.float64"),
-        (dict(carried=torch.zeros(1, 8)), r"carried must be \[2, 8\], got \[1, 8\]"),
+        (dict(carried=torch.zeros(1, 8)), r"carried must be \[S, 8\] with S = 2 sequences.*got \[1, 8\]"),
+        (dict(carried=torch.zeros(4, 8)), "carried has 2 tokens for each row: previous must say"),
+        (
+            dict(
+                carried=torch.zeros(4, 8),
+                previous=torch.zeros(2, 3, dtype=torch.long),
+                following=torch.zeros(2, 4, dtype=torch.long),
+            ),
+            r"following must be \[2, 5\], got \[2, 4\]",
+        ),
         (dict(mix=[torch.zeros(9)]), r"C = 8 elements each, got \[\[9\]\]"),
         (dict(mix=[]), "C = 8 elements each"),
         (dict(previous=torch.zeros(2, 4, dtype=torch.long)), r"previous must be \[2, 3\], got \[2, 4\]"),

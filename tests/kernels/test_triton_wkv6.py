@@ -1,7 +1,6 @@
 """The Triton kernels of RWKV-6 and 5 against plain torch in float64, which equals the oracle to 1e-12."""
 
 import functools
-import sys
 
 import pytest
 import torch
@@ -11,13 +10,11 @@ pytest.importorskip("triton")
 from torch.utils.checkpoint import checkpoint
 from triton_interpreter import INTERPRETED, tf32_dots
 
-from visualrwkv_hf.triton_kernels import unsupported
-from visualrwkv_hf.triton_kernels.wkv6 import wkv6
+from visualrwkv_hf.triton_kernels import launches, unsupported, wkv6_fwd
+from visualrwkv_hf.triton_kernels.wkv6 import wkv6, wkv6_backward, wkv6_forward
 from visualrwkv_hf.wkv import wkv6 as plain
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here: TRITON_INTERPRET is 0")
-
-module = sys.modules[wkv6.__module__]
 
 LENGTHS = (1, 7, 16, 17, 33, 64, 65, 100)
 
@@ -44,26 +41,18 @@ LOG_DECAYS = {
 
 
 @pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch):
-    """What the kernels do not write is NaN."""
+def poison(monkeypatch):
+    """What a kernel does not write is NaN."""
 
-    def empty_like(x, **options):
-        return torch.full_like(x, torch.nan, **options)
+    def poisoned(empty):
+        def fill(*args, **kwargs):
+            tensor = empty(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
-    def empty(*shape, **options):
-        return torch.full(*shape, torch.nan, **options)
+        return fill
 
-    monkeypatch.setattr(module, "torch", PoisonedTorch(empty=empty, empty_like=empty_like))
-
-
-class PoisonedTorch:
-    """torch but for some functions: only what the module itself asks for is poisoned."""
-
-    def __init__(self, **functions):
-        self.__dict__.update(functions)
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
 
 
 def make_inputs(T, dtype=torch.float32, decay=None, B=2, H=2, K=32, seed=0):
@@ -221,8 +210,8 @@ def test_gradient_of_one_output_only(output):
 
 def test_nothing_is_saved_without_a_gradient():
     inputs = make_inputs(40, B=1)
-    *_, r_in, total, A, states = module.wkv6_forward(*inputs, None, None, False)
-    assert not any(x.numel() for x in (r_in, total, A, states))
+    saved = wkv6_forward(*inputs, None, None, False)[2:]
+    assert not any(x.numel() for x in saved)
     assert_equal(wkv6(*inputs), run(wkv6, inputs)[:2])
 
 
@@ -235,7 +224,7 @@ def test_constant_decay_is_not_written_out(T):
     def expanded(function):
         return lambda r, w, *others: function(r, w.expand(r.shape), *others)
 
-    assert module._heads_together(w.expand(r.shape)).stride()[:2] == (0, 0)
+    assert wkv6_fwd.with_heads_together(w.expand(r.shape)).stride()[:2] == (0, 0)
     inputs = [r, w, k, v, u, state]
     expected = run(expanded(plain), [x.double() for x in inputs])
     assert_same(run(expanded(wkv6), inputs), expected, TOLERANCE[torch.bfloat16])
@@ -322,13 +311,13 @@ def test_step_by_step_equals_chunks(packed, dtype, monkeypatch):
         inputs[5] = make_inputs(1, B=2)[5]
     expected = plain(*(x.double() for x in inputs), **options)
     for steps in (0, 40):
-        monkeypatch.setattr(module, "MAX_STEPS", steps)
+        monkeypatch.setattr(wkv6_fwd, "MAX_STEPS", steps)
         assert_same(wkv6(*inputs, **options), expected, TOLERANCE[dtype])
 
 
 def test_a_gpu_without_matrix_units_steps(monkeypatch):
-    monkeypatch.setattr(module, "has_matrix_units", lambda r: False)
-    monkeypatch.setattr(module, "_forward_in_chunks", None)
+    monkeypatch.setattr(wkv6_fwd, "has_matrix_units", lambda r: False)
+    monkeypatch.setattr(wkv6_fwd, "_forward_in_chunks", None)
     inputs = make_inputs(40, torch.float16)
     assert_same(wkv6(*inputs), plain(*(x.double() for x in inputs)), TOLERANCE[torch.float16])
 
@@ -336,9 +325,9 @@ def test_a_gpu_without_matrix_units_steps(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_few_and_many_programs_give_the_same(dtype, monkeypatch):
     inputs = make_inputs(70, dtype, B=1, H=1, K=64)
-    monkeypatch.setattr(module, "MANY", 1)
+    monkeypatch.setattr(launches, "FEW", 0)
     many = run(wkv6, inputs)
-    monkeypatch.setattr(module, "MANY", 1000)
+    monkeypatch.setattr(launches, "FEW", 1000)
     # Other columns at a time, each with the same sums but for their order.
     assert_same(run(wkv6, inputs), [x.double() for x in many], 2e-7)
 
@@ -376,12 +365,12 @@ def test_ops_are_registered_as_torch_wants_them(packed, monkeypatch):
         )  # as many chunks as there may be
         state = state.repeat(2, 1, 1, 1)
     inputs = [x.requires_grad_() for x in (r, w, k, v, u, state)]
-    torch.library.opcheck(module.wkv6_forward, (*inputs, order, cu_seqlens, True))
+    torch.library.opcheck(wkv6_forward, (*inputs, order, cu_seqlens, True))
     with torch.no_grad():
-        y, state, *saved = module.wkv6_forward(*inputs, order, cu_seqlens, True)
+        y, state, *saved = wkv6_forward(*inputs, order, cu_seqlens, True)
         saved = [x.nan_to_num() for x in saved]
         torch.library.opcheck(
-            module.wkv6_backward, (torch.ones_like(y), state, *inputs[:5], order, cu_seqlens, *saved)
+            wkv6_backward, (*inputs[:5], order, cu_seqlens, *saved, torch.ones_like(y), state)
         )
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import sys
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ pytest.importorskip("triton")
 from triton_interpreter import INTERPRETED, tf32_dots
 
 from visualrwkv_hf import wkv
-from visualrwkv_hf.triton_kernels import chunks, unsupported
-from visualrwkv_hf.triton_kernels.wkv7 import MAX_STEPS, wkv7, wkv7_backward, wkv7_forward
+from visualrwkv_hf.triton_kernels import KERNELS, launches, unsupported, wkv7_fwd
+from visualrwkv_hf.triton_kernels.launches import MAX_STEPS
+from visualrwkv_hf.triton_kernels.wkv7 import wkv7, wkv7_backward, wkv7_forward
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here: TRITON_INTERPRET is 0")
 
@@ -133,7 +133,7 @@ def test_token_by_token_equals_chunks(monkeypatch):
     with torch.no_grad():
         chunked = wkv7(*inputs, **options)
         # As on a GPU without matrix units.
-        monkeypatch.setattr(sys.modules[wkv7.__module__], "has_matrix_units", lambda r: False)
+        monkeypatch.setattr(wkv7_fwd, "has_matrix_units", lambda r: False)
         stepped = wkv7(*inputs, **options)
     assert_same(stepped, [x.double() for x in chunked], 1e-6)  # float32, summed in another order
     assert not torch.equal(stepped[0], chunked[0])
@@ -309,7 +309,7 @@ def test_two_runs_are_equal(dtype):
 def test_few_and_many_sequences_equal(monkeypatch):
     inputs = make_inputs(40, B=2)
     few = run(wkv7, inputs)
-    monkeypatch.setattr(sys.modules[wkv7.__module__], "FEW", 0)
+    monkeypatch.setattr(launches, "FEW", 0)
     assert_equal(run(wkv7, inputs), few)
 
 
@@ -373,5 +373,6 @@ def test_old_gpus_have_no_gradient(monkeypatch):
     on_gpu = type(
         "OnGpu", (), {"device": torch.device("cuda"), "dtype": torch.float16, "shape": (1, 2, 1, 64)}
     )()
-    assert "8.0" in chunks.unsupported(on_gpu, on_gpu, gradient=True)
-    assert not chunks.unsupported(on_gpu, on_gpu)
+    why_not = KERNELS["wkv7"].why_not
+    assert "8.0" in why_not(on_gpu, on_gpu, gradient=True)
+    assert not why_not(on_gpu, on_gpu)

@@ -489,7 +489,9 @@ def test_refuses_a_state_of_another_dtype(op, inputs, state):
 def fake_kernels(monkeypatch):
     """Kernels that only say that they were called, and serve heads of all sizes but 3."""
     module = types.ModuleType("visualrwkv_hf.triton_kernels")
-    module.KERNELS = {op: lambda *inputs, op=op: (f"triton {op}", inputs) for op in OPS}
+    module.KERNELS = {
+        op: types.SimpleNamespace(kernel=lambda *inputs, op=op: (f"triton {op}", inputs)) for op in OPS
+    }
     module.unsupported = lambda op, r, *_, gradient: (
         "heads of 3" if r.shape[-1] == 3 else "float64" if r.dtype == torch.float64 else ""
     )

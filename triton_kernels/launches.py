@@ -1,0 +1,197 @@
+"""How each kernel is launched: one table per op, and what the host asks about a device before a launch.
+
+Every entry was chosen from compiled code (registers, spills, shared memory, instructions); `tests/compile_kernels.py`
+prints these. Nothing is tuned at first use.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HEAD_SIZES = (32, 64, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched.
+
+    Attributes:
+        block: columns of a head (or keys, where the kernel's docstring says so) per program or per turn of its loop.
+        num_warps: warps of a program.
+        num_stages: how many turns of a loop have their loads in flight at once.
+    """
+
+    block: int
+    num_warps: int
+    num_stages: int = 1
+
+
+class Precision(NamedTuple):
+    """How products of inputs of some dtype are computed. Their sums are always float32.
+
+    Attributes:
+        dtype: of a product's operands, and of the buffers that one kernel writes for another.
+        dots: `input_precision` of tl.dot where operands are float32.
+    """
+
+    dtype: torch.dtype
+    dots: str
+
+
+def precision_of(r: Tensor) -> Precision:
+    """Return the precision of products for inputs of the dtype of r.
+
+    bfloat16 inputs stay bfloat16. float16 inputs are multiplied as tf32, which has as many mantissa bits and a wider
+    exponent, so that nothing overflows. float32 inputs use tf32x3 (three tf32 products), which recovers the accuracy of
+    float32.
+    """
+    if r.dtype == torch.bfloat16:
+        return Precision(torch.bfloat16, "ieee" if torch.version.hip else "tf32")
+    dots = "tf32" if r.dtype == torch.float16 else "tf32x3"
+    return Precision(torch.float32, "ieee" if torch.version.hip else dots)
+
+
+# --- devices ------------------------------------------------------------------------------------------
+
+
+def interpreted() -> bool:
+    """Return whether Triton interprets kernels on the CPU in place of compiling them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def has_matrix_units(r: Tensor) -> bool:
+    """Return whether the device of r has fast (or any) matrix units for bfloat16 and tf32."""
+    if r.device.type != "cuda" or torch.version.hip:
+        return True
+    return torch.cuda.get_device_capability(r.device) >= (8, 0)
+
+
+def needs_gradient(*inputs: Tensor | None) -> bool:
+    """Return whether autograd records what is computed from these inputs."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def serial() -> dict[str, int]:
+    """Return the launch options of a kernel that loops over chunks or tokens.
+
+    Such a kernel has few programs, so ptxas must not spill registers in order to fit more of them on a processor.
+    """
+    return {} if torch.version.hip else {"maxnreg": 255}  # AMD's compiler does not know this option
+
+
+def on_device_of(r: Tensor) -> AbstractContextManager:
+    """Make the device of r current, because Triton launches on the current one, wherever its arguments are."""
+    return torch.cuda.device(r.device) if r.device.type == "cuda" else nullcontext()
+
+
+# --- wkv6 and wkv7 ------------------------------------------------------------------------------------
+
+MAX_STEPS = 16
+"""Up to this many tokens, stepping token by token is faster than filling a chunk."""
+
+FEW = 128
+"""Up to this many sequences times heads, the scans take `few`: fewer columns per program, so more programs."""
+
+
+class Config(NamedTuple):
+    """The launches of the chunked kernels of `wkv6` or `wkv7` for one head size and dtype.
+
+    Attributes:
+        BT: tokens of a chunk.
+        prepare: values per turn of its loop; in wkv7 columns of P per turn of another, too.
+        few: the scans where sequences times heads are few (`FEW`); columns per program.
+        many: the scans elsewhere.
+        gradients: values per turn of its loop. In wkv7 two kernels, the first of which this launches.
+        keys: wkv7's second gradients kernel; keys per program.
+        part: keys per turn of a product over all K, where all at once would spill registers: in wkv6's gradients and in
+            wkv7's scans. 0 is all at once.
+    """
+
+    BT: int
+    prepare: Launch
+    few: Launch
+    many: Launch
+    gradients: Launch
+    keys: Launch = Launch(32, 4)
+    part: int = 0
+
+    def scan(self, programs: int) -> Launch:
+        """Return the launch of a scan over so many sequences times heads."""
+        launch = self.few if programs <= FEW else self.many
+        # AMD's blocks have 64 KiB of shared memory, too little to load a large head's chunks ahead of time.
+        return launch if torch.version.hip is None else launch._replace(num_stages=1)
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+WKV6 = {
+    (32, BF16): Config(32, Launch(32, 4), Launch(16, 4, 2), Launch(32, 4, 3), Launch(16, 4)),
+    (64, BF16): Config(32, Launch(64, 4), Launch(16, 4, 2), Launch(32, 4, 2), Launch(16, 4)),
+    (128, BF16): Config(32, Launch(64, 8), Launch(16, 8, 2), Launch(32, 4, 2), Launch(16, 8)),
+    (32, FP16): Config(16, Launch(16, 4), Launch(16, 4, 2), Launch(32, 4, 2), Launch(16, 8)),
+    (64, FP16): Config(16, Launch(64, 4), Launch(16, 4, 2), Launch(32, 4, 2), Launch(16, 8)),
+    (128, FP16): Config(16, Launch(32, 8), Launch(16, 4, 2), Launch(32, 8, 2), Launch(16, 8)),
+    (32, FP32): Config(16, Launch(16, 4), Launch(16, 4, 2), Launch(32, 4, 2), Launch(16, 8), part=16),
+    (64, FP32): Config(16, Launch(64, 4), Launch(16, 4, 2), Launch(32, 4, 2), Launch(16, 8), part=16),
+    (128, FP32): Config(16, Launch(32, 8), Launch(16, 4, 2), Launch(32, 8, 2), Launch(16, 8), part=16),
+}
+"""By (K, dtype of r): the fewest warps that spill no register, where that is possible."""
+
+WKV6_STEPS = {32: Launch(32, 1), 64: Launch(32, 2), 128: Launch(16, 4)}
+"""The kernel that goes token by token, by K."""
+
+_NARROW, _WIDE = Launch(16, 4, 3), Launch(32, 4, 2)
+
+WKV7 = {
+    (32, BF16, True): Config(16, Launch(32, 4), _NARROW, _WIDE, Launch(32, 4)),
+    (64, BF16, True): Config(32, Launch(64, 4), _NARROW, _WIDE, Launch(64, 4), Launch(64, 4)),
+    (128, BF16, True): Config(16, Launch(64, 8), _NARROW, _WIDE, Launch(32, 8), Launch(64, 4)),
+    (32, BF16, False): Config(16, Launch(32, 4), _NARROW, _WIDE, Launch(32, 4)),
+    (64, BF16, False): Config(16, Launch(64, 4), _NARROW, _WIDE, Launch(32, 4)),
+    (128, BF16, False): Config(16, Launch(64, 8), _NARROW, _WIDE, Launch(32, 8)),
+    (32, FP16, True): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4)),
+    (64, FP16, True): Config(16, Launch(32, 8), _NARROW, _NARROW, Launch(16, 4)),
+    (128, FP16, True): Config(16, Launch(32, 8), Launch(16, 8), Launch(16, 8), Launch(16, 8)),
+    (32, FP16, False): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4)),
+    (64, FP16, False): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4)),
+    (128, FP16, False): Config(16, Launch(32, 8), Launch(16, 8), Launch(16, 8), Launch(16, 8)),
+    (32, FP32, True): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4)),
+    (64, FP32, True): Config(16, Launch(32, 4), Launch(16, 4, 2), Launch(16, 4, 2), Launch(16, 4)),
+    (128, FP32, True): Config(16, Launch(32, 8), Launch(16, 8), Launch(16, 8), Launch(16, 8), part=32),
+    (32, FP32, False): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4)),
+    (64, FP32, False): Config(16, Launch(32, 4), Launch(16, 4, 2), Launch(16, 4, 2), Launch(16, 4)),
+    (128, FP32, False): Config(16, Launch(32, 8), Launch(16, 8), Launch(16, 8), Launch(16, 8), part=32),
+}
+"""By (K, dtype of r, whether log decays are bounded). The model's own case is (64, bfloat16, True)."""
+
+WKV7_STEPS = {32: Launch(16, 1), 64: Launch(16, 1), 128: Launch(16, 2)}
+"""The kernel that goes token by token, by K."""
+
+# --- single tokens and the token shift ----------------------------------------------------------------
+
+DECODE_WARPS = {32: 2, 64: 4, 128: 8}
+"""By head size: a head's state takes 16, 32 or 64 registers of each thread."""
+
+
+class Tiles(NamedTuple):
+    """Tokens and channels of a program of the token shift, and its warps."""
+
+    BT: int
+    BC: int
+    num_warps: int
+
+
+SHIFT_FORWARD = Tiles(BT=8, BC=128, num_warps=4)
+SHIFT_ONE_TOKEN = Tiles(BT=1, BC=128, num_warps=1)
+SHIFT_BACKWARD = {2: Tiles(BT=64, BC=64, num_warps=8), 4: Tiles(BT=32, BC=32, num_warps=8)}
+"""By bytes of an element. Each tile writes M float32 rows of the gradient of mix; long tiles keep these few."""
+
+LOW_RANK_SPLIT = 512
+"""Channels of C that one program of a low-rank map sums: of a 7B model, 8 programs for each 32 ranks, some 200 in all,
+where a large GPU has 132 processors."""
+LOW_RANK_DOWN = {"BC": 256, "BD": 32}
+LOW_RANK_UP = {"BD": 64, "BA": 64}
+LOW_RANK_WARPS = 4
