@@ -1,11 +1,12 @@
-"""Compiles what the Triton ops launch, for GPUs that are not there, and reads off what the machine code needs.
+"""Compile what the Triton ops launch, for GPUs that are not there, and read what the machine code needs.
 
     python tests/compile_kernels.py --targets sm_90 --ops wkv7 --dtypes bf16 --head-sizes 64
 
-The ops themselves are called, on CPU tensors; each launch is noted down where Triton would compile it, with the
-specialization that Triton chose. Every distinct one is then compiled. Exit status 1: a kernel does not compile, spills
-registers, wants more shared memory than a block may have, or has a tl.dot that does not reach the matrix units. With
-another Triton: PYTHONPATH=FOLDER, where `pip install --no-deps --target FOLDER triton==3.6.0` put it.
+The ops themselves are called, on CPU tensors. Each launch is recorded where Triton would compile it, with the
+specialization that Triton chose, and every distinct one is compiled. The exit status is 1 if a kernel does not compile,
+spills more registers than `may_spill` allows, wants more shared memory than a block may have, has a tl.dot that
+misses the matrix units, or has more instructions or barriers than `LIMITS` allows. To use another Triton, install it
+beside (`pip install --no-deps --target FOLDER triton==3.6.0`) and set PYTHONPATH=FOLDER.
 """
 
 from __future__ import annotations
@@ -48,17 +49,64 @@ HEAD_SIZES = (32, 64, 128)
 
 
 class Target(NamedTuple):
-    """A GPU; `shared` memory that one block may have, in bytes."""
+    """A GPU.
+
+    Attributes:
+        gpu: as Triton names it.
+        shared: bytes of shared memory that one block may have.
+        shared_total: bytes of shared memory of a processor.
+        warps: the most warps that a processor holds.
+    """
 
     gpu: GPUTarget
     shared: int
+    shared_total: int
+    warps: int
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024, 164 * 1024, 64),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), 99 * 1024, 100 * 1024, 48),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), 99 * 1024, 100 * 1024, 48),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, 228 * 1024, 64),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, 228 * 1024, 64),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * 1024, 100 * 1024, 48),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, 64 * 1024, 32),
 }
+QUICK_TARGETS = ("sm_80", "sm_90", "gfx942")
+"""What `--quick` compiles for: two generations of NVIDIA and one of AMD."""
+
+
+class Limit(NamedTuple):
+    """The most instructions and barriers that a kernel's code may have."""
+
+    instructions: int
+    barriers: int
+
+
+LIMITS = {
+    "wkv7_fwd_prepare_kernel": Limit(2300, 70),
+    "wkv7_fwd_scan_kernel": Limit(800, 14),
+    "wkv7_bwd_scan_kernel": Limit(620, 14),
+    "wkv7_bwd_values_kernel": Limit(1900, 55),
+    "wkv7_bwd_keys_kernel": Limit(3000, 60),
+    "wkv6_fwd_prepare_kernel": Limit(1900, 50),
+    "wkv6_bwd_gradients_kernel": Limit(3100, 62),
+}
+"""For the models' own shapes: sm_90, bfloat16, heads of 64, bounded decays in wkv7, Triton 3.9. A GPU issues about one
+instruction per scheduler and clock, and these kernels are limited by that; so more of them is slower."""
+
+
+def may_spill(kernel: str, dtype: str) -> int:
+    """Return how many bytes of a thread's registers a kernel may spill.
+
+    wkv7's float16 and float32 are not tuned: their operands are float32, which take twice or three times the registers.
+    In bfloat16 two kernels spill addresses of rows where the order of tokens is given.
+    """
+    if not kernel.startswith("wkv7") or "steps" in kernel:
+        return 0
+    bf16 = {"wkv7_fwd_prepare_kernel": 16, "wkv7_bwd_keys_kernel": 128}
+    return {"bf16": bf16.get(kernel, 0), "fp16": 1024, "fp32": 4096}[dtype]
 
 
 # --- what is called -----------------------------------------------------------------------------------
@@ -120,7 +168,9 @@ def call_low_rank(dtype: torch.dtype, K: int, M: int = 4, C: int = 4096) -> None
     low_rank([x] * M, down, up, ("tanh", "identity", "sigmoid", "identity")[:M])
 
 
-def call_rwkv7_decode(dtype: torch.dtype, K: int, first_layer: bool = False, mask: bool = False) -> None:
+def call_rwkv7_decode(
+    dtype: torch.dtype, K: int, first_layer: bool = False, mask: bool = False, pool: bool = False
+) -> None:
     B, H = 2, 2
     token, weight = torch.zeros(B, H * K, dtype=dtype), torch.zeros(H * K, dtype=dtype)
     rwkv7_decode(
@@ -130,10 +180,13 @@ def call_rwkv7_decode(dtype: torch.dtype, K: int, first_layer: bool = False, mas
         eps=64e-5,
         **{} if first_layer else dict(value_gate=token, v_first=token, v0=weight),
         mask=torch.ones(B, dtype=torch.bool) if mask else None,
+        state_indices=torch.arange(B) if pool else None,
     )
 
 
-def call_rwkv6_decode(dtype: torch.dtype, K: int, constant: bool = False, mask: bool = False) -> None:
+def call_rwkv6_decode(
+    dtype: torch.dtype, K: int, constant: bool = False, mask: bool = False, pool: bool = False
+) -> None:
     B, H = 2, 2
     token, weight = torch.zeros(B, H * K, dtype=dtype), torch.zeros(H * K, dtype=dtype)
     rwkv6_decode(
@@ -144,6 +197,7 @@ def call_rwkv6_decode(dtype: torch.dtype, K: int, constant: bool = False, mask: 
         *[weight] * 4,
         eps=64e-5,
         mask=torch.ones(B, dtype=torch.bool) if mask else None,
+        state_indices=torch.arange(B) if pool else None,
     )
 
 
@@ -202,9 +256,13 @@ OPS = {
         head_sizes=(64,),
     ),
     "rwkv7_decode": Op(
-        call_rwkv7_decode, {"": {}, "first layer": dict(first_layer=True), "mask": dict(mask=True)}
+        call_rwkv7_decode,
+        {"": {}, "first layer": dict(first_layer=True), "mask": dict(mask=True), "pool": dict(pool=True)},
     ),
-    "rwkv6_decode": Op(call_rwkv6_decode, {"": {}, "RWKV-5": dict(constant=True), "mask": dict(mask=True)}),
+    "rwkv6_decode": Op(
+        call_rwkv6_decode,
+        {"": {}, "RWKV-5": dict(constant=True), "mask": dict(mask=True), "pool": dict(pool=True)},
+    ),
 }
 
 
@@ -364,21 +422,46 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
         "warps": launch.settings.num_warps,
         "stages": launch.settings.num_stages,
     }
-    gpu, shared = TARGETS[launch.target]
+    target, kernel = TARGETS[launch.target], launch.kernel.__name__
     source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
     try:
-        compiled = triton.compile(source, target=gpu, options=launch.settings.__dict__)
+        compiled = triton.compile(source, target=target.gpu, options=launch.settings.__dict__)
     except Exception as error:  # whatever the compiler raises is the finding
         while error.__cause__:  # Triton wraps an error once for each function that it is inside of
             error = error.__cause__
         return row | {"problem": f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"}
-    code = read_cubin(compiled) if gpu.backend == "cuda" else read_amdgcn(compiled)
+    code = read_cubin(compiled) if target.gpu.backend == "cuda" else read_amdgcn(compiled)
+    limit = limit_of(launch)
     problems = {
-        f"spills {code.spilled} bytes": code.spilled or code.spills,
-        f"wants {code.shared} bytes of shared memory, of {shared}": code.shared > shared,
+        f"spills {code.spilled} bytes": code.spilled > may_spill(kernel, launch.dtype),
+        f"wants {code.shared} bytes of shared memory, of {target.shared}": code.shared > target.shared,
         "tl.dot without matrix units": "tt.dot" in compiled.asm["ttir"] and not code.matrix,
+        f"has {code.instructions} instructions": bool(limit) and code.instructions > limit.instructions,
+        f"has {code.barriers} barriers": bool(limit) and code.barriers > limit.barriers,
     }
-    return row | code._asdict() | {"problem": "; ".join(text for text, is_so in problems.items() if is_so)}
+    return (
+        row
+        | code._asdict()
+        | {"programs": programs_of(code, row["warps"], target)}
+        | {"problem": "; ".join(text for text, is_so in problems.items() if is_so)}
+    )
+
+
+def limit_of(launch: Launch) -> Limit | None:
+    """Return the limit that holds for a launch: of the models' own shapes only."""
+    own = (launch.target, launch.dtype, launch.head_size) == ("sm_90", "bf16", 64)
+    if not own or "any decay" in launch.options or not triton.__version__.startswith("3.9."):
+        return None
+    return LIMITS.get(launch.kernel.__name__)
+
+
+def programs_of(code: Code, warps: int, target: Target) -> int:
+    """Return how many programs fit on a processor at once; 0 where this is not worked out (AMD)."""
+    if target.gpu.backend != "cuda":
+        return 0
+    registers = -(-code.registers // 8) * 8 * 32 * warps
+    shared = -(-code.shared // 128) * 128 + 1024
+    return min(65536 // registers, target.shared_total // shared, target.warps // warps, 32)
 
 
 _launches: list[Launch] = []
@@ -420,7 +503,13 @@ COLUMNS = {
     "registers": "registers",
     "spilled": "spilled, bytes",
     "shared": "shared memory, bytes",
-    "matrix": "matrix instructions",
+    "programs": "programs per processor",
+    "instructions": "instructions",
+    "matrix": "on matrix units",
+    "wgmma": "of these wgmma",
+    "shuffles": "shuffles",
+    "shared_ops": "shared memory",
+    "barriers": "barriers",
     "fma": "other FMAs",
 }
 
@@ -443,29 +532,39 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
-    """One line per kernel, dtype and head size: the most that any of its launches needs of each target."""
+def summary(rows: list[dict[str, Any]], command: str) -> str:
+    """Return one line per kernel, dtype and head size: the most that any of its launches needs of each target."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
+    names = ("registers", "spilled", "shared", "instructions", "shuffles", "barriers")
     most: dict[tuple, dict[str, list[int]]] = {}
+    fewest: dict[tuple, int] = {}
     for row in rows:
-        needs = [row[name] for name in ("registers", "spilled", "shared")]
-        cells = most.setdefault((row["kernel"], row["dtype"], row["head_size"]), {})
+        kernel = (row["kernel"], row["dtype"], row["head_size"], row["warps"])
+        needs = [row[name] for name in names]
+        cells = most.setdefault(kernel, {})
         cells[row["target"]] = [max(pair) for pair in zip(needs, cells.get(row["target"], needs))]
+        place = (kernel, row["target"])
+        fewest[place] = min(row["programs"], fewest.get(place, row["programs"]))
     lines = [
         "# Kernels, compiled",
         "",
-        f"`python tests/compile_kernels.py --summary FILE`, Triton {triton.__version__}, no GPU. Of all distinct",
-        "launches of the ops, the most registers of a thread / bytes that spill / bytes of shared memory of a block.",
-        "RWKV's own case is bf16 with heads of 64.",
+        f"`{command}`, Triton {triton.__version__}, no GPU.",
+        "Over all distinct launches of the ops, the most registers of a thread / bytes that spill / bytes of shared",
+        "memory of a block / instructions of a warp, loops counted once / shuffles / barriers, and the fewest programs",
+        "that fit on a processor. The models' own case is bf16 with heads of 64.",
         "",
-        table_row(["kernel", "dtype", "head", *targets]),
-        "|" + "---|" * (3 + len(targets)),
+        table_row(["kernel", "dtype", "head", "warps", *targets]),
+        "|" + "---|" * (4 + len(targets)),
     ]
-    for (kernel, dtype, head_size), cells in most.items():
+    for kernel, cells in most.items():
+        name, dtype, head_size, warps = kernel
         needs = (
-            " / ".join(f"{n:,}" for n in cells[target]) if target in cells else "-" for target in targets
+            " / ".join(f"{n:,}" for n in cells[target]) + f", {fewest[kernel, target]} programs"
+            if target in cells
+            else "-"
+            for target in targets
         )
-        lines.append(table_row([kernel.removesuffix("_kernel"), dtype, head_size, *needs]))
+        lines.append(table_row([name.removesuffix("_kernel"), dtype, head_size, warps, *needs]))
     return "\n".join([*lines, ""])
 
 
@@ -489,10 +588,10 @@ def listed(choices) -> Callable[[str], list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, choices in (("targets", TARGETS), ("ops", OPS), ("dtypes", DTYPES)):
-        parser.add_argument(f"--{name}", type=listed(choices), default=list(choices), metavar="NAME,NAME")
+        parser.add_argument(f"--{name}", type=listed(choices), metavar="NAME,NAME")
     sizes = list(map(str, HEAD_SIZES))
     parser.add_argument("--head-sizes", type=listed(sizes), default=sizes, metavar="K,K")
-    parser.add_argument("--quick", action="store_true", help="with few of the options that an op has")
+    parser.add_argument("--quick", action="store_true", help="a few of each op's options, for a few targets")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="write the table there, not to the terminal"
@@ -500,19 +599,20 @@ def main() -> int:
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write a shorter table there as well")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     arguments = parser.parse_args()
+    targets = arguments.targets or (QUICK_TARGETS if arguments.quick else list(TARGETS))
+    ops, dtypes = arguments.ops or list(OPS), arguments.dtypes or list(DTYPES)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: Triton would interpret, not compile.")
     # Triton 3.9 speaks of its own default, once per process.
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     torch.set_num_threads(1)
-    launches = launches_of(
-        arguments.ops, arguments.dtypes, map(int, arguments.head_sizes), arguments.targets, arguments.quick
-    )
+    launches = launches_of(ops, dtypes, list(map(int, arguments.head_sizes)), targets, arguments.quick)
     rows = compile_all(launches, arguments.jobs)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     if arguments.summary:
-        arguments.summary.write_text(summary(rows))
+        command = " ".join(["python", "tests/compile_kernels.py", *sys.argv[1:]])
+        arguments.summary.write_text(summary(rows, command))
     if arguments.markdown:
         arguments.markdown.write_text(markdown(rows))
     else:

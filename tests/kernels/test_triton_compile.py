@@ -1,4 +1,4 @@
-"""What the Triton ops launch compiles for GPUs that are not there: no spills, shared memory that fits, matrix units."""
+"""The Triton kernels compile for GPUs that are not there, within the limits of `compile_kernels.py`."""
 
 import json
 import os
@@ -14,9 +14,6 @@ pytest.importorskip("triton")
 SCRIPT = TESTS / "compile_kernels.py"
 KERNELS = ROOT / "triton_kernels"
 TARGETS = ("sm_80", "sm_90", "gfx942")
-IN_TWO = {"wkv7_bwd_values_kernel", "wkv7_bwd_keys_kernel"}
-NEVER = {"sm_80": IN_TWO, "sm_90": IN_TWO, "gfx942": {"wkv7_bwd_gradients_kernel"}}
-"""In bfloat16 with heads of 64: RWKV-7's gradients in one launch on NVIDIA, in two on AMD."""
 
 
 def compile_kernels(*arguments):
@@ -40,5 +37,5 @@ def test_kernels_compile(target, tmp_path):
     compiled = {row["kernel"]: row for row in json.loads(rows.read_text())}
     written = "".join(path.read_text() for path in KERNELS.glob("*.py"))
     every = set(re.findall(r"^def (\w+_kernel)\(", written, re.MULTILINE))
-    assert set(compiled) == every - NEVER[target]
+    assert set(compiled) == every
     assert all(row["registers"] > 0 for row in compiled.values())

@@ -237,6 +237,16 @@ def test_any_decay_from_0_to_1(decay, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("log_decay", [-5.0, -10.0, -20.0])
+def test_gradient_of_uniformly_strong_decays(log_decay, dtype):
+    """The gradient of w is e^log_decay times the others; "all minus the rest" would keep rounding errors of these."""
+    r, w, k, v, a, b, state = make_inputs(20, dtype)
+    inputs = [r, torch.full_like(w, log_decay), k, v, a, b, state]
+    actual, expected = run(wkv7, inputs)[3], expected_of(inputs)[3]
+    assert relative_error(actual, expected) <= TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_equal_keys_do_not_grow(dtype):
     """Each token removes what the last one wrote; powers of A_ab would grow as binomials."""
