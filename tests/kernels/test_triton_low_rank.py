@@ -118,6 +118,7 @@ def test_both_know_the_same_functions():
         (dict(x=[torch.zeros(2, 2, 48)] * 3), r"\[B, C\] or \[B, 1, C\], got \[2, 2, 48\]"),
         (dict(up=[torch.zeros(8, 40)] * 3), r"and \[D, 40\], got \[2, 48\], \[48, 3\] and \[8, 40\]"),
         (dict(x=[torch.zeros(2, 48, dtype=torch.float64)] * 3), "float64"),
+        (dict(x=[torch.zeros(65_536, 48)] * 3), "at most 65,535 rows, got 65,536"),
     ],
 )
 def test_refusals(change, said):
