@@ -47,7 +47,7 @@ def _shape(shapes: Shapes, name: str) -> list[int]:
 
 
 def _depth(shapes: Shapes, prefix: str) -> int:
-    """Number of blocks below `prefix`, whose names go on with the block's index."""
+    """Return the number of blocks below `prefix`, which is followed by the block's index."""
     found = {int(m[1]) for name in shapes if (m := re.match(rf"{re.escape(prefix)}(\d+)\.", name))}
     if not found:
         raise ConversionError(f"Missing tensors {prefix}0.*: there is no block.")
@@ -95,7 +95,7 @@ def infer_rwkv_version(shapes: Shapes) -> int:
 
 
 def text_fields(shapes: Shapes) -> dict[str, Any]:
-    """Fields of `VisualRWKVTextConfig` from the tensors below `rwkv.`."""
+    """Return fields of `VisualRWKVTextConfig` from the tensors below `rwkv.`."""
     version = infer_rwkv_version(shapes)
     generation = ORIGINAL_GENERATIONS[version]
     num_layers = _depth(shapes, "rwkv.blocks.")
@@ -124,7 +124,7 @@ def clip_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def siglip_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
-    """SigLIP under transformers' names or under timm's, whose activation is the exact GELU."""
+    """Return the fields of SigLIP under transformers' names or under timm's, whose activation is the exact GELU."""
     if VISION_MARKS["siglip"] not in shapes:
         fields = _hf_vit_fields(shapes, given, "siglip_config", num_class_positions=0)
         return fields | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vision_use_head": False}
@@ -149,7 +149,7 @@ def dinov2_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sam_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
-    """SAM's encoder: a block with relative positions over the whole map is global, others tell the window."""
+    """Return the fields of SAM's encoder: blocks with relative positions over the whole map are global."""
     prefix = "vit.sam_featurizer."
     _, side, _, width = _shape(shapes, f"{prefix}pos_embed")
     patch_size = _shape(shapes, f"{prefix}patch_embed.proj.weight")[-1]
@@ -209,7 +209,7 @@ ENCODER_FIELDS = {"clip": clip_fields, "dinov2": dinov2_fields, "siglip": siglip
 
 
 def encoders_in(shapes: Shapes) -> tuple[str, ...]:
-    """Vision encoders that the checkpoint holds, in channel order."""
+    """Return the vision encoders that the checkpoint holds, in channel order."""
     found = {name for name, mark in VISION_MARKS.items() if mark in shapes}
     if found and "clip" not in found and not found >= set(THREE_ENCODERS):
         raise ConversionError(
@@ -226,7 +226,7 @@ def as_fields(config: VisualRWKVVisionConfig | Mapping[str, Any] | None) -> dict
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the fields of `over`, sub-configurations field by field."""
+    """Return `base` with the fields of `over`; sub-configurations are merged field by field."""
     result = dict(base)
     for key, value in over.items():
         nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
@@ -242,7 +242,7 @@ def projector_input_width(shapes: Shapes) -> int:
 
 
 def family_to_start(version: int, vision: Mapping[str, Any], asked: str | None = None) -> str:
-    """The family of a new model: the first with this generation and these encoders, or the one asked for."""
+    """Return the family of a new model: the first with this generation and encoders, or the one asked for."""
     encoders = _encoders_of(vision)
     fitting = [name for name, release in RELEASES.items() if release.start == (version, encoders)]
     _refuse_family(asked, fitting, f"The new model has RWKV-{version} and {' + '.join(encoders)}")
@@ -280,7 +280,7 @@ def _family_of(shapes: Shapes, vision: Mapping[str, Any], version: int, asked: s
 
 
 def vision_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `VisualRWKVVisionConfig` from the tensors below `vit.`, overruled by `given`."""
+    """Return fields of `VisualRWKVVisionConfig` from the tensors below `vit.`, overridden by `given`."""
     fields = {}
     for name in encoders_in(shapes):
         config = f"{name}_config"
@@ -289,7 +289,7 @@ def vision_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tower_width(vision: Mapping[str, Any]) -> int:
-    """Channels of one view of the tower."""
+    """Return the channels of one view of the tower."""
     return VisualRWKVVisionConfig(**(dict(vision) | {"tile_grid": 1, "class_token": "none"})).hidden_size
 
 
@@ -309,14 +309,14 @@ def _projector_of(shapes: Shapes, family: str, gate_is_untrained: bool | None) -
 
 
 def gate_is_untrained(gate: Tensor, tolerance: float = 0.01) -> bool:
-    """Whether a projector's gate still lies as `nn.Linear` drew it: flat over [-1/√n, 1/√n] for n inputs.
+    """Return whether a projector's gate is distributed as `nn.Linear` initialises it: uniformly over ±1/√n, n inputs.
 
-    UHD's code computed with the gate only before 2024-09-14; later files carry it untouched. Rounding to
-    bfloat16 and a weight decay keep the values flat, training does not.
+    UHD's code used the gate only before 2024-09-14; later files hold it untrained. Rounding to bfloat16 and weight
+    decay keep the distribution uniform, training does not.
 
     Args:
         gate: `proj.gate.weight` [C, C], any floating dtype.
-        tolerance: largest distance of the cumulative distribution from the flat one, beyond chance's 3/√n.
+        tolerance: largest distance of the cumulative distribution from the uniform one, beyond 3/√n for chance.
     """
     values = gate.detach().float().flatten().sort().values
     bound = float(values.abs().max())
@@ -328,7 +328,7 @@ def gate_is_untrained(gate: Tensor, tolerance: float = 0.01) -> bool:
 
 
 class Inferred(NamedTuple):
-    """What the tensors of a checkpoint tell."""
+    """What can be inferred from the tensors of a checkpoint."""
 
     family: str | None
     """A name of `RELEASES`; None for a language model alone."""
@@ -343,15 +343,15 @@ def infer(
     gate_is_untrained: bool | None = None,
     **overrides: Any,
 ) -> Inferred:
-    """The family of an original checkpoint and the configuration that its tensors ask for.
+    """Return the family of an original checkpoint and the configuration of a model that holds its tensors.
 
     Args:
         shapes: tensor name -> shape, names as in the file.
         vision_config: fields of the vision tower: all of them if the checkpoint holds none, else those to
-            overrule, as in `{"clip_config": {"num_attention_heads": 4}}`.
+            override, as in `{"clip_config": {"num_attention_heads": 4}}`.
         family: a name of `RELEASES`, for those that share their tensors' names and shapes.
         gate_is_untrained: what `gate_is_untrained` says of `proj.gate.weight`; UHD needs it, or `projector`.
-        **overrides: fields of [`VisualRWKVConfig`] to overrule, or of [`VisualRWKVTextConfig`] for a language
+        **overrides: fields of [`VisualRWKVConfig`] to override, or of [`VisualRWKVTextConfig`] for a language
             model alone.
 
     Raises:
@@ -382,7 +382,7 @@ def infer(
 
 
 def infer_config(shapes: Shapes, **given: Any) -> VisualRWKVConfig | VisualRWKVTextConfig:
-    """The configuration alone; see `infer`."""
+    """Return the configuration alone; see `infer`."""
     return infer(shapes, **given).config
 
 

@@ -1,4 +1,4 @@
-"""Names of tensors in the original checkpoints and in ours: tables that are read in both directions.
+"""Names of tensors in the original checkpoints and in ours, as tables that are read in both directions.
 
 A table row is (original pattern, our pattern, transform). `{l}` stands for the index of a block, `{a,b}` for
 one row per alternative. `key_rows(config)` writes the tables out for one model; the rest works on such rows.
@@ -18,6 +18,7 @@ from visualrwkv_hf.configuration_visualrwkv import (
     VisualRWKVTextConfig,
     VisualRWKVVisionConfig,
 )
+from visualrwkv_hf.encoders import ENCODERS
 
 from .errors import ConversionError
 from .generations import ORIGINAL_GENERATIONS
@@ -195,7 +196,7 @@ SCAN_BUFFERS = _unused("{spiral,snake,zigzag}_order")
 
 
 class VitTable(NamedTuple):
-    """Where an encoder's tensors stand in the original, and its rows: once, per block, behind the last."""
+    """How the original names an encoder's tensors: a prefix, and rows once, per block, and after the last block."""
 
     prefix: str
     ends: list[Row]
@@ -245,7 +246,7 @@ def language_model_rows(config: VisualRWKVTextConfig, ours: str) -> Iterator[Row
 
 
 def vision_rows(config: VisualRWKVVisionConfig, ours: str = "model.vision_tower.") -> Iterator[Row]:
-    """Rows of every encoder; what stands behind `feature_layer` is unused.
+    """Yield the rows of every encoder; what comes after `feature_layer` is unused.
 
     Raises:
         ConversionError: for encoders that no original puts into one tower.
@@ -259,7 +260,7 @@ def vision_rows(config: VisualRWKVVisionConfig, ours: str = "model.vision_tower.
         )
     for name, encoder in encoders.items():
         table, prefix, depth = tables[name], f"{ours}{name}.", encoder.num_hidden_layers
-        is_cut = config.feature_layer == -2 and name != "sam"
+        is_cut = config.feature_layer == -2 and ENCODERS[name].has_feature_layer
         yield from _written_out(table.ends, table.prefix, prefix)
         yield from _written_out(table.block, table.prefix, prefix, range(depth - is_cut))
         if is_cut:
@@ -272,7 +273,7 @@ def projector_rows(projector: str, ours: str = "model.multi_modal_projector.") -
 
 
 def key_rows(config: VisualRWKVConfig | VisualRWKVTextConfig, *, with_vision: bool = True) -> list[Row]:
-    """Every row of one model, in the order of its forward pass.
+    """Return every row of one model, in the order of its forward pass.
 
     Args:
         config: of the whole model, or of a language model alone.
@@ -291,7 +292,7 @@ def key_rows(config: VisualRWKVConfig | VisualRWKVTextConfig, *, with_vision: bo
     return rows + SCAN_BUFFERS
 
 
-# What checkpoints differ in before their names mean anything.
+# Prefixes in which checkpoints differ.
 
 WRAPPER_PREFIXES = ("module.", "_forward_module.", "model.")
 LANGUAGE_MODEL_NAMES = ("emb.", "blocks.", "ln_out.", "head.")
@@ -300,14 +301,14 @@ FLAT_VISION_NAMES = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm
 
 
 def unwrapped_name(name: str) -> str:
-    """The name without what training frameworks put in front of all names."""
+    """Return the name without the prefixes that training frameworks add."""
     while prefix := next((p for p in WRAPPER_PREFIXES if name.startswith(p)), None):
         name = name[len(prefix) :]
     return name
 
 
 def canonical_name(name: str) -> str:
-    """The name as the original's training writes it: unwrapped, with the language model below `rwkv.`."""
+    """Return the name as the original's training writes it: unwrapped, with the language model below `rwkv.`."""
     name = unwrapped_name(name)
     if name.startswith(LANGUAGE_MODEL_NAMES):
         return f"rwkv.{name}"
@@ -317,7 +318,7 @@ def canonical_name(name: str) -> str:
 
 
 def check_names(names: Iterable[str], rows: Sequence[Row]) -> None:
-    """Raises `ConversionError` for an unknown tensor, naming its neighbour, and for a missing one."""
+    """Raise `ConversionError` for an unknown tensor, naming the nearest known one, and for a missing tensor."""
     names, known = set(names), {row.original: row for row in rows}
     if unknown := sorted(names - known.keys()):
         near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
@@ -332,7 +333,7 @@ def check_names(names: Iterable[str], rows: Sequence[Row]) -> None:
 def check_shapes(
     shapes: Mapping[str, Sequence[int]], rows: Iterable[Row], expected: Mapping[str, Sequence[int]]
 ) -> None:
-    """Raises `ConversionError` for a tensor of another shape than the model's.
+    """Raise `ConversionError` for a tensor of another shape than the model's.
 
     Args:
         shapes: of the checkpoint, under original names.
@@ -351,7 +352,7 @@ def check_shapes(
 
 
 def rows_to_ours(original: Mapping[str, Tensor], rows: Iterable[Row]) -> Iterator[tuple[str, Tensor]]:
-    """Our names and tensors one by one, as views of the original's where the layout allows."""
+    """Yield our names and tensors one by one, as views of the original's where the layout allows."""
     for row in rows:
         if not row.is_unused:
             yield from zip(row.ours, row.transform.to_ours(original[row.original]))
@@ -360,7 +361,7 @@ def rows_to_ours(original: Mapping[str, Tensor], rows: Iterable[Row]) -> Iterato
 def rows_to_original(
     ours: Mapping[str, Tensor], rows: Iterable[Row], unused: Mapping[str, Tensor] = {}
 ) -> Iterator[tuple[str, Tensor]]:
-    """The original's names and tensors one by one, with those that our model does not hold if given."""
+    """Yield the original's names and tensors one by one, with those that our model does not hold if given."""
     for row in rows:
         if not row.is_unused:
             yield row.original, row.transform.to_original(*(ours[name] for name in row.ours))

@@ -1,7 +1,7 @@
-"""Vision towers named apart from the language model, under the names of the original's checkpoints.
+"""Separate vision towers, under the names of the original's checkpoints.
 
-A tower is a folder of transformers (CLIP, SigLIP), a name on the Hub, or the files that the three-encoder
-tower starts from: timm's DINOv2, timm's or open_clip's SigLIP, segment-anything's image encoder.
+A tower is a folder of transformers (CLIP, SigLIP), a name on the Hub, or the files of the encoders of the three-encoder
+tower: timm's DINOv2, timm's or open_clip's SigLIP, segment-anything's image encoder.
 """
 
 import re
@@ -76,7 +76,7 @@ MODEL_TYPES = {
 """Model types of transformers with an encoder that stands alone in a tower."""
 
 TOLD_BY_CONFIG = ("num_attention_heads", "hidden_act", "layer_norm_eps")
-"""What the shapes of a stock encoder do not tell."""
+"""Fields that cannot be inferred from the shapes of a stock encoder."""
 
 STOCK_PREFIXES = ("vit.vision_model.", "vit.")
 """Where an encoder of transformers stands in the original's checkpoints."""
@@ -87,7 +87,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class Entry(NamedTuple):
-    """A tensor of another mapping, renamed and changed when it is read."""
+    """A tensor of another mapping that is renamed, and changed when it is read."""
 
     tensors: Mapping[str, Tensor]
     name: str
@@ -119,14 +119,14 @@ class Assembled(Mapping[str, Tensor]):
 
 
 class Tower(NamedTuple):
-    """A vision tower's tensors under the original's names, and what shapes do not tell of it."""
+    """A vision tower's tensors under the original's names, and fields that their shapes do not tell."""
 
     tensors: Assembled
     fields: dict[str, Any]
 
 
 def assembled(*parts: Mapping[str, Tensor]) -> Assembled:
-    """All tensors of checkpoints, of other assemblies and of dicts, as one checkpoint."""
+    """Return all tensors of checkpoints, of other assemblies and of dicts, as one checkpoint."""
     entries: dict[str, Entry] = {}
     paths: list[Path] = []
     for part in parts:
@@ -139,7 +139,7 @@ def assembled(*parts: Mapping[str, Tensor]) -> Assembled:
 
 
 def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Assembled:
-    """Some tensors of a checkpoint under other names, given as new name -> name there."""
+    """Return some tensors of a checkpoint under other names, given as new name -> old name."""
     return Assembled(
         {new: Entry(checkpoint, old, checkpoint.infos[old], _same) for new, old in names.items()}, []
     )
@@ -150,7 +150,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def read_tower(source: TowerSource, dtype: torch.dtype) -> Tower:
-    """A vision tower as the original's checkpoints hold it.
+    """Return a vision tower as the original's checkpoints hold it.
 
     The position embeddings of DINOv2 and SigLIP beside SAM are resampled to SAM's patch grid, as timm does.
 
@@ -180,7 +180,7 @@ def read_tower(source: TowerSource, dtype: torch.dtype) -> Tower:
 
 
 def local_path(source: str | Path) -> Path:
-    """The file or folder itself, or what is downloaded under a name on the Hub."""
+    """Return the file or folder itself, or the folder of a Hub repository of this name, downloaded."""
     path = Path(source)
     if path.exists():
         return path
@@ -205,7 +205,7 @@ def _download(name: str, patterns: list[str]) -> Path:
 
 
 def _checkpoints(path: Path) -> list[Checkpoint]:
-    """The files of one model together, the files of several encoders apart."""
+    """Return the files of one model as one checkpoint, the files of several encoders as one each."""
     return [Checkpoint(files, rename=unwrapped_name) for files in _file_groups(path)]
 
 
@@ -234,7 +234,7 @@ def _layout_of(checkpoint: Checkpoint) -> Layout:
 
 
 def _layouts_of_our_checkpoints() -> list[Layout]:
-    """An original checkpoint of one encoder of transformers: its tower can be taken."""
+    """Return the layouts of an original checkpoint with one encoder of transformers, whose tower can be taken."""
     marks = {"clip": VISION_MARKS["clip"], "siglip": "vit.vision_model.embeddings.patch_embedding.bias"}
     return [Layout(encoder, mark, "vit.", "vit.", REST_OF_MODEL) for encoder, mark in marks.items()]
 
@@ -251,7 +251,7 @@ def _refuse_misplaced(
 
 
 def _refuse_incomplete(parts: Mapping[str, tuple[Layout, Checkpoint]]) -> None:
-    """Raises `ConversionError` unless it is one encoder of transformers, or the three together."""
+    """Raise `ConversionError` unless it is one encoder of transformers, or the three together."""
     is_stock = {
         layout.original.startswith("vit.vision_model.") or layout.prefix == "vit."
         for layout, _ in parts.values()
@@ -266,7 +266,7 @@ def _refuse_incomplete(parts: Mapping[str, tuple[Layout, Checkpoint]]) -> None:
 
 
 def _config_fields(path: Path, encoder: str) -> dict[str, Any]:
-    """Fields of `VisualRWKVVisionConfig` that a configuration of transformers beside the weights tells."""
+    """Return fields of `VisualRWKVVisionConfig` from a configuration of transformers beside the weights."""
     config_file = path / "config.json"
     if not path.is_dir() or not config_file.exists():
         return {}
@@ -296,7 +296,7 @@ def _tensors_of(parts: Mapping[str, tuple[Layout, Checkpoint]], dtype: torch.dty
 
 
 def _sam_side(layout: Layout, checkpoint: Checkpoint) -> int:
-    """Side of the patch grid behind SAM's 2 x 2 fold."""
+    """Return the side of the patch grid after SAM's 2 x 2 fold."""
     name = f"{layout.prefix}pos_embed"
     if name not in checkpoint:
         raise ConversionError(f"{checkpoint.paths[0].name} lacks {name}.")
@@ -322,7 +322,7 @@ def _entries_of(
 
 def _refuse_no_square(name: str, shape: Sequence[int]) -> None:
     if len(shape) != 3 or round(shape[1] ** 0.5) ** 2 != shape[1]:
-        raise ConversionError(f"{name} has shape {list(shape)}, which is no square grid of patches.")
+        raise ConversionError(f"{name} has shape {list(shape)}, which is not a square grid of patches.")
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -330,7 +330,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _resampled(position: Tensor, side: int, dtype: torch.dtype) -> Tensor:
-    """[1, h * h, D] -> [1, side * side, D]; on the same grid nothing is changed, as in timm."""
+    """Resample [1, h * h, D] to [1, side * side, D]; on the same grid nothing is changed, as in timm."""
     if position.shape[1] == side**2:
         return position.to(dtype)
     return resample_position_embedding(position.float(), (side, side)).to(dtype)

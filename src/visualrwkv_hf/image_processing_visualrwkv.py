@@ -1,4 +1,4 @@
-"""Pictures to pixels with Pillow alone, for towers that transformers' own image processors do not serve.
+"""Make pixels of pictures with Pillow, for towers that transformers' own image processors do not serve.
 
 Sizes are (width, height), boxes (left, upper, right, lower), as in Pillow. Letters: N pictures, S pixels of a
 side.
@@ -26,11 +26,9 @@ from .remote_code import IMAGE_PROCESSOR_CODE, copy_code
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
 
-# Opening.
-
 
 def _flat(images) -> Iterator:
-    """Single pictures of a picture, a nested list, or a batch in one array."""
+    """Yield the single pictures of a picture, a nested list, or a batch in one array."""
     if isinstance(images, list | tuple):
         for item in images:
             yield from _flat(item)
@@ -52,18 +50,18 @@ def _open_all(images, input_data_format: str | ChannelDimension | None) -> list[
     return pictures
 
 
-# Tiling: the size of a picture -> what is cut out of it.
+# Tiling: from the size of a picture to what is cut out of it.
 
 
 class Layout(NamedTuple):
-    """What the encoders see of a picture: `boxes` of it, resized to `resize` before if that is given."""
+    """What the encoders see of a picture: `boxes` of it, after resizing it to `resize` if that is given."""
 
     resize: Size | None
     boxes: list[Box]
 
 
 def grid_boxes(size: Size, columns: int, rows: int) -> list[Box]:
-    """Boxes of one size, row by row; what does not divide is left at the right and lower edge.
+    """Return boxes of one size, row by row; a remainder is left out at the right and lower edge.
 
     A picture narrower than its columns gives boxes of one pixel, several of the same.
     """
@@ -77,14 +75,14 @@ def grid_boxes(size: Size, columns: int, rows: int) -> list[Box]:
 
 
 def wasted_area(size: Size, canvas: Size) -> int:
-    """Pixels of `canvas` that stay empty when a picture fills it as far as its aspect ratio allows."""
+    """Return the pixels of `canvas` that stay empty when a picture fills it as far as its aspect ratio allows."""
     width, height = size
     scale = min(canvas[0] / width, canvas[1] / height)
     return canvas[0] * canvas[1] - int(width * scale) * int(height * scale)
 
 
 def region_grid(size: Size, side: int, closest: bool) -> Size:
-    """Columns and rows of regions of `side` pixels for a picture (v7.02; v7.03 and v7.04 with `closest`).
+    """Return columns and rows of regions of `side` pixels for a picture (v7.02; v7.03 and v7.04 with `closest`).
 
     The least wasted area among as many regions as cover the picture and one fewer, per direction; the first
     of equals, columns before rows. `closest` adds by how much the area differs from the picture's.
@@ -109,7 +107,7 @@ GRIDS_700 = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
 
 
 def grid_700(size: Size, side: int) -> Size:
-    """Columns and rows for v7.00's tiles: the least wasted area, the first of equals."""
+    """Return columns and rows for v7.00's tiles: the least wasted area, the first of equals."""
     return min(GRIDS_700, key=lambda grid: wasted_area(size, (grid[0] * side, grid[1] * side)))
 
 
@@ -168,7 +166,7 @@ TILINGS = {
 
 
 def squash(image: Image.Image, size: int, image_mean: list[float], image_std: list[float]) -> np.ndarray:
-    """A picture as an encoder reads it: bicubic to a square whatever its shape; (x / 255 - mean) / std.
+    """Return a picture as an encoder reads it: resized (bicubic) to a square; (x / 255 - mean) / std.
 
     Returns:
         float32 [3, S, S], bit-equal to the original's.
@@ -180,7 +178,7 @@ def squash(image: Image.Image, size: int, image_mean: list[float], image_std: li
 
 
 class VisualRWKVImagesKwargs(TypedDict, total=False):
-    """What a call may set."""
+    """Options of a call."""
 
     encoders: dict[str, dict]
     tiling: str
@@ -232,7 +230,7 @@ class VisualRWKVImageProcessor(PilBackend):
         return names + ["num_tiles"] * TILINGS[self.tiling].has_tokens
 
     def preprocess(self, images, **kwargs) -> BatchFeature:
-        """Pictures to pixels.
+        """Make pixels of pictures.
 
         Args:
             images: a picture, a list, nested or not, or a batch in one array; see [`open_picture`].
@@ -271,13 +269,13 @@ class VisualRWKVImageProcessor(PilBackend):
     def get_number_of_image_patches(
         self, height: int, width: int, images_kwargs: Mapping | None = None
     ) -> int:
-        """How many tiles with tokens of their own a picture of this size is cut into, without its pixels."""
+        """Return how many tiles with tokens of their own a picture of this size is cut into."""
         encoders, tiling, tile_grid = self._fields(images_kwargs or {})
         boxes = _lay_out((width, height), encoders, tiling, tile_grid).boxes
         return len(boxes) if TILINGS[tiling].has_tokens else 1
 
     def _fields(self, kwargs: Mapping) -> tuple[dict[str, dict], str, int]:
-        """The processor's fields, or those of a call."""
+        """Return the processor's fields, or those of a call."""
         fields = [
             getattr(self, name) if kwargs.get(name) is None else kwargs[name]
             for name in ("encoders", "tiling", "tile_grid")
@@ -287,7 +285,7 @@ class VisualRWKVImageProcessor(PilBackend):
 
 
 def _refuse_options(names: Iterable[str]) -> None:
-    """Another size or mean would not be what the encoders were trained on: such options do not exist here."""
+    """Raise `ValueError` for options that do not exist: encoders were trained with one size and one mean."""
     options = VisualRWKVImagesKwargs.__annotations__
     if unknown := sorted(set(names) - set(options)):
         raise ValueError(
@@ -342,7 +340,7 @@ def _check_encoder(name: str, fields: Mapping) -> None:
 
 
 def image_processor_for(config: VisualRWKVConfig, tiling: str = "none") -> BaseImageProcessor:
-    """The image processor that a model's tower was made for.
+    """Return the image processor that a model's tower was made for.
 
     Args:
         config: of the model. A tower with `tile_grid` > 1 gets its views.

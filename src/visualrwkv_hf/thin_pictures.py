@@ -5,17 +5,17 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
 LARGEST_BETWEEN = 2**24
-"""Pixels that a picture may have between being resized and being cut; 336 x 336 are reached at sides of 1 to 148."""
+"""Most pixels that a picture may have after it is resized and before it is cut; at S = 336, sides of 1 to 148."""
 
 CUTTING_FIELDS = ("do_resize", "size", "resample", "do_center_crop", "crop_size")
 """Fields of an image processor that say what of a picture it resizes and cuts."""
 
 
 def middle_of_thin(picture: Image.Image, image_processor: BaseImageProcessor) -> Image.Image:
-    """The middle of a thin picture, to the bit what CLIP's image processor resizes and cuts; others as they are.
+    """Return the middle of a thin picture, bit for bit what CLIP's image processor makes of it; others unchanged.
 
-    CLIP's resizes the shorter edge to S and throws all away but the middle square: of 1 x 5000 pixels it makes S x
-    5000 S in between, which takes gigabytes. What is returned here it leaves as it is.
+    That processor resizes the shorter edge to S and then keeps only the middle square: 1 x 5000 pixels become S x
+    5000 S in between, which takes gigabytes. It leaves unchanged what is returned here.
 
     Args:
         picture: RGB.
@@ -42,7 +42,7 @@ def middle_of_thin(picture: Image.Image, image_processor: BaseImageProcessor) ->
 
 
 def _side_of_middle(image_processor: BaseImageProcessor) -> int | None:
-    """S of an image processor that resizes the shorter edge to S, bicubic, and cuts S x S; None for all others."""
+    """Return S for an image processor that resizes the shorter edge to S, bicubic, and cuts S x S; else None."""
     do_resize, size, resample, do_cut, cut = (getattr(image_processor, name, None) for name in CUTTING_FIELDS)
     if not (do_resize and do_cut and size and cut) or resample != Image.Resampling.BICUBIC:
         return None
@@ -58,7 +58,7 @@ BICUBIC_REACH = 2
 def _enlarged_lines(
     lines: np.ndarray, start: int, length: int, resized: int, first: int, count: int
 ) -> np.ndarray:
-    """Lines `first` to `first + count` of a picture that is enlarged from `length` lines to `resized`.
+    """Return lines `first` to `first + count` of a picture that is enlarged from `length` lines to `resized`.
 
     As Pillow does: Keys' cubic with a = -1/2 (IEEE Trans. ASSP 29.6, 1981), around the middles of pixels, cut off at
     the edges and brought to a sum of 1; weights with 22 bits behind the point.

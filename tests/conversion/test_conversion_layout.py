@@ -1,0 +1,39 @@
+"""The converter's tables agree with the model's, and the names that pages used before still work, with a warning."""
+
+import importlib
+
+import pytest
+
+from visualrwkv_hf import conversion
+from visualrwkv_hf.conversion.infer_config import ENCODER_FIELDS, VISION_MARKS
+from visualrwkv_hf.conversion.key_map import FEATURIZERS, HF_ENCODERS
+from visualrwkv_hf.conversion.towers import LAYOUTS, MODEL_TYPES
+from visualrwkv_hf.encoders import ENCODERS
+
+
+def test_every_encoder_has_its_keys():
+    """What only conversion knows of an encoder is keyed by the same names."""
+    assert ENCODERS.keys() == ENCODER_FIELDS.keys() == VISION_MARKS.keys()
+    assert ENCODERS.keys() == HF_ENCODERS.keys() | FEATURIZERS.keys()
+    assert ENCODERS.keys() == {layout.encoder for layout in LAYOUTS}
+    assert set(MODEL_TYPES.values()) == HF_ENCODERS.keys()
+
+
+@pytest.mark.parametrize("name", ["to_hf", "to_original", "load_original", "restore_state_dict"])
+def test_old_places_still_work_with_a_warning(name):
+    old = importlib.import_module("visualrwkv_hf.conversion.convert")
+    with pytest.warns(DeprecationWarning, match=f"convert.{name} has moved: import it from visualrwkv_hf"):
+        assert getattr(old, name) is getattr(conversion, name)
+
+
+def test_the_old_name_of_assemble_vlm_warns():
+    old = importlib.import_module("visualrwkv_hf.conversion.start")
+    with pytest.warns(DeprecationWarning, match=r"is now visualrwkv_hf\.conversion\.assemble_vlm"):
+        assert old.start_vlm is conversion.assemble_vlm
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = old.nothing
+
+
+def test_public_names_are_listed_once():
+    assert sorted(conversion.__all__) == sorted(conversion.MODULE_OF)
+    assert all(getattr(conversion, name) for name in conversion.__all__)
