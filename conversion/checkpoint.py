@@ -223,7 +223,7 @@ def open_tensors(path: Path) -> SafetensorsFile | TorchFile:
 def _looks_like_safetensors(start: bytes, path: Path) -> bool:
     """Whether a file begins with the length of a header, in 8 bytes, and a header in JSON.
 
-    The length's bytes may be those of `<` or `{`. Those of a text make a number of which no file is that long.
+    The length's bytes may be those of `<` or `{`. The bytes of a text make a number that is larger than any file.
     """
     length = int.from_bytes(start[:8], "little")
     return start[8:9] == b"{" and (length <= path.stat().st_size - 8 or not start[:8].isascii())

@@ -143,7 +143,7 @@ def refuse_target(output_dir: Path, sources: Sequence[Path], overwrite: bool) ->
         raise ConversionError(f"{output_dir} is not a model folder, and is not overwritten.")
     inside = [path for path in sources if output_dir.resolve() in path.resolve().parents]
     if inside:
-        raise ConversionError(f"{inside[0]} lies in {output_dir}, which would be overwritten.")
+        raise ConversionError(f"{inside[0]} is in {output_dir}, which would be overwritten.")
 
 
 def real_target(output: Path) -> Path:

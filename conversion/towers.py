@@ -73,13 +73,13 @@ MODEL_TYPES = {
     "siglip": "siglip",
     "siglip_vision_model": "siglip",
 }
-"""Model types of transformers with an encoder that stands alone in a tower."""
+"""Model types of transformers with an encoder that can be the only one of a tower."""
 
 TOLD_BY_CONFIG = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 """Fields that cannot be inferred from the shapes of a stock encoder."""
 
 STOCK_PREFIXES = ("vit.vision_model.", "vit.")
-"""Where an encoder of transformers stands in the original's checkpoints."""
+"""Prefixes of an encoder of transformers in the original's checkpoints."""
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pth", "*.pt")

@@ -65,7 +65,7 @@ def _parse_line(line: str) -> tuple[bytes, int]:
 
 
 def byte_alphabet() -> list[str]:
-    """The character that ByteLevel writes for each byte, [256].
+    """Return the character that ByteLevel writes for each byte, [256].
 
     Printable Latin-1 bytes stand for themselves, the others, in order, for U+0100 onwards.
     """
@@ -75,7 +75,7 @@ def byte_alphabet() -> list[str]:
 
 
 def longest_match_pattern(tokens: Iterable[str]) -> str:
-    """The regular expression that matches, at any position, the longest of the given tokens.
+    """Return the regular expression that matches, at any position, the longest of the given tokens.
 
     A node of the trie becomes `(?:child|child|[leaves])`, followed by `?` where a token may end. Children
     begin with different characters and `?` is greedy, so the first match found is the longest one. Neither
@@ -85,7 +85,7 @@ def longest_match_pattern(tokens: Iterable[str]) -> str:
         tokens: distinct, non-empty strings.
 
     Returns:
-        A pattern for Oniguruma (`tokenizers.Regex`), which also Python's `re` understands.
+        A pattern for Oniguruma (`tokenizers.Regex`) that Python's `re` understands, too.
     """
     return _trie_pattern(sorted(tokens))
 
@@ -113,7 +113,7 @@ def _escape(character: str) -> str:
 def world_tokenizer_backend(
     vocabulary: Mapping[bytes, int], special_tokens: Mapping[str, int], vocab_size: int
 ) -> Tokenizer:
-    """A tokenizer that encodes by greedy longest match over UTF-8 bytes, and decodes any ids.
+    """Return a tokenizer that encodes by greedy longest match over UTF-8 bytes, and decodes any ids.
 
     Ids that neither mapping names become the fillers `<|reserved_{id}|>`. The model's vocabulary must be
     contiguous, or tokens added later would get other ids after a reload. Fillers are no added tokens, so no
@@ -175,7 +175,7 @@ def build_world_tokenizer(
     vocab_size: int = VOCAB_SIZE,
     image_token_id: int | None = None,
 ) -> TokenizersBackend:
-    """The tokenizer of VisualRWKV, ready for `save_pretrained(dir)` and `AutoTokenizer.from_pretrained(dir)`.
+    """Return the tokenizer of VisualRWKV, ready for `save_pretrained(dir)` and `AutoTokenizer.from_pretrained(dir)`.
 
     `<|endoftext|>` (id 0) ends and pads; there is no token that begins a text, and none is added. `<image>`
     is `tokenizer.image_token`. Padding is on the left, as generation wants it.

@@ -23,7 +23,7 @@ from .modeling_vision import PROJECTORS, VisualRWKVVisionModel, pool_patches
 from .scan_orders import is_identity, num_directions, sequence_orders
 
 COMPRESSOR_MULTIPLE = 16
-"""The compressor's input is padded in front with zero vectors to a multiple of this, as it was in training."""
+"""Zero vectors are put before the compressor's input up to a multiple of this length, as in training."""
 
 
 @dataclass
@@ -59,11 +59,11 @@ class VisualTokenCompressor(nn.Module):
         self.norm = nn.LayerNorm(text.hidden_size, eps=text.layer_norm_eps)
 
     def forward(self, tokens: torch.Tensor, num_tiles: int) -> torch.Tensor:
-        """All tokens of pictures with `num_tiles` tiles each, [N, L, C] -> the tokens kept, [N, L', C]."""
+        """Reduce all tokens of pictures with `num_tiles` tiles each, [N, L, C], to the tokens kept, [N, L', C]."""
         return self.reduce(self.read(tokens), num_tiles)
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The blocks: [N, L, C] -> [N, L, C]. The zero vectors in front are read as tokens."""
+        """Apply the blocks: [N, L, C] -> [N, L, C]. The zero vectors before the tokens are read as tokens."""
         length = tokens.shape[1]
         hidden_states = self.embed_norm(F.pad(tokens, (0, 0, -length % COMPRESSOR_MULTIPLE, 0)))
         v_first: torch.Tensor | None = None
@@ -77,7 +77,7 @@ class VisualTokenCompressor(nn.Module):
         return self.norm(hidden_states)[:, -length:]
 
     def reduce(self, tokens: torch.Tensor, num_tiles: int) -> torch.Tensor:
-        """[N, L, C] -> [N, L', C], L' as the configuration's `num_image_tokens_of(num_tiles)`."""
+        """Reduce [N, L, C] to [N, L', C], with L' the configuration's `num_image_tokens_of(num_tiles)`."""
         rule = self.config.image_tokens
         if rule.reduction == "pool":
             return F.adaptive_avg_pool1d(tokens.transpose(1, 2), rule.count(num_tiles)).transpose(1, 2)
@@ -111,11 +111,11 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
         self.language_model.embed_tokens = value
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """The tower's features [N, L, D] -> pooled and projected [N, L', C]."""
+        """Pool and project the tower's features: [N, L, D] -> [N, L', C]."""
         return self.multi_modal_projector(pool_patches(features, self.config))
 
     def compress(self, tokens: torch.Tensor, num_tiles: torch.Tensor | None) -> list[torch.Tensor]:
-        """Projected tiles [sum of tiles, L, C] -> the tokens of each picture, N tensors [L', C].
+        """Make the tokens of each picture, N tensors [L', C], of projected tiles [sum of tiles, L, C].
 
         `num_tiles` [N] says how many tiles in a row belong to a picture; None: one each.
         """
@@ -158,7 +158,7 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor
     ) -> torch.BoolTensor:
-        """Where the tokens of pictures stand, [B, T]. Without ids, where the placeholder's embedding stands."""
+        """Return which positions hold a picture's token, [B, T]; without ids, by the placeholder's embedding."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
@@ -170,7 +170,7 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
         placeholders: torch.BoolTensor,
         image_features: torch.Tensor,
     ) -> torch.Tensor:
-        """Puts `image_features` [sum of L, C] in the place of the placeholders [B, T] of `inputs_embeds` [B, T, C]."""
+        """Replace the placeholders [B, T] in `inputs_embeds` [B, T, C] by `image_features` [sum of L, C]."""
         found = placeholders.sum()
         torch_compilable_check(
             found == image_features.shape[0],
@@ -183,7 +183,7 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
         return inputs_embeds.masked_scatter(placeholders[..., None], image_features)
 
     def scan_orders(self, placeholders: torch.BoolTensor) -> tuple[torch.Tensor | None, ...] | None:
-        """The distinct orders of the layers for pictures at `placeholders` [B, T], each [B, T]; None: the text's.
+        """Return the layers' distinct orders for pictures at `placeholders` [B, T], each [B, T]; None: the text's.
 
         Raises:
             ValueError: if a picture does not lie whole in this sequence.
@@ -222,7 +222,7 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VisualRWKVModelOutputWithPast:
-        """Reads text and pictures.
+        """Read text and pictures.
 
         Args:
             input_ids: [B, T], with `config.image_token_id` once for every token of a picture.
@@ -284,7 +284,7 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
         )
 
     def _refuse_empty_placeholders(self, input_ids: torch.LongTensor | None) -> None:
-        """A prompt with placeholders and no picture would be answered as if there had been one."""
+        """Raise `ValueError` for placeholders without a picture, which would be answered as if there were one."""
         if input_ids is None or input_ids.shape[1] == 1 or torch.compiler.is_compiling():
             return
         found = int((input_ids == self.config.image_token_id).sum())
@@ -293,7 +293,7 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel):
 
 
 def is_trivial(scan: str) -> bool:
-    """Whether every layer reads in the order of the text."""
+    """Return whether every layer reads in the order of the text."""
     return all(is_identity(scan, direction) for direction in range(num_directions(scan)))
 
 

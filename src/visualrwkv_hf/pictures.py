@@ -50,8 +50,8 @@ def open_picture(
     Args:
         source: a Pillow picture; an array or tensor [H, W], [H, W, c] or [c, H, W] with c = 1, 3 or 4, of floats
             from 0 to 1, bool, uint16 or integers from 0 to 255; a path; a http(s) URL; a file's contents, as bytes
-            or as base64 text, with or without `data:image/...;base64,` in front. Of an animation the first frame is
-            taken. A file is turned upright as its EXIF data says, as transformers does (the original does not look);
+            or as base64 text, with or without the prefix `data:image/...;base64,`. The first frame of an animation
+            is taken. A file is turned upright as its EXIF data says, as transformers does (the original does not look);
             a Pillow picture is taken as it is.
         input_data_format: "channels_first" or "channels_last", for an array whose shape fits both.
         max_pixels: largest width times height that is decoded.

@@ -1,4 +1,4 @@
-"""The part of a very thin picture that CLIP's image processor looks at, computed without what lies around it."""
+"""The part of a very thin picture that CLIP's image processor looks at, computed without the rest."""
 
 import numpy as np
 from PIL import Image
@@ -61,7 +61,7 @@ def _enlarged_lines(
     """Return lines `first` to `first + count` of a picture that is enlarged from `length` lines to `resized`.
 
     As Pillow does: Keys' cubic with a = -1/2 (IEEE Trans. ASSP 29.6, 1981), around the middles of pixels, cut off at
-    the edges and brought to a sum of 1; weights with 22 bits behind the point.
+    the edges and normalised to a sum of 1; weights are fixed-point numbers with 22 fractional bits.
 
     Args:
         lines: uint8 [n, m, 3], those of the picture that are looked at.
