@@ -4,6 +4,7 @@ What shapes do not tell comes from two tables: `RELEASES`, how a release reads i
 heads of vision encoders. Both can be overridden field by field.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -359,7 +360,9 @@ def infer(
     """
     shapes = {canonical_name(name): tuple(shape) for name, shape in shapes.items()}
     text = text_fields(shapes)
-    if all(name.startswith("rwkv.") for name in shapes):
+    is_text = all(name.startswith("rwkv.") for name in shapes)
+    _refuse_unknown_options(overrides, VisualRWKVTextConfig if is_text else VisualRWKVConfig)
+    if is_text:
         if family is not None or vision_config is not None:
             raise ConversionError(
                 "The checkpoint is a language model alone: it has no family and no vision tower."
@@ -379,6 +382,15 @@ def infer(
     return Inferred(
         family, VisualRWKVConfig(**merged(merged(found, RELEASES[family].config_fields), overrides))
     )
+
+
+def _refuse_unknown_options(overrides: Mapping[str, Any], config_class: type) -> None:
+    """Raise `ConversionError` for what is no field of a configuration, which would take it without a word."""
+    if unknown := sorted(overrides.keys() - {field.name for field in dataclasses.fields(config_class)}):
+        raise ConversionError(
+            f"There is no option {unknown[0]}: it is no option of the conversion and no field of "
+            f"{config_class.__name__}."
+        )
 
 
 def infer_config(shapes: Shapes, **given: Any) -> VisualRWKVConfig | VisualRWKVTextConfig:

@@ -50,6 +50,14 @@ def test_overwrite_through_a_link_replaces_what_it_points_to(checkpoint, tmp_pat
     assert names_in(tmp_path) == {"disk", "link"} and names_in(tmp_path / "disk") == {"model"}
 
 
+def test_a_misspelt_option_is_refused(checkpoint, tmp_path):
+    with pytest.raises(
+        ConversionError, match="There is no option overwrit: it is no option of the conversion"
+    ):
+        to_hf(checkpoint, tmp_path / "model", overwrit=True)
+    assert not names_in(tmp_path)
+
+
 def test_a_link_to_nothing_is_followed(checkpoint, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "model")
     to_hf(checkpoint, tmp_path / "link")
