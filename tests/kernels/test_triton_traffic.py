@@ -16,7 +16,7 @@ B, T, H, K = 1, 512, 1, 64  # long enough that the final state, which does not g
 UNIT = B * T * H * K * 2
 """Bytes of one bfloat16 [B, T, H, K]. wkv6 cannot do with less than 5 of them forward and 9 backward, wkv7 7 and 13."""
 LIMITS = {wkv6: (22, 33), wkv7: (22, 40)}
-"""Forward and backward. wkv7's gradients are of two kernels that both read the states: a single one spills registers."""
+"""Forward and backward. wkv7's gradients take two kernels that both read the states, for a single one spills."""
 
 
 def bfloat16(*shape):
