@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..configuration_visualrwkv import VisualRWKVTextConfig
 from ..generations import GENERATIONS
 from ..layer_state import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, WKV, LayerState
 from ..modeling_rwkv import RwkvBlock
@@ -195,11 +196,13 @@ def decode_block(
     """
     if state.indices is not None or not serves(hidden_states) or not has_native_parts(block):
         return None
-    version = block.att.config.rwkv_version
+    att: Any = block.att
+    norm: Any = block.ln1
+    version = att.config.rwkv_version
     weights = _Weights.of(block, version)
     shifts = [state.tensors[name] for name in (TIME_MIX_SHIFT, CHANNEL_MIX_SHIFT)]
     wkv_state = state.tensors[WKV]
-    sizes = _sizes(block, weights, hidden_states)
+    sizes = _sizes(att.config, weights, hidden_states)
     if not _suits(sizes, weights, hidden_states, shifts, wkv_state):
         return None
     mask = token_order.mask()
@@ -208,7 +211,7 @@ def decode_block(
     numbers = (*sizes, *weights.ranks)
     library().call(
         "block",
-        *(block.ln1.eps, block.att.ln_x.eps, DECAY_SCALE),
+        *(norm.eps, att.ln_x.eps, DECAY_SCALE),
         (ctypes.c_int64 * len(numbers))(*numbers),
         weights.pointers(),
         *(*shifts, wkv_state, mask, v_first, x),
@@ -237,8 +240,8 @@ _NATIVE_PARTS = {
 }
 
 
-def _sizes(block: RwkvBlock, weights: _Weights, hidden_states: Tensor) -> _Sizes:
-    (B, _, C), config = hidden_states.shape, block.att.config
+def _sizes(config: VisualRWKVTextConfig, weights: _Weights, hidden_states: Tensor) -> _Sizes:
+    B, _, C = hidden_states.shape
     A, F = (weights.linear[_INDEX[name]][0].shape[0] for name in ("RECEPTANCE", "FFN_KEY"))
     tag = FORMAT_OF.get(hidden_states.dtype, -1)
     return _Sizes(config.rwkv_version, B, C, A, F, config.num_attention_heads, tag)

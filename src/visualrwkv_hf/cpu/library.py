@@ -16,6 +16,7 @@ import stat
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def _compute_after_a_fork() -> None:
         os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
-def _parse(contract: str) -> dict[str, int | tuple[str, ...]]:
+def _parse(contract: str) -> dict[str, Any]:
     rows = (line.split() for line in contract.splitlines())
     return {name: int(words[0]) if words[0].isdigit() else tuple(words) for name, *words in rows}
 
