@@ -59,7 +59,7 @@ def inputs_of(op, T: int = 6, K: int = 16) -> dict[str, torch.Tensor]:
 def test_order_outside_the_sequence_is_refused(op, entry, built):
     order = torch.arange(6)[None]
     order[0, 3] = entry
-    with kernel_backend("native"), pytest.raises(ValueError, match=r"order must hold tokens 0 to 5"):
+    with kernel_backend("native"), pytest.raises(ValueError, match="order must hold tokens"):
         op(**inputs_of(op), order=order)
 
 
