@@ -20,6 +20,7 @@ from tiny_checkpoint import write_checkpoint
 
 from visualrwkv_hf import VisualRWKVConfig
 from visualrwkv_hf.cli import convert as cli_convert
+from visualrwkv_hf.cli.bars import bytes_bar
 from visualrwkv_hf.conversion import ConversionError
 from visualrwkv_hf.conversion.checkpoint import sha256_of
 from visualrwkv_hf.conversion.folders import EXTRAS_FILE
@@ -128,7 +129,7 @@ def test_progress_names_the_file_and_counts_to_the_total(checkpoint, monkeypatch
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    with cli_convert.progress_bar(total=2_000_000) as progress:
+    with bytes_bar(total=2_000_000) as progress:
         progress("model-00001-of-00002.safetensors", 1_500_000)
         progress("model-00002-of-00002.safetensors", 500_000)
     last = terminal.getvalue().strip().split("\r")[-1]
