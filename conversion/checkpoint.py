@@ -171,7 +171,7 @@ def _kind_of(tensor: Tensor) -> str:
     return "a quantized tensor" if tensor.is_quantized else f"a tensor of layout {tensor.layout}"
 
 
-def tensors_in(loaded: object, path: Path) -> dict[str, Tensor]:
+def tensors_in(loaded: Any, path: Path) -> dict[str, Tensor]:
     """Return the dict of tensors in what `torch.load` gave, also from under a training framework's name."""
     for _ in range(DEEPEST):
         key = next((k for k in NESTED_UNDER if k in loaded), None) if isinstance(loaded, Mapping) else None

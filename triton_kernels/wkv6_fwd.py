@@ -223,8 +223,10 @@ def wkv6_forward(
     """Return y, the final state and, saved for the backward (else empty), q, G, A and the chunks' first states."""
     outputs = _outputs(r, cu_seqlens, config_of(r)[0].BT, save)
     w, (r, k, v, u) = with_heads_together(w), (x.contiguous() for x in (r, k, v, u))
-    options = (x if x is None else x.contiguous() for x in (initial_state, order, cu_seqlens))
-    inputs = (r, w, k, v, u, *options)
+    initial_state, order, cu_seqlens = (
+        x if x is None else x.contiguous() for x in (initial_state, order, cu_seqlens)
+    )
+    inputs = (r, w, k, v, u, initial_state, order, cu_seqlens)
     with on_device_of(r):
         if not save and (r.shape[1] <= MAX_STEPS or not has_matrix_units(r)):
             _forward_in_steps(*inputs, *outputs[:2])

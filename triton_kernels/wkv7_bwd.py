@@ -352,7 +352,8 @@ def wkv7_backward(
             *inputs, states, dstates, u, dz, dr, dw, dk, da, db, T, sequences, K, BK=BK, BV=BV, **sizes,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
-    return *gradients, dinitial_state
+    dr, dw, dk, dv, da, db = gradients
+    return dr, dw, dk, dv, da, db, dinitial_state
 
 
 def _gradients(
@@ -360,7 +361,8 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return what `wkv7_backward` returns, not written yet."""
     state = r.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
-    return *(torch.empty_like(x) for x in (r, w, k, v, a, b)), state
+    empty = torch.empty_like
+    return empty(r), empty(w), empty(k), empty(v), empty(a), empty(b), state
 
 
 @wkv7_backward.register_fake

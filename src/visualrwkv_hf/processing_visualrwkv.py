@@ -44,7 +44,7 @@ VALUE_FIELDS = {"do_rescale", "rescale_factor", "do_convert_rgb"}
 """Options of transformers' image processors that say what the values of an array mean."""
 
 
-class VisualRWKVProcessorKwargs(ProcessingKwargs, total=False):
+class VisualRWKVProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Options of a call beside those of every processor."""
 
     return_scan_orders: bool

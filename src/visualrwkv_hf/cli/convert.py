@@ -93,7 +93,7 @@ def convert(
             from visualrwkv_hf.conversion.hub_files import refuse_push
 
             refuse_push(push_to_hub, private)
-        options = dict(
+        options: dict[str, Any] = dict(
             dtype=dtype,
             max_shard_size=max_shard_size,
             overwrite=overwrite,

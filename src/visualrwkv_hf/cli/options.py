@@ -132,7 +132,8 @@ class LateBar:
     """A bar that appears with the first bytes, so that a model that is in the cache shows none."""
 
     def __init__(self, stack: contextlib.ExitStack, make: Callable[[], Any]):
-        self.stack, self.make, self.bar = stack, make, None
+        self.stack, self.make = stack, make
+        self.bar: Any = None
 
     def __call__(self, file: str, num_bytes: int) -> None:
         if self.bar is None:

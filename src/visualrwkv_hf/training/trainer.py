@@ -97,7 +97,8 @@ class VisualRWKVTrainer(Trainer):
         The original forgets to schedule the group with weight decay; here it follows the schedule too.
         """
         arguments = self.args
-        if arguments.learning_rate_final is None:
+        final = arguments.learning_rate_final
+        if final is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
 
@@ -105,7 +106,7 @@ class VisualRWKVTrainer(Trainer):
                 rate = learning_rate_at(
                     step,
                     initial=arguments.learning_rate,
-                    final=arguments.learning_rate_final,
+                    final=final,
                     total_steps=num_training_steps,
                     warmup_steps=arguments.get_warmup_steps(num_training_steps),
                     accumulation=arguments.gradient_accumulation_steps,
@@ -217,7 +218,7 @@ class VisualRWKVTrainer(Trainer):
         from peft.utils import load_peft_weights
 
         weights = load_peft_weights(resume_from_checkpoint, device="cpu")
-        set_peft_model_state_dict(loaded, weights, adapter_name=loaded.active_adapters()[0])
+        set_peft_model_state_dict(loaded, weights, adapter_name=loaded.active_adapters()[0])  # type: ignore[operator]
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write `card` as README.md of the output folder if it is set, otherwise Trainer's card."""
