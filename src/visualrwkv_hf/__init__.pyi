@@ -5,6 +5,7 @@ from .cache_visualrwkv import VisualRWKVStaticCache as VisualRWKVStaticCache
 from .configuration_visualrwkv import VisualRWKVConfig as VisualRWKVConfig
 from .configuration_visualrwkv import VisualRWKVTextConfig as VisualRWKVTextConfig
 from .configuration_visualrwkv import VisualRWKVVisionConfig as VisualRWKVVisionConfig
+from .conversion import to_hf as to_hf
 from .cpu import accelerate_on_cpu as accelerate_on_cpu
 from .dispatch import kernel_backend as kernel_backend
 from .image_processing_visualrwkv import VisualRWKVImageProcessor as VisualRWKVImageProcessor

@@ -114,7 +114,7 @@ def test_registering_again_changes_nothing():
     assert (finders, before) == (sys.meta_path, sys.modules)
 
 
-WINGS = ["visualrwkv_hf.cpu", "visualrwkv_hf.inference", "visualrwkv_hf.training"]
+WINGS = [f"visualrwkv_hf.{name}" for name in ("conversion", "cpu", "inference", "training")]
 
 
 def test_star_import_brings_the_public_names(tmp_path):

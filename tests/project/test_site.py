@@ -12,7 +12,10 @@ from paths import ROOT
 import visualrwkv_hf
 
 DOCS = ROOT / "docs"
-WINGS = ["visualrwkv_hf", "visualrwkv_hf.cpu", "visualrwkv_hf.inference", "visualrwkv_hf.training"]
+PACKAGES = [
+    "visualrwkv_hf",
+    *(f"visualrwkv_hf.{name}" for name in ("conversion", "cpu", "inference", "training")),
+]
 CONSTANTS = {"PROMPT_FORMATS", "TRAINABLE_PARTS"}
 """Public names without a docstring of their own; the pages that use them explain them."""
 
@@ -21,7 +24,7 @@ def names_on_the_api_page() -> list[str]:
     return re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text("utf-8"), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("package", WINGS)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_is_on_the_api_page(package):
     listed = set(names_on_the_api_page())
     root = set(visualrwkv_hf.__all__)

@@ -115,6 +115,19 @@ VERSIONS = tuple(int(field.removeprefix("v")) for field in Slot._fields[1:])
 _PATHS = {version: _Paths.of(version) for version in VERSIONS}
 
 
+def _versions_with(name: str) -> frozenset[int]:
+    """Return the generations that have the low-rank map `name`."""
+    slot = next(slot for slot in LOW_RANKS if slot.name == name)
+    return frozenset(version for version in VERSIONS if getattr(slot, f"v{version}"))
+
+
+MIXES_BY_MAP = _versions_with("LOW_SHIFT")
+"""Generations whose token shift has a low-rank map: one for all five targets, of five times the rank."""
+
+HANDS_ON_VALUES = _versions_with("LOW_V")
+"""Generations whose first layer hands its values to the others."""
+
+
 class _Weights(NamedTuple):
     """What fills ops.c's `Weights`; None where the block has nothing."""
 
@@ -217,7 +230,7 @@ def decode_block(
         *(*shifts, wkv_state, mask, v_first, x),
     )
     dtype = hidden_states.dtype
-    return x.to(dtype), v_first.to(dtype) if version == 7 else None
+    return x.to(dtype), v_first.to(dtype) if version in HANDS_ON_VALUES else None
 
 
 def has_native_parts(block: RwkvBlock) -> bool:
@@ -279,7 +292,7 @@ def _have_their_sizes(sizes: _Sizes, weights: _Weights) -> bool:
     contract, of_C = library().contract, len(VECTORS_OF_C)
     widths = [C if slot.name == "LOW_SHIFT" else A for slot in LOW_RANKS]  # columns of each `up`
     maps = zip(weights.low_rank[::2], weights.low_rank[1::2], widths)
-    ranks = [weights.ranks[0] // 5, *weights.ranks] if version == 6 else weights.ranks
+    ranks = [weights.ranks[0] // 5, *weights.ranks] if version in MIXES_BY_MAP else weights.ranks
     others = {"OUTPUT": (C, A), "FFN_KEY": (F, C), "FFN_VALUE": (C, F), "FFN_RECEPTANCE": (C, C)}
     return (
         A % H == 0
