@@ -69,7 +69,7 @@ class Checkpoint(Mapping[str, Tensor]):
     """Tensors of one or several files, mapped into memory and read when asked for.
 
     Reading returns a view of the mapped file. Pages that were read count as resident memory, so the file is mapped
-    anew every `RELEASE_EVERY` bytes; a tensor in use keeps its own mapping.
+    again after every `RELEASE_EVERY` bytes; a tensor in use keeps its own mapping.
 
     Args:
         paths: of the files; no tensor may be in two of them.
@@ -221,7 +221,7 @@ def open_tensors(path: Path) -> SafetensorsFile | TorchFile:
 
 
 def _looks_like_safetensors(start: bytes, path: Path) -> bool:
-    """Whether a file begins with the length of a header, in 8 bytes, and a header in JSON.
+    """Return whether a file begins with the length of a header, in 8 bytes, and a header in JSON.
 
     The length's bytes may be those of `<` or `{`. The bytes of a text make a number that is larger than any file.
     """

@@ -218,7 +218,7 @@ FEATURIZERS = {
 def _written_out(
     rows: Iterable[Row], original: str, ours: str, layers: Iterable[int] = (0,)
 ) -> Iterator[Row]:
-    """The rows once per layer, with the layer's index and both sides' prefixes."""
+    """Return the rows once per layer, with the layer's index and both sides' prefixes."""
     for layer in layers:
         for row in rows:
             names = tuple(ours + name.replace("{l}", str(layer)) for name in row.ours)

@@ -38,7 +38,7 @@ class VisualRWKVCache(DynamicCache):
 
     @staticmethod
     def _counter(length: int) -> int | torch.Tensor:
-        """The length in the form in which `advance` counts it."""
+        """Return the length in the form in which `advance` counts it."""
         return length
 
     @classmethod

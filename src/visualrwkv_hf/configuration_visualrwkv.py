@@ -156,7 +156,7 @@ class VisualRWKVTextConfig(PreTrainedConfig):
 
 @strict
 class VisualRWKVVisionConfig(PreTrainedConfig):
-    r"""Configuration of the vision tower: one or several stock encoders behind one forward.
+    r"""Configuration of the vision tower: one or several stock encoders with a common forward.
 
     clip_config, dinov2_config, siglip_config, sam_config (`dict` or `PreTrainedConfig`, *optional*):
         The encoders, as configurations of transformers' `CLIPVisionModel`, `Dinov2WithRegistersModel`,

@@ -160,7 +160,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         reading_plan: ReadingPlan | None = None,
         **kwargs,
     ):
-        """Generate as [`~transformers.GenerationMixin.generate`], with states in the place of key-value caches.
+        """Generate as [`~transformers.GenerationMixin.generate`], with states instead of key-value caches.
 
         On a CPU the pictures of a prompt are encoded one by one, and the prompt of one sample is read in pieces, so
         that a kept state changes no bit of an answer: see the class. A call of the model reads a prompt at once.
@@ -269,7 +269,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         reading_plan: ReadingPlan | None = None,
         **kwargs,
     ) -> dict:
-        """As the stock method. The first step reads what the plan says, later steps nothing of the prompt.
+        """Prepare a step like the stock method. The first step reads what the plan says, later steps read no prompt.
 
         Whether the prompt was read is asked of the cache: an assistant model's first step is not marked as such.
         """

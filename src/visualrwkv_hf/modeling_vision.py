@@ -1,4 +1,4 @@
-"""Vision: stock encoders behind one forward that gives [N, L, D], pooling, and projectors.
+"""Vision: stock encoders with a common forward that returns [N, L, D], pooling, and projectors.
 
 Letters: N pictures, V views of a picture (the whole and its tiles), L patches, D channels, C hidden size of
 the language model.
@@ -110,7 +110,7 @@ RECORDED = ("hidden_states", "attentions")
 
 
 class VisualRWKVVisionModel(PreTrainedModel):
-    """One or several stock encoders that look at the same pictures, behind one forward.
+    """Run one or several stock encoders on the same pictures, in one forward.
 
     Modules that no feature comes from are left out: a checkpoint of the stock model has more tensors. Every encoder
     is initialised as the stock model is, since `PreTrainedModel` leaves that to its sub-models.

@@ -52,7 +52,7 @@ class VisualRWKVProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[
 
 
 class VisualRWKVProcessor(ProcessorMixin):
-    r"""Image processor and tokenizer behind one call. [`~VisualRWKVProcessor.from_config`] makes that of a model.
+    r"""Image processor and tokenizer in one call. [`~VisualRWKVProcessor.from_config`] makes the processor of a model.
 
     Chats: `processor.apply_chat_template(messages, ...)`. Messages have the roles user and assistant; a system
     message may come first, and its text is put before the first user message's. Blank lines are removed from texts,

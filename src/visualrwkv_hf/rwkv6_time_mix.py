@@ -60,7 +60,7 @@ def decay_recurrence(
     order: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Recurrence:
-    """The equations of RWKV-5 and RWKV-6 after the matrix products (arXiv 2404.05892, section 4).
+    """Compute the equations of RWKV-5 and RWKV-6 after the matrix products (arXiv 2404.05892, section 4).
 
         w_t = -exp(time_decay + decay_t)                      log decay; RWKV-5 has no decay_t
         y_t = r_t^T (S_{t-1} + diag(u) k_t v_t^T)

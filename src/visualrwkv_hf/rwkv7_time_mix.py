@@ -76,7 +76,7 @@ def rwkv7_recurrence(
     order: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Recurrence:
-    """The equations of RWKV-7 after the matrix products (arXiv 2503.14456, section 4).
+    """Compute the equations of RWKV-7 after the matrix products (arXiv 2503.14456, section 4).
 
         w_t = -e^(-1/2) sigmoid(w0 + decay_t)                 log decay
         a_t = sigmoid(a0 + rate_t)                            in-context learning rate

@@ -71,7 +71,7 @@ SCANS: dict[str, tuple[Callable[[int, int], list[int]], ...]] = {
 
 
 def directions_of(scan: str) -> tuple[Callable[[int, int], list[int]], ...]:
-    """The directions of a scan.
+    """Return the directions of a scan.
 
     Raises:
         ValueError: an unknown name.
@@ -93,7 +93,7 @@ def num_directions(scan: str) -> int:
 
 
 def is_identity(scan: str, direction: int) -> bool:
-    """Whether a layer in this direction (taken mod D) reads the patches as they come: nothing to permute."""
+    """Return whether a layer in this direction (taken mod D) reads the patches in raster order, without permutation."""
     directions = directions_of(scan)
     return directions[direction % len(directions)] is raster
 
@@ -170,7 +170,7 @@ def _refuse_parts(image_mask: Tensor, nth: Tensor, length: int) -> None:
 
 
 def inverse_order(order: Tensor) -> Tensor:
-    """The way back, of the same shape: reading along `order` and then along it is reading as it comes.
+    """Return the inverse permutation, of the same shape: `order` followed by its inverse changes nothing.
 
     Args:
         order: permutations of 0..T-1, int64 [..., T].

@@ -24,7 +24,7 @@ from .prompt_identity import PromptIdentity, picture_number
 
 FORMAT = "visualrwkv_hf.state"
 VERSION = "2"
-"""Version 1 had `contents.{row}` in the place of `read_ids.{row}`, and no full hashes of pictures."""
+"""Version 1 had `contents.{row}` instead of `read_ids.{row}`, and no full hashes of pictures."""
 ID_NAMES = {"1": "contents", "2": "read_ids"}
 
 MAX_BYTES = 4 << 30

@@ -43,7 +43,7 @@ def wkv6(
     cu_seqlens: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence of RWKV-6 (arXiv 2404.05892, section 4.2), and of RWKV-5, whose w does not depend on t.
+    """Compute the recurrence of RWKV-6 (arXiv 2404.05892, section 4.2), and of RWKV-5, whose w does not depend on t.
 
         y_t = r_t^T (S_{t-1} + diag(u) k_t v_t^T)
         S_t = diag(exp(w_t)) S_{t-1} + k_t v_t^T
@@ -99,7 +99,7 @@ def wkv7(
     min_log_decay: float = -math.inf,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """The generalised delta rule of RWKV-7 (arXiv 2503.14456, section 4).
+    """Compute the generalised delta rule of RWKV-7 (arXiv 2503.14456, section 4).
 
         S_t = diag(exp(w_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T
         y_t = r_t^T S_t

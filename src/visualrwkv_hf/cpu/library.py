@@ -137,7 +137,7 @@ def _safe_folder(folder: Path) -> Path:
 
 
 def _is_ours_alone(found: os.stat_result) -> bool:
-    """Whether this user owns a file or folder, and nobody else may write to it."""
+    """Return whether this user owns a file or folder and nobody else may write to it."""
     if not hasattr(os, "getuid"):  # Windows, where the user's folders have access lists
         return True
     return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

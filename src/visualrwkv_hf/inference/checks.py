@@ -109,7 +109,7 @@ def refuse_strange_processor(processor: Any, config: Any, folder: Path) -> None:
     path = folder / "processor_config.json"
     for name in CONFIG_FIELDS:
         ours, models = _plain(getattr(processor, name)), _plain(getattr(config, name))
-        if name != "image_position" and ours != models:  # where chats place pictures may be chosen anew
+        if name != "image_position" and ours != models:  # chats may place pictures elsewhere
             raise ValueError(f"{name} in {path} is {ours!r}, but the model has {models!r}.")
     if processor.image_token_id != config.image_token_id:
         raise ValueError(

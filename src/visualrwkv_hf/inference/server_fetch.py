@@ -36,7 +36,7 @@ class Unfetchable(Exception):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet, and so is the IPv4 address that it holds, if any."""
+    """Return whether an IP address, and the IPv4 address in it if there is one, belongs to the public internet."""
     try:
         ip = ip_address(address)
     except ValueError:

@@ -126,7 +126,7 @@ class Line:
             job.put(Refusal("The server is stopping.", 503))
 
     def _next(self) -> Job | None:
-        """The first job of the client whose turn it is; None after the end."""
+        """Return the first job of the client whose turn it is, or None after the end."""
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
@@ -215,7 +215,7 @@ class AnswerText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are a beginning of `stop`, and not all of it."""
+    """Return how many characters at the end of `text` may be the beginning of `stop`."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((length for length in lengths if text.endswith(stop[:length])), 0)
 

@@ -99,7 +99,7 @@ class Access:
             raise ValueError("An API key must be of printable ASCII characters without spaces.")
 
     def allows_host(self, header: str) -> bool:
-        """Whether a Host header names this server.
+        """Return whether a Host header names this server.
 
         A page of another site can make its visitor's browser ask this server under a name of that site (DNS
         rebinding), but never under an IP address.
@@ -109,14 +109,14 @@ class Access:
 
 
 def host_of(header: str) -> str:
-    """The host of a Host header in lower case, without its port, and without the brackets of an IPv6 address."""
+    """Return the host of a Host header in lower case, without port, and without the brackets of an IPv6 address."""
     if header.startswith("["):
         return header[1:].partition("]")[0].lower()
     return header.partition(":")[0].lower().rstrip(".")
 
 
 def is_address(host: str) -> bool:
-    """Whether `host` is an IP address."""
+    """Return whether `host` is an IP address."""
     try:
         ip_address(host)
     except ValueError:

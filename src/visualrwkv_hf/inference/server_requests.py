@@ -418,7 +418,7 @@ def _read_messages(
 
 
 def _listed_input(given: Any) -> Any:
-    """The `input` of a response as a list of messages: a text and a list of content are a user's message."""
+    """Return the `input` of a response as messages: a text or a list of content is a user's message."""
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     first = given[0] if isinstance(given, list) and given else None

@@ -321,14 +321,14 @@ def name_of(row: dict) -> str:
 
 
 def _refuse_lost_pictures(conversations: list[dict]) -> None:
-    """The original would take the `<image>` of a question away, and train on a question about nothing."""
+    """Refuse a sample that loses its picture. The original removes the `<image>` and trains on the bare question."""
     values = [turn["value"] for turn in conversations if turn["from"].lower() == "human"]
     if lost := sum(value.count(IMAGE) for value in values):
         raise ValueError(f"the text has {lost} {IMAGE}, but there is no picture.")
 
 
 def _concatenated(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """What image processors gave, one behind the other: all have their pictures in the first dimension."""
+    """Concatenate the outputs of image processors; all have pictures in the first dimension."""
     return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 

@@ -293,7 +293,7 @@ def sample_order(
 
     Step s reads sample s^3 mod p with p = `magic_prime(num_samples)`, where s counts over all epochs and processes.
     So the first p steps never read the samples from p on. After every p steps the list is reordered: "reversed"
-    (v6.0, v7.00) or "permuted" anew each time (from v7.01 on).
+    (v6.0, v7.00) or "permuted" again each time (from v7.01 on).
 
     Returns:
         `epoch_steps * micro_batch_size` indices below `num_samples`.
