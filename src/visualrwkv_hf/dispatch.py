@@ -113,7 +113,8 @@ def kernel(op: str, *tensors: Tensor, gradient: bool = False) -> Callable[..., A
     if asked == backend:
         raise RuntimeError(f'kernel_backend("{backend}") is in force, but there is no {op} kernel: {reason}.')
     if not torch.compiler.is_compiling():  # a graph has no place for the warning
-        _say_once(f"{op} runs as plain torch, slower than its {backend} kernel: {reason}.")
+        name = "Triton" if backend == "triton" else backend
+        _say_once(f"{op} runs as plain torch, slower than its {name} kernel: {reason}.")
     return None
 
 

@@ -264,7 +264,11 @@ class VisualRWKVImageProcessor(PilBackend):
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the fields, and the code that reads them beside them, so that a push uploads both."""
         super().to_json_file(json_file_path)
-        copy_code(Path(json_file_path).parent, IMAGE_PROCESSOR_CODE)
+        self.copy_code_to(Path(json_file_path).parent)
+
+    def copy_code_to(self, folder: Path) -> None:
+        """Copy the code of this class, and what it imports, into `folder`."""
+        copy_code(folder, IMAGE_PROCESSOR_CODE)
 
     def get_number_of_image_patches(
         self, height: int, width: int, images_kwargs: Mapping | None = None

@@ -18,7 +18,7 @@ from .chat_template import release_chat_template
 from .configuration_visualrwkv import VisualRWKVConfig
 from .image_tokens import ImageTokens, class_token_places
 from .pictures import open_picture
-from .remote_code import IMAGE_PROCESSOR_CODE, PROCESSOR_CODE, copy_code
+from .remote_code import PROCESSOR_CODE, copy_code
 from .scan_orders import num_directions, sequence_orders
 from .thin_pictures import CUTTING_FIELDS, middle_of_thin
 
@@ -145,10 +145,13 @@ class VisualRWKVProcessor(ProcessorMixin):
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the fields, and the code that reads them beside them, so that a push uploads both."""
         super().to_json_file(json_file_path)
-        ours = IMAGE_PROCESSOR_CODE["AutoImageProcessor"].split(".")[-1]
-        is_ours = type(self.image_processor).__name__ == ours  # else it is one of transformers'
-        code = PROCESSOR_CODE | (IMAGE_PROCESSOR_CODE if is_ours else {})
-        copy_code(Path(json_file_path).parent, code)
+        folder = Path(json_file_path).parent
+        copy_code(folder, PROCESSOR_CODE)
+        # Its files may lie elsewhere than these: transformers caches the code of a class with what the class imports.
+        if copy_its_code := getattr(
+            self.image_processor, "copy_code_to", None
+        ):  # transformers' own have none
+            copy_its_code(folder)
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """Render chats as transformers' `ProcessorMixin.apply_chat_template` does.

@@ -279,12 +279,13 @@ def test_answers_have_a_longest_time(folder):
 @pytest.mark.parametrize("sent, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)])
 def test_a_signal_ends_the_server_while_streams_are_open(folder, tmp_path, sent, code):
     """Within the 5 seconds after which it ends itself in any case, and tells the streams."""
+    endless = chat(max_tokens=4000, stream=True, logit_bias={"65": 100})  # one letter again and again
     with served_apart(folder, tmp_path / "log") as (process, url):
         port = int(url.rpartition(":")[2])
         with connected(port) as one, connected(port) as other, connected(port, buffer=1024) as mute:
-            mute.sendall(request_of(chat(max_tokens=4000, stream=True)))
+            mute.sendall(request_of(endless))
             for connection in (one, other):
-                connection.sendall(request_of(chat(max_tokens=4000, stream=True)))
+                connection.sendall(request_of(endless))
             time.sleep(1)
             process.send_signal(sent)
             assert process.wait(TOO_LONG) == code

@@ -404,7 +404,7 @@ class TerminalText(io.StringIO):
 
 
 def test_the_model_inside_says_once_what_it_is(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr("visualrwkv_hf.bundled_model", lambda: Path(folder))
+    monkeypatch.setattr("visualrwkv_hf.bundled.bundled_model", lambda: Path(folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shown = TerminalText()
     monkeypatch.setattr(sys, "stderr", shown)

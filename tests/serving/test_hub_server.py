@@ -122,7 +122,7 @@ def test_push_that_never_gets_through_commits_nothing(hub, client, checkpoint, t
     hub.drop[kind] = 100
     options = ["--push-to-hub", f"ann/lost-{kind}"]
     sentence = refused(client, other, tmp_path / "m", *options, token=ANN)
-    assert "The connection to the Hub" in sentence and "The converted folder is whole" in sentence
+    assert "The connection to the Hub" in sentence and "The converted folder is complete" in sentence
     assert files_on(hub, f"ann/lost-{kind}") == {}
     assert (tmp_path / "m" / "config.json").exists()
 

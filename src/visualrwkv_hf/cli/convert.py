@@ -106,9 +106,10 @@ def convert(
             folder = assemble(world, vision_tower, output, **options)
         else:
             folder = convert_sources(sources, output, vision_tower, keep_unused=extras, **options)
+        address = push(folder, push_to_hub, private=private, revision=revision) if push_to_hub else None
         typer.echo(folder)
-        if push_to_hub:
-            typer.echo(push(folder, push_to_hub, private=private, revision=revision))
+        if address:
+            typer.echo(address)
         say_next(folder, is_trained=not world)
 
 
