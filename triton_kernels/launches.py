@@ -148,10 +148,10 @@ _NARROW, _WIDE = Launch(16, 4, 3), Launch(32, 4, 2)
 WKV7 = {
     (32, BF16, True): Config(16, Launch(32, 4), _NARROW, _WIDE, Launch(32, 4)),
     (64, BF16, True): Config(32, Launch(64, 4), _NARROW, _WIDE, Launch(64, 4), Launch(64, 4)),
-    (128, BF16, True): Config(16, Launch(64, 8), _NARROW, _WIDE, Launch(32, 8), Launch(64, 4)),
+    (128, BF16, True): Config(16, Launch(64, 8), _NARROW, _WIDE, Launch(32, 8), Launch(64, 4), part=64),
     (32, BF16, False): Config(16, Launch(32, 4), _NARROW, _WIDE, Launch(32, 4)),
     (64, BF16, False): Config(16, Launch(64, 4), _NARROW, _WIDE, Launch(32, 4)),
-    (128, BF16, False): Config(16, Launch(64, 8), _NARROW, _WIDE, Launch(32, 8)),
+    (128, BF16, False): Config(16, Launch(64, 8), _NARROW, _WIDE, Launch(32, 8), part=64),
     (32, FP16, True): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4)),
     (64, FP16, True): Config(16, Launch(32, 8), _NARROW, _NARROW, Launch(16, 4)),
     (128, FP16, True): Config(16, Launch(32, 8), Launch(16, 8), Launch(16, 8), Launch(16, 8)),
