@@ -71,6 +71,11 @@ def chat(text="Hello", **fields):
     return {"messages": [user(text, data_url("red"))], "max_tokens": 2} | fields
 
 
+def endless(text="Hello", **fields):
+    """A question whose answer is one letter again and again: only its length ends it, not what random weights say."""
+    return chat(text, max_tokens=4000, logit_bias={"65": 100}, **fields)
+
+
 def is_well(url):
     return httpx.post(url + CHAT, json=chat(), timeout=TOO_LONG).json()["usage"]["completion_tokens"] <= 2
 
@@ -196,7 +201,7 @@ def test_bytes_that_are_no_request_get_a_4xx_or_no_answer(served, said):
 def test_an_abandoned_request_frees_the_model(served, stream, path):
     """Its 4000 tokens are not written: the model was called far less often when it is idle again."""
     body = {
-        CHAT: chat(max_tokens=4000, stream=stream),
+        CHAT: endless(stream=stream),
         "/v1/completions": {"prompt": "Hello", "max_tokens": 4000, "stream": stream},
         "/v1/responses": {"input": "Hello", "max_output_tokens": 4000, "stream": stream},
     }[path]
@@ -215,11 +220,11 @@ def test_an_abandoned_request_frees_the_model(served, stream, path):
 def test_a_request_that_leaves_before_its_turn_is_never_answered(served):
     is_idle(served)
     with connected(served.port) as first:
-        first.sendall(request_of(chat(max_tokens=4000, stream=True)))
+        first.sendall(request_of(endless(stream=True)))
         assert first.recv(100)
         for _ in range(5):
             with connected(served.port) as waiting:
-                waiting.sendall(request_of(chat("Another?", max_tokens=4000)))
+                waiting.sendall(request_of(endless("Another?")))
                 time.sleep(0.1)
         deadline = time.monotonic() + TOO_LONG
         while served.app.state.line._waiting:
@@ -230,7 +235,7 @@ def test_a_request_that_leaves_before_its_turn_is_never_answered(served):
 
 def test_a_client_that_reads_nothing_does_not_hold_the_others(served):
     with connected(served.port, buffer=1024) as mute:
-        mute.sendall(request_of(chat(max_tokens=4000, stream=True)))
+        mute.sendall(request_of(endless(stream=True)))
         assert is_well(served.url)
 
 
@@ -268,7 +273,7 @@ def test_a_client_that_reads_nothing_is_disconnected_after_a_time():
 def test_answers_have_a_longest_time(folder):
     app = build_app(folder, limits=Limits(answer_seconds=0.5))
     with running(app) as url:
-        answer = httpx.post(url + CHAT, json=chat(max_tokens=4000), timeout=TOO_LONG).json()
+        answer = httpx.post(url + CHAT, json=endless(), timeout=TOO_LONG).json()
         assert answer["choices"][0]["finish_reason"] == "length"
         assert 0 < answer["usage"]["completion_tokens"] < 4000
 
@@ -279,13 +284,12 @@ def test_answers_have_a_longest_time(folder):
 @pytest.mark.parametrize("sent, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)])
 def test_a_signal_ends_the_server_while_streams_are_open(folder, tmp_path, sent, code):
     """Within the 5 seconds after which it ends itself in any case, and tells the streams."""
-    endless = chat(max_tokens=4000, stream=True, logit_bias={"65": 100})  # one letter again and again
     with served_apart(folder, tmp_path / "log") as (process, url):
         port = int(url.rpartition(":")[2])
         with connected(port) as one, connected(port) as other, connected(port, buffer=1024) as mute:
-            mute.sendall(request_of(endless))
+            mute.sendall(request_of(endless(stream=True)))
             for connection in (one, other):
-                connection.sendall(request_of(endless))
+                connection.sendall(request_of(endless(stream=True)))
             time.sleep(1)
             process.send_signal(sent)
             assert process.wait(TOO_LONG) == code
