@@ -6,7 +6,6 @@ heads of vision encoders. Both can be overridden field by field.
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,58 +19,12 @@ from visualrwkv_hf.configuration_visualrwkv import (
 )
 from visualrwkv_hf.encoders import ENCODERS
 
+from .encoders import ORIGINAL_ENCODERS, encoders_alone, encoders_together
 from .errors import ConversionError
 from .generations import ORIGINAL_GENERATIONS
 from .key_map import canonical_name
-from .releases import RELEASES, THREE_ENCODERS
-
-Shapes = Mapping[str, Sequence[int]]
-
-
-HEAD_DIMS = {1152: 72}
-"""Size of a vision encoder's head by its width: 72 in the so400m shape, else 64."""
-
-VISION_MARKS = {
-    "clip": "vit.vision_model.embeddings.class_embedding",
-    "dinov2": "vit.dino_featurizer.pos_embed",
-    "sam": "vit.sam_featurizer.pos_embed",
-    "siglip": "vit.siglip_featurizer.pos_embed",
-}
-HF_SIGLIP_MARK = "vit.vision_model.embeddings.patch_embedding.bias"
-"""SigLIP's patch embedding has a bias, CLIP's has none."""
-
-
-def _shape(shapes: Shapes, name: str) -> list[int]:
-    if name not in shapes:
-        raise ConversionError(f"Missing tensor {name}: the configuration cannot be told without it.")
-    return list(shapes[name])
-
-
-def _depth(shapes: Shapes, prefix: str) -> int:
-    """Return the number of blocks below `prefix`, which is followed by the block's index."""
-    found = {int(m[1]) for name in shapes if (m := re.match(rf"{re.escape(prefix)}(\d+)\.", name))}
-    if not found:
-        raise ConversionError(f"Missing tensors {prefix}0.*: there is no block.")
-    return max(found) + 1
-
-
-def _side(num_positions: int, name: str) -> int:
-    side = math.isqrt(num_positions)
-    if side**2 != num_positions:
-        raise ConversionError(f"{name} has {num_positions} positions of patches, which is not a square.")
-    return side
-
-
-def _heads(width: int, given: Mapping[str, Any], field: str) -> int:
-    if "num_attention_heads" in given:
-        return given["num_attention_heads"]
-    head_dim = HEAD_DIMS.get(width, 64)
-    if width % head_dim:
-        raise ConversionError(
-            f"The number of heads of an encoder of width {width} is not in its shapes: "
-            f"give vision_config.{field}.num_attention_heads."
-        )
-    return width // head_dim
+from .releases import RELEASES
+from .shapes import Shapes, num_blocks, shape_of
 
 
 def infer_rwkv_version(shapes: Shapes) -> int:
@@ -99,12 +52,12 @@ def text_fields(shapes: Shapes) -> dict[str, Any]:
     """Return fields of `VisualRWKVTextConfig` from the tensors below `rwkv.`."""
     version = infer_rwkv_version(shapes)
     generation = ORIGINAL_GENERATIONS[version]
-    num_layers = _depth(shapes, "rwkv.blocks.")
-    vocab_size, hidden_size = _shape(shapes, "rwkv.emb.weight")
-    num_heads, head_dim = _shape(shapes, f"rwkv.blocks.0.{generation.heads}")
+    num_layers = num_blocks(shapes, "rwkv.blocks.")
+    vocab_size, hidden_size = shape_of(shapes, "rwkv.emb.weight")
+    num_heads, head_dim = shape_of(shapes, f"rwkv.blocks.0.{generation.heads}")
     last = f"rwkv.blocks.{num_layers - 1}."
     ranks = {
-        field: _shape(shapes, last + source.tensor)[source.dim]
+        field: shape_of(shapes, last + source.tensor)[source.dim]
         for field, source in generation.ranks.items()
         if num_layers > 1 or not source.after_first
     }
@@ -115,110 +68,21 @@ def text_fields(shapes: Shapes) -> dict[str, Any]:
         "num_hidden_layers": num_layers,
         "head_dim": head_dim,
         "attention_size": num_heads * head_dim,
-        "intermediate_size": _shape(shapes, "rwkv.blocks.0.ffn.key.weight")[0],
+        "intermediate_size": shape_of(shapes, "rwkv.blocks.0.ffn.key.weight")[0],
         **ranks,
     }
 
 
-def clip_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
-    return _hf_vit_fields(shapes, given, "clip_config", num_class_positions=1)
-
-
-def siglip_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of SigLIP under transformers' names or under timm's, whose activation is the exact GELU."""
-    if VISION_MARKS["siglip"] not in shapes:
-        fields = _hf_vit_fields(shapes, given, "siglip_config", num_class_positions=0)
-        return fields | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vision_use_head": False}
-    fields = _timm_fields(shapes, given, "vit.siglip_featurizer.", "siglip_config")
-    return fields | {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "vision_use_head": False}
-
-
-def dinov2_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
-    fields = _timm_fields(shapes, given, "vit.dino_featurizer.", "dinov2_config")
-    width, intermediate_size = fields["hidden_size"], fields.pop("intermediate_size")
-    if intermediate_size % width:
-        raise ConversionError(
-            f"DINOv2's MLP width ({intermediate_size}) must be a multiple of its width ({width})."
-        )
-    num_registers = _shape(shapes, "vit.dino_featurizer.reg_token")[1]
-    return fields | {
-        "mlp_ratio": intermediate_size // width,
-        "num_register_tokens": num_registers,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-    }
-
-
-def sam_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of SAM's encoder: blocks with relative positions over the whole map are global."""
-    prefix = "vit.sam_featurizer."
-    _, side, _, width = _shape(shapes, f"{prefix}pos_embed")
-    patch_size = _shape(shapes, f"{prefix}patch_embed.proj.weight")[-1]
-    depth = _depth(shapes, f"{prefix}blocks.")
-    mlp_dim = _shape(shapes, f"{prefix}blocks.0.mlp.lin1.weight")[0]
-    positions = [_shape(shapes, f"{prefix}blocks.{layer}.attn.rel_pos_h") for layer in range(depth)]
-    reach = [(length + 1) // 2 for length, _ in positions]  # 2 n - 1 differences between n rows
-    windows = {n for n in reach if n != side}
-    if len(windows) > 1:
-        raise ConversionError(
-            f"SAM's blocks must share one window, their relative positions tell {sorted(windows)}."
-        )
-    return {
-        "hidden_size": width,
-        "image_size": side * patch_size,
-        "patch_size": patch_size,
-        "num_hidden_layers": depth,
-        "num_attention_heads": width // positions[0][1],
-        "mlp_dim": mlp_dim,
-        "mlp_ratio": mlp_dim / width,
-        "output_channels": _shape(shapes, f"{prefix}neck.0.weight")[0],
-        "window_size": next(iter(windows), 0),
-        "global_attn_indexes": [layer for layer, n in enumerate(reach) if n == side],
-    }
-
-
-def _hf_vit_fields(
-    shapes: Shapes, given: Mapping[str, Any], field: str, num_class_positions: int
-) -> dict[str, Any]:
-    prefix = "vit.vision_model."
-    width, _, patch_size, _ = _shape(shapes, f"{prefix}embeddings.patch_embedding.weight")
-    position = f"{prefix}embeddings.position_embedding.weight"
-    return {
-        "hidden_size": width,
-        "image_size": _side(_shape(shapes, position)[0] - num_class_positions, position) * patch_size,
-        "patch_size": patch_size,
-        "num_hidden_layers": _depth(shapes, f"{prefix}encoder.layers."),
-        "num_attention_heads": _heads(width, given, field),
-        "intermediate_size": _shape(shapes, f"{prefix}encoder.layers.0.mlp.fc1.weight")[0],
-    }
-
-
-def _timm_fields(shapes: Shapes, given: Mapping[str, Any], prefix: str, field: str) -> dict[str, Any]:
-    width, _, patch_size, _ = _shape(shapes, f"{prefix}patch_embed.proj.weight")
-    position = f"{prefix}pos_embed"
-    return {
-        "hidden_size": width,
-        "image_size": _side(_shape(shapes, position)[1], position) * patch_size,
-        "patch_size": patch_size,
-        "num_hidden_layers": _depth(shapes, f"{prefix}blocks."),
-        "num_attention_heads": _heads(width, given, field),
-        "intermediate_size": _shape(shapes, f"{prefix}blocks.0.mlp.fc1.weight")[0],
-    }
-
-
-ENCODER_FIELDS = {"clip": clip_fields, "dinov2": dinov2_fields, "siglip": siglip_fields, "sam": sam_fields}
-
-
 def encoders_in(shapes: Shapes) -> tuple[str, ...]:
     """Return the vision encoders that the checkpoint holds, in channel order."""
-    found = {name for name, mark in VISION_MARKS.items() if mark in shapes}
-    if found and "clip" not in found and not found >= set(THREE_ENCODERS):
+    alone = {name for name, table in encoders_alone().items() if table.is_in(shapes)}
+    together = {name for name, table in encoders_together().items() if table.is_in(shapes)}
+    if together and not alone and together != set(encoders_together()):
         raise ConversionError(
-            f"The vision tower has {' + '.join(sorted(found))} of its own code alone: such towers come "
-            f"as the three of {', '.join(THREE_ENCODERS)}."
+            f"The vision tower has {' + '.join(sorted(together))} of its own code alone: such towers come "
+            f"as the three of {', '.join(encoders_together())}."
         )
-    if HF_SIGLIP_MARK in shapes:
-        found.add("siglip")
+    found = alone | together
     return tuple(name for name in ENCODERS if name in found)
 
 
@@ -238,7 +102,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def projector_input_width(shapes: Shapes) -> int:
     for name in ("proj.weight", "proj.proj.weight", "proj.gate.weight"):
         if name in shapes:
-            return _shape(shapes, name)[1]
+            return shape_of(shapes, name)[1]
     raise ConversionError("There is no projector in the checkpoint: no tensor is named proj.*.")
 
 
@@ -285,7 +149,7 @@ def vision_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
     fields = {}
     for name in encoders_in(shapes):
         config = f"{name}_config"
-        fields[config] = ENCODER_FIELDS[name](shapes, given.get(config, {}))
+        fields[config] = ORIGINAL_ENCODERS[name].fields(shapes, given.get(config, {}))
     return merged(fields, given)
 
 
@@ -377,7 +241,7 @@ def infer(
         "text_config": text,
         "vision_config": merged(RELEASES[family].vision, vision),
         "projector": overrides.get("projector") or _projector_of(shapes, family, gate_is_untrained),
-        "compressor_num_layers": _depth(shapes, "vtc.blocks.") if RELEASES[family].has_compressor else 0,
+        "compressor_num_layers": num_blocks(shapes, "vtc.blocks.") if RELEASES[family].has_compressor else 0,
     }
     return Inferred(
         family, VisualRWKVConfig(**merged(merged(found, RELEASES[family].config_fields), overrides))

@@ -1,14 +1,11 @@
 """Names of tensors in the original checkpoints and in ours, as tables that are read in both directions.
 
-A table row is (original pattern, our pattern, transform). `{l}` stands for the index of a block, `{a,b}` for
-one row per alternative. `key_rows(config)` writes the tables out for one model; the rest works on such rows.
+A row is a `rows.Row`. Those of vision encoders are in `encoders.ORIGINAL_ENCODERS`, those of RWKV's blocks in
+`generations.ORIGINAL_GENERATIONS`. `key_rows(config)` writes the tables out for one model; the rest works on such rows.
 """
 
 import difflib
-import itertools
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,229 +17,48 @@ from visualrwkv_hf.configuration_visualrwkv import (
 )
 from visualrwkv_hf.encoders import ENCODERS
 
+from .encoders import encoders_alone, encoders_together
 from .errors import ConversionError
 from .generations import ORIGINAL_GENERATIONS
-
-
-class Transform(NamedTuple):
-    """One tensor of the original as tensors of ours, and back, without loss."""
-
-    to_ours: Callable[[Tensor], tuple[Tensor, ...]]
-    to_original: Callable[..., Tensor]
-
-
-class Row(NamedTuple):
-    """One tensor of the original and what becomes of it.
-
-    `ours` is empty for a tensor that no computation reads: it may be missing from a checkpoint.
-    """
-
-    original: str
-    ours: tuple[str, ...]
-    transform: Transform
-
-    @property
-    def is_unused(self) -> bool:
-        return not self.ours
-
-
-def _without_class_position(position: Tensor) -> Tensor:
-    if not position.is_meta and position[:, 0].any():
-        raise ConversionError(
-            "The position embedding of DINOv2's class token is not zero: the original cannot hold it."
-        )
-    return position[:, 1:]  # [1, L, D]
-
-
-SAME = Transform(lambda x: (x,), lambda x: x)
-FUSED_QKV = Transform(
-    lambda qkv: qkv.chunk(3), lambda q, k, v: torch.cat((q, k, v))
-)  # [3 D, …] <-> 3 x [D, …]
-BATCH_OF_ONE = Transform(lambda x: (x.squeeze(0),), lambda x: x.unsqueeze(0))  # [1, L, D] <-> [L, D]
-# timm's DINOv2 adds positions to patches only, transformers' to [class, patches]: the class token's is zero.
-NO_CLASS_POSITION = Transform(
-    lambda x: (torch.cat((x.new_zeros(1, 1, x.shape[-1]), x), dim=1),),  # [1, L, D] <-> [1, 1 + L, D]
-    _without_class_position,
-)
-
-
-def _alternatives(pattern: str) -> list[str]:
-    """`"a.{b,c}"` -> `["a.b", "a.c"]`; a placeholder without a comma stays."""
-    pieces = re.split(r"\{([^{}]*,[^{}]*)\}", pattern)
-    choices = [piece.split(",") if i % 2 else [piece] for i, piece in enumerate(pieces)]
-    return ["".join(choice) for choice in itertools.product(*choices)]
-
-
-def _renamed(original: str, ours: str | Sequence[str], transform: Transform = SAME) -> list[Row]:
-    ours = [ours] if isinstance(ours, str) else ours
-    names = [_alternatives(pattern) for pattern in ours]
-    return [Row(name, group, transform) for name, group in zip(_alternatives(original), zip(*names))]
-
-
-def _same(*patterns: str) -> list[Row]:
-    return [Row(name, (name,), SAME) for pattern in patterns for name in _alternatives(pattern)]
-
-
-def _unused(*patterns: str) -> list[Row]:
-    return [Row(name, (), SAME) for pattern in patterns for name in _alternatives(pattern)]
-
+from .rows import Row, as_unused, renamed_rows, same_rows, unused_rows, written_out
 
 # Language model. Its blocks are in `generations.ORIGINAL_GENERATIONS`.
 
 RWKV_ENDS = [
-    *_renamed("blocks.0.ln0.{weight,bias}", "embed_norm.{weight,bias}"),
-    *_renamed("ln_out.{weight,bias}", "norm.{weight,bias}"),
+    *renamed_rows("blocks.0.ln0.{weight,bias}", "embed_norm.{weight,bias}"),
+    *renamed_rows("ln_out.{weight,bias}", "norm.{weight,bias}"),
 ]
-RWKV_EMBEDDING = _renamed("emb.weight", "embed_tokens.weight")
-RWKV_HEAD = _renamed("head.weight", "lm_head.weight")
-
-# Vision encoders of transformers (`vit.vision_model.*`): our names are the original's.
-
-CLIP = [
-    *_same(
-        "embeddings.{class_embedding,patch_embedding.weight,position_embedding.weight}",
-        "pre_layrnorm.{weight,bias}",
-    ),
-    *_unused("embeddings.position_ids", "post_layernorm.{weight,bias}"),  # only pooled outputs pass that norm
-]
-SIGLIP = [
-    *_same("embeddings.patch_embedding.{weight,bias}", "embeddings.position_embedding.weight"),
-    *_unused(
-        "embeddings.position_ids",
-        "head.probe",
-        "head.attention.{in_proj_weight,in_proj_bias}",
-        "head.{attention.out_proj,layernorm,mlp.fc1,mlp.fc2}.{weight,bias}",
-    ),
-]
-SIGLIP_END = _same("post_layernorm.{weight,bias}")
-HF_VIT_BLOCK = _same(
-    "encoder.layers.{l}.{layer_norm1,layer_norm2,mlp.fc1,mlp.fc2}.{weight,bias}",
-    "encoder.layers.{l}.self_attn.{q_proj,k_proj,v_proj,out_proj}.{weight,bias}",
-)
-
-# timm's VisionTransformer as DINOv2 with registers and as SigLIP.
-
-TIMM_DINOV2 = [
-    *_renamed("{cls_token,reg_token}", "embeddings.{cls_token,register_tokens}"),
-    *_renamed("pos_embed", "embeddings.position_embeddings", NO_CLASS_POSITION),
-    *_renamed("patch_embed.proj.{weight,bias}", "embeddings.patch_embeddings.projection.{weight,bias}"),
-]
-TIMM_DINOV2_BLOCK = [
-    *_renamed(
-        "blocks.{l}.{norm1,norm2,mlp.fc1,mlp.fc2}.{weight,bias}",
-        "encoder.layer.{l}.{norm1,norm2,mlp.fc1,mlp.fc2}.{weight,bias}",
-    ),
-    *_renamed(
-        "blocks.{l}.attn.qkv.{weight,bias}",
-        [f"encoder.layer.{{l}}.attention.{name}_proj.{{weight,bias}}" for name in "qkv"],
-        FUSED_QKV,
-    ),
-    *_renamed("blocks.{l}.attn.proj.{weight,bias}", "encoder.layer.{l}.attention.o_proj.{weight,bias}"),
-    *_renamed("blocks.{l}.{ls1,ls2}.gamma", "encoder.layer.{l}.{layer_scale1,layer_scale2}.lambda1"),
-]
-TIMM_DINOV2_END = _renamed("norm.{weight,bias}", "layernorm.{weight,bias}")
-
-TIMM_SIGLIP = [
-    *_renamed("pos_embed", "embeddings.position_embedding.weight", BATCH_OF_ONE),
-    *_renamed("patch_embed.proj.{weight,bias}", "embeddings.patch_embedding.{weight,bias}"),
-    *_unused(
-        "attn_pool.latent",
-        "attn_pool.{q,kv,proj,norm,mlp.fc1,mlp.fc2}.{weight,bias}",
-    ),
-]
-TIMM_SIGLIP_BLOCK = [
-    *_renamed(
-        "blocks.{l}.{norm1,norm2,mlp.fc1,mlp.fc2}.{weight,bias}",
-        "encoder.layers.{l}.{layer_norm1,layer_norm2,mlp.fc1,mlp.fc2}.{weight,bias}",
-    ),
-    *_renamed(
-        "blocks.{l}.attn.qkv.{weight,bias}",
-        [f"encoder.layers.{{l}}.self_attn.{name}_proj.{{weight,bias}}" for name in "qkv"],
-        FUSED_QKV,
-    ),
-    *_renamed("blocks.{l}.attn.proj.{weight,bias}", "encoder.layers.{l}.self_attn.out_proj.{weight,bias}"),
-]
-TIMM_SIGLIP_END = _renamed("norm.{weight,bias}", "post_layernorm.{weight,bias}")
-
-# segment-anything's image encoder.
-
-SAM = [
-    *_same("pos_embed"),
-    *_renamed("patch_embed.proj.{weight,bias}", "patch_embed.projection.{weight,bias}"),
-    *_renamed("neck.{0,2}.weight", "neck.{conv1,conv2}.weight"),
-    *_renamed("neck.{1,3}.{weight,bias}", "neck.{layer_norm1,layer_norm2}.{weight,bias}"),
-]
-SAM_BLOCK = [
-    *_renamed("blocks.{l}.{norm1,norm2}.{weight,bias}", "layers.{l}.{layer_norm1,layer_norm2}.{weight,bias}"),
-    *_renamed(
-        "blocks.{l}.{attn.qkv,attn.proj,mlp.lin1,mlp.lin2}.{weight,bias}",
-        "layers.{l}.{attn.qkv,attn.proj,mlp.lin1,mlp.lin2}.{weight,bias}",
-    ),
-    *_renamed("blocks.{l}.attn.{rel_pos_h,rel_pos_w}", "layers.{l}.attn.{rel_pos_h,rel_pos_w}"),
-]
+RWKV_EMBEDDING = renamed_rows("emb.weight", "embed_tokens.weight")
+RWKV_HEAD = renamed_rows("head.weight", "lm_head.weight")
 
 PROJECTOR = {
-    "linear": _same("proj.weight"),
-    "linear_flip": _same("proj.weight"),
-    "gated": _same("{proj,gate,o_proj}.weight"),
-    "relu": [*_same("{proj,o_proj}.weight"), *_unused("gate.weight")],
-    "gated_norm": _same("{gate,o_proj}.weight", "ln_v.{weight,bias}"),
+    "linear": same_rows("proj.weight"),
+    "linear_flip": same_rows("proj.weight"),
+    "gated": same_rows("{proj,gate,o_proj}.weight"),
+    "relu": [*same_rows("{proj,o_proj}.weight"), *unused_rows("gate.weight")],
+    "gated_norm": same_rows("{gate,o_proj}.weight", "ln_v.{weight,bias}"),
 }
 # A linear projector is the module itself in the original: its weight carries no name of its own.
 PROJECTOR_PREFIX = {"linear": "", "linear_flip": ""}
 
-SCAN_BUFFERS = _unused("{spiral,snake,zigzag}_order")
+SCAN_BUFFERS = unused_rows("{spiral,snake,zigzag}_order")
 """Index tables that models trained with such a scan carry along; we compute them."""
-
-
-class VitTable(NamedTuple):
-    """How the original names an encoder's tensors: a prefix, and rows once, per block, and after the last block."""
-
-    prefix: str
-    ends: list[Row]
-    block: list[Row]
-    final: list[Row] = []
-
-
-HF_ENCODERS = {
-    "clip": VitTable("vit.vision_model.", CLIP, HF_VIT_BLOCK),
-    "siglip": VitTable("vit.vision_model.", SIGLIP, HF_VIT_BLOCK, SIGLIP_END),
-}
-FEATURIZERS = {
-    "dinov2": VitTable("vit.dino_featurizer.", TIMM_DINOV2, TIMM_DINOV2_BLOCK, TIMM_DINOV2_END),
-    "siglip": VitTable("vit.siglip_featurizer.", TIMM_SIGLIP, TIMM_SIGLIP_BLOCK, TIMM_SIGLIP_END),
-    "sam": VitTable("vit.sam_featurizer.", SAM, SAM_BLOCK),
-}
-
-
-def _written_out(
-    rows: Iterable[Row], original: str, ours: str, layers: Iterable[int] = (0,)
-) -> Iterator[Row]:
-    """Return the rows once per layer, with the layer's index and both sides' prefixes."""
-    for layer in layers:
-        for row in rows:
-            names = tuple(ours + name.replace("{l}", str(layer)) for name in row.ours)
-            yield Row(original + row.original.replace("{l}", str(layer)), names, row.transform)
-
-
-def _as_unused(rows: Iterable[Row]) -> list[Row]:
-    return [row._replace(ours=()) for row in rows]
 
 
 def rwkv_rows(rwkv_version: int, num_layers: int, original: str, ours: str) -> Iterator[Row]:
     """Blocks and both norms around them: of the language model or of the compressor."""
     generation = ORIGINAL_GENERATIONS[rwkv_version]
-    yield from _written_out(RWKV_ENDS, original, ours)
+    yield from written_out(RWKV_ENDS, original, ours)
     for layer in range(num_layers):
-        after_first = _same(*generation.after_first) if layer else _unused(*generation.after_first)
-        block = _same(*generation.block) + after_first
-        yield from _written_out(block, f"{original}blocks.{layer}.", f"{ours}layers.{layer}.")
+        after_first = same_rows(*generation.after_first) if layer else unused_rows(*generation.after_first)
+        block = same_rows(*generation.block) + after_first
+        yield from written_out(block, f"{original}blocks.{layer}.", f"{ours}layers.{layer}.")
 
 
 def language_model_rows(config: VisualRWKVTextConfig, ours: str) -> Iterator[Row]:
-    yield from _written_out(RWKV_EMBEDDING, "rwkv.", ours)
+    yield from written_out(RWKV_EMBEDDING, "rwkv.", ours)
     yield from rwkv_rows(config.rwkv_version, config.num_hidden_layers, "rwkv.", ours)
-    yield from _written_out(RWKV_HEAD, "rwkv.", "")
+    yield from written_out(RWKV_HEAD, "rwkv.", "")
 
 
 def vision_rows(config: VisualRWKVVisionConfig, ours: str = "model.vision_tower.") -> Iterator[Row]:
@@ -252,24 +68,28 @@ def vision_rows(config: VisualRWKVVisionConfig, ours: str = "model.vision_tower.
         ConversionError: for encoders that no original puts into one tower.
     """
     encoders = config.encoders
-    tables = HF_ENCODERS if encoders.keys() <= HF_ENCODERS.keys() and len(encoders) == 1 else FEATURIZERS
-    if tables is FEATURIZERS and encoders.keys() != FEATURIZERS.keys():
+    alone, together = encoders_alone(), encoders_together()
+    if len(encoders) == 1 and encoders.keys() <= alone.keys():
+        tables = alone
+    elif encoders.keys() == together.keys():
+        tables = together
+    else:
         raise ConversionError(
-            f"The original has no tower of {' + '.join(encoders)}: its towers are {', '.join(HF_ENCODERS)}, "
-            f"or {' + '.join(FEATURIZERS)}."
+            f"The original has no tower of {' + '.join(encoders)}: its towers are {', '.join(alone)}, "
+            f"or {' + '.join(together)}."
         )
     for name, encoder in encoders.items():
         table, prefix, depth = tables[name], f"{ours}{name}.", encoder.num_hidden_layers
         is_cut = config.feature_layer == -2 and ENCODERS[name].has_feature_layer
-        yield from _written_out(table.ends, table.prefix, prefix)
-        yield from _written_out(table.block, table.prefix, prefix, range(depth - is_cut))
+        yield from written_out(table.ends, table.prefix, prefix)
+        yield from written_out(table.block, table.prefix, prefix, range(depth - is_cut))
         if is_cut:
-            yield from _written_out(_as_unused(table.block), table.prefix, prefix, [depth - 1])
-        yield from _written_out(_as_unused(table.final) if is_cut else table.final, table.prefix, prefix)
+            yield from written_out(as_unused(table.block), table.prefix, prefix, [depth - 1])
+        yield from written_out(as_unused(table.final) if is_cut else table.final, table.prefix, prefix)
 
 
 def projector_rows(projector: str, ours: str = "model.multi_modal_projector.") -> Iterator[Row]:
-    return _written_out(PROJECTOR[projector], PROJECTOR_PREFIX.get(projector, "proj."), ours)
+    return written_out(PROJECTOR[projector], PROJECTOR_PREFIX.get(projector, "proj."), ours)
 
 
 def key_rows(config: VisualRWKVConfig | VisualRWKVTextConfig, *, with_vision: bool = True) -> list[Row]:

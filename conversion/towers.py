@@ -16,11 +16,10 @@ from torch import Tensor
 from visualrwkv_hf.modeling_vision import resample_position_embedding
 
 from .checkpoint import Checkpoint, TensorInfo, read_json
+from .encoders import ORIGINAL_ENCODERS, encoders_alone, encoders_together
 from .errors import ConversionError
 from .hub_errors import hub_sentences
-from .infer_config import VISION_MARKS
 from .key_map import unwrapped_name
-from .releases import THREE_ENCODERS
 
 TowerSource = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
@@ -39,41 +38,7 @@ class Layout(NamedTuple):
     """Beginnings of names that belong to no encoder of pictures."""
 
 
-CLIP_TEXT = ("text_model.", "text_projection.", "visual_projection.", "logit_")
-OPEN_CLIP_TEXT = ("text.", "logit_")
-SAM_DECODER = ("prompt_encoder.", "mask_decoder.")
 REST_OF_MODEL = ("rwkv.", "proj.", "vtc.")
-
-LAYOUTS = [
-    Layout("dinov2", "reg_token", "", "vit.dino_featurizer.", ("mask_token",)),
-    Layout("siglip", "attn_pool.latent", "", "vit.siglip_featurizer."),
-    Layout(
-        "siglip", "visual.trunk.attn_pool.latent", "visual.trunk.", "vit.siglip_featurizer.", OPEN_CLIP_TEXT
-    ),
-    Layout("sam", "neck.0.weight", "", "vit.sam_featurizer."),
-    Layout("sam", "image_encoder.neck.0.weight", "image_encoder.", "vit.sam_featurizer.", SAM_DECODER),
-    Layout(
-        "clip", "vision_model.embeddings.class_embedding", "vision_model.", "vit.vision_model.", CLIP_TEXT
-    ),
-    Layout("clip", "embeddings.class_embedding", "", "vit.vision_model."),
-    Layout(
-        "siglip",
-        "vision_model.embeddings.patch_embedding.bias",
-        "vision_model.",
-        "vit.vision_model.",
-        CLIP_TEXT,
-    ),
-    Layout("siglip", "embeddings.patch_embedding.bias", "", "vit.vision_model."),
-]
-"""The first whose mark is in a file is the file's."""
-
-MODEL_TYPES = {
-    "clip": "clip",
-    "clip_vision_model": "clip",
-    "siglip": "siglip",
-    "siglip_vision_model": "siglip",
-}
-"""Model types of transformers with an encoder that can be the only one of a tower."""
 
 TOLD_BY_CONFIG = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 """Fields that cannot be inferred from the shapes of a stock encoder."""
@@ -223,20 +188,29 @@ def _file_groups(path: Path) -> list[list[Path]]:
     return [[file] for files in found for file in files]
 
 
+def layouts() -> Iterator[Layout]:
+    """Yield every kind of file with an encoder. The first whose mark is in a file is the file's.
+
+    The last are original checkpoints whose tower, one encoder of transformers, can be taken.
+    """
+    for name, table in encoders_together().items():
+        for kind in ORIGINAL_ENCODERS[name].files_together:
+            yield Layout(name, kind.mark, kind.prefix, table.prefix, kind.beside)
+    for name, table in encoders_alone().items():
+        for kind in ORIGINAL_ENCODERS[name].files_alone:
+            yield Layout(name, kind.mark, kind.prefix, table.prefix, kind.beside)
+    for name, table in encoders_alone().items():
+        yield Layout(name, table.prefix + table.mark, "vit.", "vit.", REST_OF_MODEL)
+
+
 def _layout_of(checkpoint: Checkpoint) -> Layout:
-    for layout in [*LAYOUTS, *_layouts_of_our_checkpoints()]:
+    for layout in layouts():
         if layout.mark in checkpoint:
             return layout
     raise ConversionError(
         f"{checkpoint.paths[0].name} holds no vision encoder that is known here: CLIP or SigLIP of "
         "transformers, DINOv2 with registers or SigLIP of timm, SigLIP of open_clip, SAM of segment-anything."
     )
-
-
-def _layouts_of_our_checkpoints() -> list[Layout]:
-    """Return the layouts of an original checkpoint with one encoder of transformers, whose tower can be taken."""
-    marks = {"clip": VISION_MARKS["clip"], "siglip": "vit.vision_model.embeddings.patch_embedding.bias"}
-    return [Layout(encoder, mark, "vit.", "vit.", REST_OF_MODEL) for encoder, mark in marks.items()]
 
 
 def _refuse_misplaced(
@@ -252,17 +226,19 @@ def _refuse_misplaced(
 
 def _refuse_incomplete(parts: Mapping[str, tuple[Layout, Checkpoint]]) -> None:
     """Raise `ConversionError` unless it is one encoder of transformers, or the three together."""
-    is_stock = {
-        layout.original.startswith("vit.vision_model.") or layout.prefix == "vit."
-        for layout, _ in parts.values()
-    }
+    is_stock = {layout.prefix == "vit." or _is_alone(layout) for layout, _ in parts.values()}
     if is_stock == {True} and len(parts) == 1:
         return
-    if is_stock != {False} or set(parts) != set(THREE_ENCODERS):
+    if is_stock != {False} or set(parts) != set(encoders_together()):
         raise ConversionError(
             f"The tower has {' + '.join(parts)}: it must be CLIP or SigLIP of transformers alone, or "
             "DINOv2 and SigLIP of timm and SAM of segment-anything together."
         )
+
+
+def _is_alone(layout: Layout) -> bool:
+    alone = encoders_alone().get(layout.encoder)
+    return alone is not None and layout.original == alone.prefix
 
 
 def _config_fields(path: Path, encoder: str) -> dict[str, Any]:
@@ -273,9 +249,10 @@ def _config_fields(path: Path, encoder: str) -> dict[str, Any]:
     model_type = read_json(config_file).get("model_type")
     if model_type is None:  # timm's
         return {}
-    if MODEL_TYPES.get(model_type) != encoder:
+    if model_type not in ORIGINAL_ENCODERS[encoder].model_types:
+        known = [name for row in ORIGINAL_ENCODERS.values() for name in row.model_types]
         raise ConversionError(
-            f"{path} holds a model of type {model_type!r}: a tower is one of {', '.join(MODEL_TYPES)}."
+            f"{path} holds a model of type {model_type!r}: a tower is one of {', '.join(known)}."
         )
     from transformers import AutoConfig
 

@@ -1,7 +1,7 @@
 """The vision encoders: one row each, for everything that depends on which encoder it is.
 
-A new encoder is a new row. (How the original's checkpoints name its tensors is a row of the same name in
-`visualrwkv_hf.conversion.encoder_keys`.)
+A new encoder is a new row. How checkpoints name its tensors is a row of the same name in
+`visualrwkv_hf.conversion.encoders.ORIGINAL_ENCODERS`.
 
 Letters: N pictures, L patches, D channels, S pixels of a picture's side.
 """

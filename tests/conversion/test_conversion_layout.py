@@ -5,18 +5,18 @@ import importlib
 import pytest
 
 from visualrwkv_hf import conversion
-from visualrwkv_hf.conversion.infer_config import ENCODER_FIELDS, VISION_MARKS
-from visualrwkv_hf.conversion.key_map import FEATURIZERS, HF_ENCODERS
-from visualrwkv_hf.conversion.towers import LAYOUTS, MODEL_TYPES
+from visualrwkv_hf.conversion.encoders import ORIGINAL_ENCODERS, encoders_together
+from visualrwkv_hf.conversion.releases import THREE_ENCODERS
 from visualrwkv_hf.encoders import ENCODERS
 
 
 def test_every_encoder_has_its_keys():
     """What only conversion knows of an encoder is keyed by the same names."""
-    assert ENCODERS.keys() == ENCODER_FIELDS.keys() == VISION_MARKS.keys()
-    assert ENCODERS.keys() == HF_ENCODERS.keys() | FEATURIZERS.keys()
-    assert ENCODERS.keys() == {layout.encoder for layout in LAYOUTS}
-    assert set(MODEL_TYPES.values()) == HF_ENCODERS.keys()
+    assert ENCODERS.keys() == ORIGINAL_ENCODERS.keys()
+    assert set(encoders_together()) == set(THREE_ENCODERS)
+    for row in ORIGINAL_ENCODERS.values():
+        assert (row.alone is None) == (not row.files_alone)
+        assert (row.together is None) == (not row.files_together)
 
 
 @pytest.mark.parametrize("name", ["to_hf", "to_original", "load_original", "restore_state_dict"])

@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from mean_color import ROW, MeanColorConfig
 from PIL import Image
 from tiny_training import tiny_model
-from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from visualrwkv_hf import (
     VisualRWKVConfig,
@@ -16,7 +14,7 @@ from visualrwkv_hf import (
     VisualRWKVVisionModel,
 )
 from visualrwkv_hf.conversion.world_tokenizer import build_world_tokenizer
-from visualrwkv_hf.encoders import ENCODERS, IMAGENET, Encoder, pixel_inputs
+from visualrwkv_hf.encoders import ENCODERS, IMAGENET, pixel_inputs
 from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
 from visualrwkv_hf.prompt_identity import Pictures
 
@@ -24,52 +22,6 @@ TOKENIZER = build_world_tokenizer()
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 CLIP = {**SMALL, "image_size": 28, "patch_size": 14, "intermediate_size": 32}
 DINOV2 = {**SMALL, "image_size": 28, "patch_size": 14}
-
-
-class MeanColorConfig(PreTrainedConfig):
-    """Configuration of an encoder that gives each patch's mean colour, through one matrix."""
-
-    model_type = "test_mean_color"
-    image_size: int = 28
-    patch_size: int = 14
-    num_channels: int = 3
-    width: int = 8
-    num_hidden_layers: int = 1
-
-
-class MeanColorModel(PreTrainedModel):
-    config_class = MeanColorConfig
-    main_input_name = "pixel_values"
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.pool = nn.AvgPool2d(config.patch_size)
-        self.proj = nn.Linear(config.num_channels, config.width)
-        self.unused = nn.Linear(2, 2)
-        self.post_init()
-
-    def get_input_embeddings(self):
-        return self.proj
-
-    def forward(self, pixel_values, **kwargs):
-        hidden = self.proj(self.pool(pixel_values).flatten(2).transpose(1, 2))
-        return BaseModelOutput(last_hidden_state=hidden)
-
-
-def cut(model, feature_layer):
-    del model.unused
-
-
-ROW = Encoder(
-    model_type=MeanColorConfig.model_type,
-    model_class=lambda: MeanColorModel,
-    statistics=IMAGENET,
-    cut=cut,
-    read=lambda hidden, config, class_token: hidden,
-    width=lambda config: config.width,
-    has_feature_layer=False,
-)
-AutoConfig.register(MeanColorConfig.model_type, MeanColorConfig, exist_ok=True)
 
 
 @pytest.fixture(params=["new", "new and siglip", "clip and dinov2"])

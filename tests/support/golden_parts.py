@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionLayer
 
 from visualrwkv_hf import VisualRWKVVisionConfig, VisualRWKVVisionModel, wkv6, wkv7
-from visualrwkv_hf.conversion.infer_config import ENCODER_FIELDS
-from visualrwkv_hf.conversion.key_map import FEATURIZERS, Row, rows_to_ours
+from visualrwkv_hf.conversion.encoders import ORIGINAL_ENCODERS
+from visualrwkv_hf.conversion.key_map import rows_to_ours
+from visualrwkv_hf.conversion.rows import Row
 from visualrwkv_hf.conversion.world_tokenizer import (
     build_world_tokenizer,
     byte_alphabet,
@@ -77,7 +78,7 @@ def scan_orders(case: Case) -> Result:
 
 def encoder_rows(name: str, depth: int) -> list[Row]:
     """The key map's rows of one encoder by itself."""
-    table = FEATURIZERS[name]
+    table = ORIGINAL_ENCODERS[name].together
     numbered = [(0, row) for row in [*table.ends, *table.final]]
     numbered += [(layer, row) for layer in range(depth) for row in table.block]
     return [
@@ -93,8 +94,10 @@ def encoder_rows(name: str, depth: int) -> list[Row]:
 def encoder(case: Case, name: str, feature_layer: int) -> VisualRWKVVisionModel:
     """A tower of one encoder, its configuration read off the weights' shapes."""
     weights = case.weights()
-    shapes = {FEATURIZERS[name].prefix + key: tuple(tensor.shape) for key, tensor in weights.items()}
-    fields = ENCODER_FIELDS[name](shapes, {"num_attention_heads": case.config["num_heads"]})
+    shapes = {
+        ORIGINAL_ENCODERS[name].together.prefix + key: tuple(tensor.shape) for key, tensor in weights.items()
+    }
+    fields = ORIGINAL_ENCODERS[name].fields(shapes, {"num_attention_heads": case.config["num_heads"]})
     config = VisualRWKVVisionConfig(**{f"{name}_config": fields}, feature_layer=feature_layer)
     model = VisualRWKVVisionModel(config).eval()
     ours = dict(rows_to_ours(weights, encoder_rows(name, case.config["depth"])))
