@@ -18,11 +18,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import torch
 import typer
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
-from visualrwkv_hf import VisualRWKVCache, bundled_model
+from visualrwkv_hf import VisualRWKVCache, bundled_model, question_inputs
 from visualrwkv_hf.inference import load_model, load_processor
 
 
@@ -82,37 +81,22 @@ class Watcher:
         self.state = VisualRWKVCache(model.config)
         self.num_frames = 0
 
-    @torch.no_grad()
     def see(self, frame: Image.Image) -> None:
-        """Reads one more frame."""
-        before = "\n" if self.num_frames else self.prompt_around("")[0]
-        inputs = self.processor(images=frame, text=before + self.processor.image_token, return_tensors="pt")
-        inputs = inputs.to(self.model.device, dtype=self.model.dtype)
-        self.model.model(**inputs, past_key_values=self.state)
+        """Read one more frame."""
+        self.model.watch(self.processor, [frame], self.state)
         self.num_frames += 1
 
     def ask(self, question: str, max_new_tokens: int = 32) -> str:
-        """The answer to a question about the frames so far."""
-        ids = self.processor.tokenizer(self.prompt_around(question)[1], return_tensors="pt")["input_ids"]
-        # A mask that is longer than the ids says that these are new words alone.
-        mask = torch.ones(1, self.state.get_seq_length() + ids.shape[1], dtype=torch.long)
+        """Return the answer to a question about the frames so far."""
+        inputs = question_inputs(self.processor, question, self.state)
         output = self.model.generate(
-            ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
+            **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
             past_key_values=self.state.copy(),
             max_new_tokens=max_new_tokens,
             do_sample=False,
         )
-        return self.processor.post_process_image_text_to_text(output, prompt_length=ids.shape[1])[0]
-
-    def prompt_around(self, question: str) -> list[str]:
-        """Return the text before the first picture of a message and the text after its last one."""
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
-        text = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, image_position="first", tokenize=False
-        )
-        return text.split(self.processor.image_token)
+        length = inputs["input_ids"].shape[1]
+        return self.processor.post_process_image_text_to_text(output, prompt_length=length)[0]
 
 
 class Seen(NamedTuple):

@@ -8,6 +8,9 @@ from .configuration_visualrwkv import VisualRWKVVisionConfig as VisualRWKVVision
 from .conversion import to_hf as to_hf
 from .cpu import accelerate_on_cpu as accelerate_on_cpu
 from .dispatch import kernel_backend as kernel_backend
+from .film_prompts import question_inputs as question_inputs
+from .films import FrameSampling as FrameSampling
+from .films import film_frames as film_frames
 from .image_processing_visualrwkv import VisualRWKVImageProcessor as VisualRWKVImageProcessor
 from .inference import Chat as Chat
 from .inference import export_onnx as export_onnx

@@ -1,6 +1,6 @@
 """`generate()` over the recurrent state, `read()`, and how both continue from a state that is kept."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from threading import Lock
@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .cache_visualrwkv import VisualRWKVCache, VisualRWKVStaticCache
+from .film_prompts import around_pictures, has_films, sampling_of, with_frames
 from .kept_state import KeptState, is_kept
 from .prompt_identity import (
     Pictures,
@@ -115,7 +116,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             processor: the model's processor; of a text model the tokenizer.
             messages: the chat, as for `apply_chat_template`; its last message may be anyone's.
             state_store: where to look for a state and to leave states in this call, in place of `model.state_store`.
-            template_variables: variables of the chat template, e.g. `image_position`.
+            template_variables: variables of the chat template, e.g. `image_position`; for films `num_frames` or `fps`.
 
         Raises:
             ValueError: a later question would be placed before a picture, or the processor lengthens prompts.
@@ -126,6 +127,8 @@ class VisualRWKVGenerationMixin(GenerationMixin):
                 "A processor with pad_prompt_to_multiple_of writes other tokens at the start of a longer chat, so that "
                 "no state can continue it. Set it to None."
             )
+        if has_films(messages):
+            messages = with_frames(messages, sampling_of(template_variables))
         inputs = processor.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_tensors="pt", **template_variables
         )
@@ -149,6 +152,43 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         self._read_pieces(plan, rest, torch.cat(tokens) if tokens else None)
         plan.leave(length)
         return KeptState.of(plan.cache, [prompt], self.dtype).identified(self, processor)
+
+    @torch.no_grad()
+    def watch(
+        self, processor, frames: Iterable, state: VisualRWKVCache | KeptState | None = None
+    ) -> VisualRWKVCache:
+        """Read pictures one after another into one state, in constant memory, however many there are.
+
+        ```python
+        state = model.watch(processor, film_frames("film.mp4", FrameSampling(fps=1)))
+        state = model.watch(processor, camera, state)  # goes on
+        output = model.generate(**question_inputs(processor, "What happened?", state), past_key_values=state.copy())
+        ```
+
+        All pictures belong to one user message that begins with them, as with `image_position="first"`. A question is
+        asked of a copy of the state, so that watching may go on; see [`question_inputs`].
+
+        Args:
+            processor: the model's processor.
+            frames: pictures, as the processor takes them; an iterator is read one picture at a time.
+            state: what was watched before, from this method. A cache is advanced in place, a kept state is copied.
+
+        Returns:
+            The cache that has read the pictures.
+
+        Raises:
+            ValueError: a picture cannot be read.
+        """
+        cache = VisualRWKVCache(self.config) if state is None else state
+        if is_kept(cache):
+            cache = cache.to_cache(self.device, self.dtype)
+        begin, _ = around_pictures(processor)
+        for frame in frames:
+            before = begin if cache.is_empty else "\n"
+            inputs = processor(images=frame, text=before + processor.image_token, return_tensors="pt")
+            inputs = inputs.to(self.device, dtype=self.dtype)
+            self.model(**inputs, past_key_values=cache, use_cache=True)
+        return cache
 
     @wraps(GenerationMixin.generate, assigned=("__module__", "__name__", "__qualname__"))
     def generate(

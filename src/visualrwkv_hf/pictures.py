@@ -65,7 +65,7 @@ def open_picture(
     except MemoryError:
         raise
     except Exception as error:  # decoders raise what they like
-        raise ValueError(f"{_name_of(source)} cannot be read as a picture: {_reason(error)}") from error
+        raise ValueError(f"{name_of(source)} cannot be read as a picture: {_reason(error)}") from error
 
 
 def _opened(source, input_data_format: str | ChannelDimension | None, max_pixels: int) -> Image.Image:
@@ -77,7 +77,7 @@ def _opened(source, input_data_format: str | ChannelDimension | None, max_pixels
     if isinstance(source, Image.Image):
         return _decoded(source, max_pixels)
     if isinstance(source, str | os.PathLike):
-        file = _file_of(os.fspath(source))
+        file = file_of(os.fspath(source))
     elif isinstance(source, bytes | bytearray | memoryview):
         file = BytesIO(source)
     else:
@@ -114,7 +114,7 @@ def _readable_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _file_of(text: str) -> str | BytesIO:
+def file_of(text: str) -> str | BytesIO:
     """Return the path of a file, or the contents that a URL or base64 text leads to."""
     if text.startswith(("http://", "https://")):
         return BytesIO(_downloaded(text))
@@ -143,7 +143,7 @@ def _downloaded(url: str) -> bytes:
     return bytes(content)
 
 
-def _name_of(source) -> str:
+def name_of(source) -> str:
     """Return how an error message calls a source: a path or URL by itself, everything else by its kind."""
     if not isinstance(source, str | os.PathLike):
         return type(source).__name__

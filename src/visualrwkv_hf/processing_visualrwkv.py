@@ -16,6 +16,14 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 
 from .chat_template import release_chat_template
 from .configuration_visualrwkv import VisualRWKVConfig
+from .film_prompts import (
+    as_placeholders,
+    films_as_pictures,
+    films_marked,
+    has_films,
+    sampling_of,
+    with_frames,
+)
 from .image_tokens import ImageTokens, class_token_places
 from .pictures import open_picture
 from .remote_code import PROCESSOR_CODE, copy_code
@@ -160,9 +168,13 @@ class VisualRWKVProcessor(ProcessorMixin):
         the template. In a message's content a key whose value is None counts as absent, as in rows of a data set
         that lack a column.
 
+        A film, `{"type": "video", "path": ...}`, is read as its frames, each a picture. The options `num_frames` and
+        `fps` say which frames, see [`FrameSampling`]. With `tokenize=False` the text has `<video>` in the place of a
+        film; give it to the processor together with `videos`.
+
         Raises:
-            ValueError: if this is not a list of messages, or `continue_final_message` is given for a message that
-                is not the assistant's.
+            ValueError: if this is not a list of messages, a film cannot be read, or `continue_final_message` is given
+                for a message that is not the assistant's.
             jinja2.TemplateError: for messages that the template refuses.
         """
         _check_chats(conversation)
@@ -179,21 +191,36 @@ class VisualRWKVProcessor(ProcessorMixin):
                 f"transformers {__version__} would get return_assistant_tokens_mask wrong after a picture: "
                 "it needs a newer version."
             )
-        return super().apply_chat_template(conversation, chat_template, **kwargs)
+        if not has_films(conversation):
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
+        if kwargs.get("tokenize"):
+            options = dict(kwargs.pop("processor_kwargs", None) or {})
+            options |= {name: kwargs.pop(name) for name in ("num_frames", "fps") if name in kwargs}
+            conversation = with_frames(conversation, sampling_of(options))
+            return super().apply_chat_template(
+                conversation, chat_template, processor_kwargs=options, **kwargs
+            )
+        conversation, is_film = as_placeholders(conversation)
+        text = super().apply_chat_template(conversation, chat_template, **kwargs)
+        return films_marked(text, is_film, self.image_token)
 
     def __call__(
         self,
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
+        videos: Any = None,
         **kwargs: Unpack[VisualRWKVProcessorKwargs],
     ) -> BatchFeature:
-        """Make the model's inputs of pictures and text.
+        """Make the model's inputs of pictures, films and text.
 
         Args:
             images: pictures, paths, URLs or base64 texts: one, a list in the order of the placeholders, or
                 one list for every text.
-            text: one text or several, with one `<image>` for every picture.
-            kwargs: `return_scan_orders`: whether to add `scan_orders`, int64 [B, D, T]: position p of the sequence
+            text: one text or several, with one `<image>` for every picture and one `<video>` for every film.
+            videos: films, as for [`film_frames`]: one, a list in the order of the placeholders, or one list for every
+                text. Without films `<video>` is text like any other.
+            kwargs: `num_frames` or `fps` say which frames of a film are taken, see [`FrameSampling`].
+                `return_scan_orders`: whether to add `scan_orders`, int64 [B, D, T]: position p of the sequence
                 is read from position scan_orders[b, d, p], in layers l with l mod D = d.
                 `pad_prompt_to_multiple_of`: see the class; 1 turns the processor's own setting off.
                 All others as for any processor, e.g. `padding=True`, `return_tensors="pt"`. Padding is on the left
@@ -207,6 +234,13 @@ class VisualRWKVProcessor(ProcessorMixin):
                 truncated, or options contradict one another.
         """
         options: dict[str, Any] = dict(kwargs)
+        sampling = sampling_of(options)
+        if videos is not None:
+            if text is None:
+                raise ValueError("A film needs a text with <video>, which says where its frames are placed.")
+            is_single = isinstance(text, str)
+            text, images = films_as_pictures(text, images, videos, sampling, self.image_token)
+            text, images = (text[0], images[0]) if is_single else (text, images)
         return_scan_orders = options.pop("return_scan_orders", False)
         multiple = options.pop("pad_prompt_to_multiple_of", None) or self.pad_prompt_to_multiple_of
         if multiple and text is not None:

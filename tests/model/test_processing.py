@@ -200,7 +200,7 @@ def test_system_message_stands_in_front_of_the_first_user_message(processor):
         ([user("x"), {"role": "system", "content": "x"}], "role must be .* got 'system'"),
         ([{"role": "tool", "content": "x"}], "role must be .* got 'tool'"),
         ([{"role": "user"}], "content must be a text or a list"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "got type 'video'"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "got type 'audio'"),
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], "Content must be a text"),
         ([{"role": "assistant", "content": [IMAGE]}], "Only user messages can hold pictures"),
     ],

@@ -49,6 +49,17 @@ def save_picture(path: Path) -> None:
     picture.save(path)
 
 
+def save_film(path: Path) -> None:
+    """A second in which a square moves to the right."""
+    import imageio.v3 as imageio
+    import numpy as np
+
+    frames = np.zeros((10, 64, 96, 3), np.uint8)
+    for number, frame in enumerate(frames):
+        frame[20:44, 8 * number : 8 * number + 24] = (220, 40, 60)
+    imageio.imwrite(path, frames, plugin="pyav", codec="libx264", fps=10)
+
+
 def save_rows(path: Path) -> None:
     """LLaVA samples, and their pictures in the folder `pictures` beside them."""
     rows = tiny_training.rows_with_pictures(path.parent / "pictures")
@@ -76,6 +87,7 @@ def save_tower(path: Path) -> None:
 
 MADE: list[tuple[str, Callable[[Path], None]]] = [
     (r"(cat|dog|page|first|second|third)\.(png|jpg)", save_picture),
+    (r"film\.mp4", save_film),
     ("|".join(MODELS), save_model),
     (r"(train|val)\.json", save_rows),
     ("pictures", lambda path: save_rows(path.with_name("train.json"))),

@@ -1,0 +1,289 @@
+"""Films: their frames, sampled by time, as pictures.
+
+A film may come from a stranger. Its format is recognised by its first bytes and only that one demuxer of FFmpeg is
+opened, so that no playlist makes the decoder fetch another file; frames are decoded one at a time, and only those that
+are wanted are kept.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageSequence
+
+from .pictures import MAX_PIXELS, array_to_rgb, file_of, name_of, open_picture, to_rgb
+
+DEFAULT_FRAMES = 8
+"""Frames of a film where neither their number nor their rate is given."""
+
+SIGNATURE_BYTES = 16
+TRANSPORT_STREAM = b"\x47"
+ANIMATIONS = (b"GIF8", b"\x89PNG", b"RIFF....WEBP")
+"""First bytes of animations that Pillow decodes; a dot stands for any byte."""
+DEMUXERS = {
+    b"....ftyp": "mp4",
+    b"....moov": "mp4",
+    b"\x1aE\xdf\xa3": "matroska",
+    b"RIFF....AVI ": "avi",
+    b"OggS": "ogg",
+    b"FLV\x01": "flv",
+    b"\x00\x00\x01\xba": "mpeg",
+}
+"""First bytes of a film, and FFmpeg's name of the format (`matroska` is WebM as well)."""
+
+CLOCK_DIGITS, CLOCK_ERROR = 6, 1e-6
+"""Times in seconds are fractions of a film's clock, and rounded."""
+
+SECONDS_OF_A_FRAME = 0.1
+"""How long a frame of an animation is shown if its file does not say."""
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """Which frames of a film are taken.
+
+    Args:
+        num_frames: so many, evenly over the film's time: the frames that are shown at i / num_frames of its duration.
+            A film of fewer frames gives all of them.
+        fps: so many a second, from the first frame on. At most one of the two may be given; without either,
+            `DEFAULT_FRAMES` are taken.
+        max_pixels: largest width times height of a frame.
+
+    Raises:
+        ValueError: both are given, or one of them is not positive.
+    """
+
+    num_frames: int | None = None
+    fps: float | None = None
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.num_frames is not None and self.fps is not None:
+            raise ValueError("Give either num_frames or fps: a film's frames are sampled by one of them.")
+        if self.num_frames is not None and (type(self.num_frames) is not int or self.num_frames < 1):
+            raise ValueError(f"num_frames must be a positive integer, got {self.num_frames!r}.")
+        if self.fps is not None and not 0 < self.fps < float("inf"):
+            raise ValueError(f"fps must be a positive number, got {self.fps!r}.")
+
+    def choose(self, frames: Iterable["TimedFrame"], times: Sequence[float] | None) -> Iterator[Image.Image]:
+        """Yield the wanted frames as pictures.
+
+        Args:
+            frames: the frames in order. Only one of them is held at a time.
+            times: the times of all frames in seconds, in order; needed to take `num_frames`.
+        """
+        if self.fps is not None:
+            yield from _at_rate(frames, self.fps)
+            return
+        assert times is not None
+        number = DEFAULT_FRAMES if self.num_frames is None else self.num_frames
+        wanted = {round(times[index], CLOCK_DIGITS) for index in _evenly(times, number)}
+        last = max(wanted)
+        for frame in frames:
+            time = round(frame.time, CLOCK_DIGITS)
+            if time in wanted:
+                yield frame.picture()
+            if time >= last:
+                return
+
+
+class TimedFrame(NamedTuple):
+    """A frame that became current: when it is shown, in seconds, and what makes a picture of it while it is current."""
+
+    time: float
+    picture: Callable[[], Image.Image]
+
+
+def _at_rate(frames: Iterable[TimedFrame], fps: float) -> Iterator[Image.Image]:
+    """Yield the first frame that is shown at or after each k / fps seconds from the start of the film."""
+    start, taken = None, 0
+    for frame in frames:
+        start = frame.time if start is None else start
+        if frame.time - start >= taken / fps - CLOCK_ERROR:
+            yield frame.picture()
+            taken = int((frame.time - start) * fps + CLOCK_ERROR) + 1
+
+
+def _evenly(times: Sequence[float], number: int) -> list[int]:
+    """Return the indices of the frames on show at `number` evenly spaced moments, each at most once."""
+    if number >= len(times):
+        return list(range(len(times)))
+    start = times[0]
+    duration = (times[-1] - start) * len(times) / max(len(times) - 1, 1)  # the last frame is shown as well
+    moments = [start + index * duration / number for index in range(number)]
+    return sorted({max(int(np.searchsorted(times, moment + CLOCK_ERROR)) - 1, 0) for moment in moments})
+
+
+def film_frames(source, sampling: FrameSampling = FrameSampling()) -> list[Image.Image]:
+    """Return the frames of a film that are sampled, as pictures in RGB.
+
+    Args:
+        source: a path, a http(s) URL, a file's contents as bytes or as base64 text with or without its prefix
+            `data:video/...;base64,`; a list of pictures, or an array or tensor [N, H, W, 3] or [N, 3, H, W]. MP4, MOV,
+            WebM, Matroska, AVI, Ogg, FLV and MPEG need the package `av`; GIF, APNG and WebP do not. The pictures of a
+            list are its frames, and are all taken unless `num_frames` is given. They have no times, so `fps` is
+            refused.
+        sampling: which frames.
+
+    Raises:
+        ValueError: it cannot be read as a film, a frame is too large, or `av` is not installed.
+    """
+    if isinstance(source, list | tuple | np.ndarray | torch.Tensor):
+        return _listed(source, sampling)
+    frames = [*iterate_film(source, sampling)]
+    if not frames:
+        raise ValueError(f"{name_of(source)} cannot be read as a film: it has no frames.")
+    return frames
+
+
+def iterate_film(source, sampling: FrameSampling) -> Iterator[Image.Image]:
+    """Yield the sampled frames of a film one at a time, so that a film of any length takes no memory.
+
+    The arguments are those of [`film_frames`], without lists and arrays. Raises the same errors.
+    """
+    try:
+        file = source if isinstance(source, bytes) else file_of(_with_path(source))
+        file = BytesIO(file) if isinstance(file, bytes) else file
+        start = _first_bytes(file)
+        if any(_begins(start, signature) for signature in ANIMATIONS):
+            yield from _animation(file, sampling)
+            return
+        yield from _decoded(file, _demuxer_of(start), sampling)
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:  # decoders raise what they like
+        raise ValueError(f"{name_of(source)} cannot be read as a film: {_reason(error)}") from error
+
+
+def _listed(frames, sampling: FrameSampling) -> list[Image.Image]:
+    if not len(frames):
+        raise ValueError("A film needs at least one frame, got none.")
+    if sampling.fps is not None:
+        raise ValueError("fps needs a film with times; a list of frames has none. Give num_frames.")
+    wanted = range(len(frames))
+    if sampling.num_frames is not None:
+        wanted = _evenly([float(index) for index in range(len(frames))], sampling.num_frames)
+    is_array = isinstance(frames, np.ndarray | torch.Tensor)
+    if is_array and frames.ndim != 4:
+        raise ValueError(f"A film must be [N, H, W, 3] or [N, 3, H, W], got shape {tuple(frames.shape)}.")
+    return [_opened(frames[index], index + 1, sampling.max_pixels) for index in wanted]
+
+
+def _opened(frame, number: int, max_pixels: int) -> Image.Image:
+    if isinstance(frame, np.ndarray):
+        return array_to_rgb(frame)
+    try:
+        return open_picture(frame, max_pixels=max_pixels)
+    except ValueError as error:
+        raise ValueError(f"Frame {number} of a film: {error}") from error
+
+
+def _with_path(source) -> str:
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    raise ValueError("it must be a path, a URL, base64 text, a file's bytes, or frames.")
+
+
+def _first_bytes(file: str | BytesIO) -> bytes:
+    if isinstance(file, BytesIO):
+        return file.getvalue()[:SIGNATURE_BYTES]
+    with open(file, "rb") as opened:
+        return opened.read(SIGNATURE_BYTES)
+
+
+def _begins(start: bytes, signature: bytes) -> bool:
+    return len(start) >= len(signature) and all(
+        wanted in (b"."[0], byte) for wanted, byte in zip(signature, start)
+    )
+
+
+def _demuxer_of(start: bytes) -> str:
+    for signature, demuxer in DEMUXERS.items():
+        if _begins(start, signature):
+            return demuxer
+    if start.startswith(TRANSPORT_STREAM):
+        return "mpegts"
+    raise ValueError("it is no MP4, MOV, WebM, Matroska, AVI, Ogg, FLV, MPEG, GIF, APNG or WebP file.")
+
+
+# --- decoders -----------------------------------------------------------------------------------------
+
+
+def _animation(file: str | BytesIO, sampling: FrameSampling) -> Iterator[Image.Image]:
+    with Image.open(file, formats=("GIF", "PNG", "WEBP")) as animation:
+        _refuse_size(animation.width, animation.height, sampling.max_pixels)
+        times, time = [], 0.0
+        if sampling.fps is None:
+            for frame in ImageSequence.Iterator(animation):
+                times.append(time)
+                time += _shown_for(frame)
+            animation.seek(0)
+        yield from sampling.choose(_timed(animation), times)
+
+
+def _timed(animation: Image.Image) -> Iterator[TimedFrame]:
+    time = 0.0
+    for frame in ImageSequence.Iterator(animation):
+        yield TimedFrame(time, lambda frame=frame: to_rgb(frame).copy())
+        time += _shown_for(frame)
+
+
+def _shown_for(frame: Image.Image) -> float:
+    return float(frame.info.get("duration") or 0) / 1000 or SECONDS_OF_A_FRAME
+
+
+def _decoded(file: str | BytesIO, demuxer: str, sampling: FrameSampling) -> Iterator[Image.Image]:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("Films need the package av: pip install 'visualrwkv-hf[video]'.") from error
+    times = None
+    if sampling.fps is None:
+        with av.open(file, format=demuxer) as container:
+            times = _packet_times(container)
+    if isinstance(file, BytesIO):
+        file.seek(0)
+    with av.open(file, format=demuxer) as container:
+        yield from sampling.choose(_container_frames(container, sampling.max_pixels), times)
+
+
+def _packet_times(container) -> list[float]:
+    """Return the times of all frames in seconds, in order, without decoding a frame."""
+    stream = _stream_of(container)
+    times = [packet.pts for packet in container.demux(stream) if packet.size]
+    if not times:
+        raise ValueError("it has no frames.")
+    if any(time is None for time in times):  # no clock: frames are shown equally long
+        return [float(index) for index in range(len(times))]
+    return sorted(float(time * stream.time_base) for time in times)
+
+
+def _container_frames(container, max_pixels: int) -> Iterator[TimedFrame]:
+    stream = _stream_of(container)
+    _refuse_size(stream.codec_context.width, stream.codec_context.height, max_pixels)
+    for index, frame in enumerate(container.decode(stream)):
+        _refuse_size(frame.width, frame.height, max_pixels)
+        yield TimedFrame(float(index if frame.time is None else frame.time), frame.to_image)
+
+
+def _stream_of(container):
+    if not container.streams.video:
+        raise ValueError("it holds no pictures.")
+    return container.streams.video[0]
+
+
+def _refuse_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ValueError(
+            f"its frames are too large: {width} x {height}; at most {max_pixels:,} pixels are decoded."
+        )
+
+
+def _reason(error: Exception) -> str:
+    system = getattr(error, "strerror", None)  # of FFmpeg and of the operating system, without the path
+    text = system or (str(error) if isinstance(error, ValueError) else "it is damaged")
+    return f"{text.rstrip('.')}."
