@@ -177,7 +177,7 @@ def squash(image: Image.Image, size: int, image_mean: list[float], image_std: li
     return np.ascontiguousarray(np.moveaxis(normalized, -1, 0))
 
 
-class VisualRWKVImagesKwargs(TypedDict, total=False):
+class VisualRWKVImageProcessorKwargs(TypedDict, total=False):
     """Options of a call."""
 
     encoders: dict[str, dict]
@@ -205,7 +205,7 @@ class VisualRWKVImageProcessor(PilBackend):
     Raises `ValueError`, naming the numbers, if the fields do not fit together.
     """
 
-    valid_kwargs = VisualRWKVImagesKwargs
+    valid_kwargs = VisualRWKVImageProcessorKwargs
     encoders = {
         name: {"size": size, **ENCODERS[name].statistics}
         for name, size in (("dinov2", 448), ("siglip", 448), ("sam", 1024))
@@ -290,7 +290,7 @@ class VisualRWKVImageProcessor(PilBackend):
 
 def _refuse_options(names: Iterable[str]) -> None:
     """Raise `ValueError` for options that do not exist: encoders were trained with one size and one mean."""
-    options = VisualRWKVImagesKwargs.__annotations__
+    options = VisualRWKVImageProcessorKwargs.__annotations__
     if unknown := sorted(set(names) - set(options)):
         raise ValueError(
             f"VisualRWKVImageProcessor has no option {', '.join(unknown)}; it has {', '.join(options)}."

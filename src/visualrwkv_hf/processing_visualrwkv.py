@@ -300,8 +300,9 @@ class VisualRWKVProcessor(ProcessorMixin):
             given = [len(sample) for sample in images] if nested else _number_of(images)
             if given != (wanted if nested else sum(wanted)):
                 raise ValueError(
-                    f"Every {self.image_token} needs one picture: found {wanted} {self.image_token} in the "
-                    f"texts and {given} pictures."
+                    f"Every {self.image_token} needs one picture: the number of {self.image_token} tokens in the "
+                    f"prompts should be the same as the number of pictures, found {wanted} {self.image_token} in "
+                    f"the texts and {given} pictures."
                 )
         super().validate_inputs(images=images, text=text, **kwargs)
 

@@ -1,11 +1,15 @@
-"""transformers' common model tests on text models of each generation and on VLMs with one and three encoders."""
+"""transformers' common tests of models, on text models of each generation and on VLMs with one and three encoders.
+
+Beside the tests of models and configurations these are a training until a batch is known by heart, tensor parallelism,
+and what happens around generation.
+"""
 
 import unittest
 from collections.abc import Callable
 
 import torch
 from tiny import text_config, vlm_config
-from transformers_tests import load
+from transformers_tests import load, without
 
 from visualrwkv_hf import (
     VisualRWKVConfig,
@@ -18,6 +22,8 @@ from visualrwkv_hf import (
 
 ModelTesterMixin = load("test_modeling_common").ModelTesterMixin
 ConfigTester = load("test_configuration_common").ConfigTester
+TrainingTesterMixin = load("test_training_mixin").TrainingTesterMixin
+TensorParallelTesterMixin = load("test_tensor_parallel_mixin").TensorParallelTesterMixin
 
 REFUSED = (
     "from_pretrained refuses a checkpoint that lacks tensors, where transformers initialises them and warns."
@@ -28,7 +34,7 @@ INAPPLICABLE: dict[str, str] = {
     "test_model_weights_reload_no_missing_tied_weights": REFUSED,
     "test_generation_tester_mixin_inheritance": "The sdist lacks the generation tests; a stand-in takes their place.",
 }
-"""Common test -> why it does not apply."""
+"""Common test -> why it does not apply. The tensor-parallel tests skip themselves: there is no plan, see the docs."""
 
 
 IMAGE = 5
@@ -40,6 +46,7 @@ class TextTester:
 
     batch_size, seq_length, is_training = 3, 7, True
     vocab_size, hidden_size, num_hidden_layers = 320, 64, 2
+    causal_lm_class = VisualRWKVForCausalLM
 
     def __init__(self, parent: unittest.TestCase, version: int):
         self.parent, self.version = parent, version
@@ -118,8 +125,9 @@ def common_tests(
 ) -> type:
     """Return a test class that runs the common tests on these model classes, but for the inapplicable ones."""
 
-    class CommonTests(ModelTesterMixin, unittest.TestCase):
+    class CommonTests(ModelTesterMixin, TrainingTesterMixin, TensorParallelTesterMixin, unittest.TestCase):
         all_model_classes = model_classes
+        model_tester = None  # abstract in the mixins
         has_attentions = False
         _is_composite = config_class is VisualRWKVConfig
 
@@ -135,10 +143,7 @@ def common_tests(
         def test_config(self):
             self.config_tester.run_common_tests()
 
-    for name, reason in (INAPPLICABLE | (inapplicable or {})).items():
-        assert hasattr(CommonTests, name), name
-        setattr(CommonTests, name, unittest.skip(reason)(lambda self: None))
-    return CommonTests
+    return without(CommonTests, INAPPLICABLE | (inapplicable or {}))
 
 
 TEXT = VisualRWKVTextConfig, VisualRWKVTextModel, VisualRWKVForCausalLM
@@ -147,15 +152,16 @@ PICTURES = VisualRWKVConfig, VisualRWKVModel, VisualRWKVForConditionalGeneration
 TestRwkv5 = common_tests(lambda case: TextTester(case, 5), *TEXT)
 TestRwkv6 = common_tests(lambda case: TextTester(case, 6), *TEXT)
 TestRwkv7 = common_tests(lambda case: TextTester(case, 7), *TEXT)
-NO_MAPS = {
-    "test_capture_outputs_decorator": "It asks for attention maps. RWKV has none, and says so with an error."
+NOT_VLM = {
+    "test_capture_outputs_decorator": "It asks for attention maps. RWKV has none, and says so with an error.",
+    "test_training_overfit": "It trains a text model of the configuration, which is tested above.",
 }
-TestClip = common_tests(lambda case: PictureTester(case, 6, CLIP), *PICTURES, inapplicable=NO_MAPS)
-TestSiglip = common_tests(lambda case: PictureTester(case, 7, SIGLIP), *PICTURES, inapplicable=NO_MAPS)
+TestClip = common_tests(lambda case: PictureTester(case, 6, CLIP), *PICTURES, inapplicable=NOT_VLM)
+TestSiglip = common_tests(lambda case: PictureTester(case, 7, SIGLIP), *PICTURES, inapplicable=NOT_VLM)
 TestThreeEncoders = common_tests(
     lambda case: PictureTester(case, 7, THREE),
     *PICTURES,
-    inapplicable=NO_MAPS
+    inapplicable=NOT_VLM
     | {
         "test_get_image_features_hidden_states": "The hidden states are those of three encoders, one after the other."
     },
