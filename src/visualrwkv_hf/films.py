@@ -15,25 +15,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence
 
+from .film_formats import SIGNATURE_BYTES, demuxer_of, first_bytes, is_animation
 from .pictures import MAX_PIXELS, array_to_rgb, file_of, name_of, open_picture, to_rgb
 
 DEFAULT_FRAMES = 8
 """Frames of a film where neither their number nor their rate is given."""
-
-SIGNATURE_BYTES = 16
-TRANSPORT_STREAM = b"\x47"
-ANIMATIONS = (b"GIF8", b"\x89PNG", b"RIFF....WEBP")
-"""First bytes of animations that Pillow decodes; a dot stands for any byte."""
-DEMUXERS = {
-    b"....ftyp": "mp4",
-    b"....moov": "mp4",
-    b"\x1aE\xdf\xa3": "matroska",
-    b"RIFF....AVI ": "avi",
-    b"OggS": "ogg",
-    b"FLV\x01": "flv",
-    b"\x00\x00\x01\xba": "mpeg",
-}
-"""First bytes of a film, and FFmpeg's name of the format (`matroska` is WebM as well)."""
 
 CLOCK_DIGITS, CLOCK_ERROR = 6, 1e-6
 """Times in seconds are fractions of a film's clock, and rounded."""
@@ -149,10 +135,10 @@ def iterate_film(source, sampling: FrameSampling) -> Iterator[Image.Image]:
         file = source if isinstance(source, bytes) else file_of(_with_path(source))
         file = BytesIO(file) if isinstance(file, bytes) else file
         start = _first_bytes(file)
-        if any(_begins(start, signature) for signature in ANIMATIONS):
+        if is_animation(start):
             yield from _animation(file, sampling)
             return
-        yield from _decoded(file, _demuxer_of(start), sampling)
+        yield from _decoded(file, demuxer_of(start), sampling)
     except (MemoryError, ImportError):
         raise
     except Exception as error:  # decoders raise what they like
@@ -189,25 +175,7 @@ def _with_path(source) -> str:
 
 
 def _first_bytes(file: str | BytesIO) -> bytes:
-    if isinstance(file, BytesIO):
-        return file.getvalue()[:SIGNATURE_BYTES]
-    with open(file, "rb") as opened:
-        return opened.read(SIGNATURE_BYTES)
-
-
-def _begins(start: bytes, signature: bytes) -> bool:
-    return len(start) >= len(signature) and all(
-        wanted in (b"."[0], byte) for wanted, byte in zip(signature, start)
-    )
-
-
-def _demuxer_of(start: bytes) -> str:
-    for signature, demuxer in DEMUXERS.items():
-        if _begins(start, signature):
-            return demuxer
-    if start.startswith(TRANSPORT_STREAM):
-        return "mpegts"
-    raise ValueError("it is no MP4, MOV, WebM, Matroska, AVI, Ogg, FLV, MPEG, GIF, APNG or WebP file.")
+    return file.getvalue()[:SIGNATURE_BYTES] if isinstance(file, BytesIO) else first_bytes(file)
 
 
 # --- decoders -----------------------------------------------------------------------------------------

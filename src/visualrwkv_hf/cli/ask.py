@@ -1,18 +1,20 @@
-"""`visualrwkv ask`: one question about one picture."""
+"""`visualrwkv ask`: one question about one picture or film."""
 
 from typing import Annotated, Any
 
 import typer
 
 from ..inference.loading import load_model, load_processor, refuse_unknown_dtype
-from ..inference.pictures import open_named_picture, refuse_missing_picture
+from ..inference.pictures import content_parts, refuse_missing_picture
 from .options import (
     AccelerateOption,
     DeviceOption,
     DtypeOption,
+    FpsOption,
     ImagePositionOption,
     MaxNewTokensOption,
     ModelOption,
+    NumFramesOption,
     VerboseOption,
     answering_source,
     errors_in_a_sentence,
@@ -25,24 +27,40 @@ INTERRUPTED = 130
 
 
 def ask(
-    picture: Annotated[str, typer.Argument(help="Picture: a file, a URL, or a pipe such as /dev/stdin.")],
-    question: Annotated[str, typer.Argument(help="Question about the picture.")],
+    picture: Annotated[
+        str, typer.Argument(help="Picture or film: a file, a URL, or a pipe such as /dev/stdin.")
+    ],
+    question: Annotated[str, typer.Argument(help="Question about it.")],
     model: ModelOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     image_position: ImagePositionOption = None,
+    num_frames: NumFramesOption = None,
+    fps: FpsOption = None,
     accelerate: AccelerateOption = True,
     verbose: VerboseOption = False,
 ) -> None:
-    """Ask one question about one picture and print the answer as it is generated."""
+    """Ask one question about one picture or film and print the answer as it is generated."""
     with errors_in_a_sentence(verbose):
         refuse_missing_picture(picture)
         refuse_unknown_dtype(dtype)
         source = answering_source(model)
         options = dict(max_new_tokens=max_new_tokens, do_sample=False)
         try:
-            answer(picture, question, source, device, dtype, image_position, accelerate, verbose, options)
+            sampling = dict(num_frames=num_frames, fps=fps)
+            answer(
+                picture,
+                question,
+                source,
+                device,
+                dtype,
+                image_position,
+                sampling,
+                accelerate,
+                verbose,
+                options,
+            )
         except KeyboardInterrupt:
             show_answer("\n")
             leave_at_once(INTERRUPTED)
@@ -55,6 +73,7 @@ def answer(
     device: str,
     dtype: str,
     image_position: str | None,
+    sampling: dict[str, Any],
     accelerate: bool,
     verbose: bool,
     options: dict[str, Any],
@@ -66,10 +85,7 @@ def answer(
 
         step("reading the picture")
         processor = load_processor(source)
-        content = [
-            {"type": "image", "image": open_named_picture(picture)},
-            {"type": "text", "text": question},
-        ]
+        content = [*content_parts(picture, **sampling), {"type": "text", "text": question}]
         # The inputs come before the weights, so that what is wrong with them is said without a wait.
         inputs = chat_inputs(processor, [{"role": "user", "content": content}], image_position)
         vlm = load_model(source, device, dtype, accelerate, report=step)

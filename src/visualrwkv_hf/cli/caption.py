@@ -14,9 +14,11 @@ from .options import (
     AccelerateOption,
     DeviceOption,
     DtypeOption,
+    FpsOption,
     ImagePositionOption,
     MaxNewTokensOption,
     ModelOption,
+    NumFramesOption,
     VerboseOption,
     answering_source,
     errors_in_a_sentence,
@@ -43,6 +45,9 @@ def caption(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     image_position: ImagePositionOption = None,
+    films: Annotated[bool, typer.Option("--films", help="Ask about films in the folder as well.")] = False,
+    num_frames: NumFramesOption = None,
+    fps: FpsOption = None,
     accelerate: AccelerateOption = True,
     verbose: VerboseOption = False,
 ) -> None:
@@ -57,9 +62,11 @@ def caption(
 
         from ..inference.captioning import Captioning
 
-        settings = dict(
+        settings: dict[str, Any] = dict(
             model=source, prompt=prompt, max_new_tokens=max_new_tokens, image_position=image_position
         )
+        if films:
+            settings |= dict(films=True, num_frames=num_frames, fps=fps)
         work = Captioning(folder, output, settings)
         with work.locked():
             if work.todo():

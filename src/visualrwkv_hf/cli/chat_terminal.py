@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
-from ..inference.pictures import refuse_missing_picture
+from ..inference.pictures import content_parts, is_film, refuse_missing_picture
 from ..inference.printable import one_line, printable
 from .options import sentence, show_answer
 from .steps import speed_report, steps
@@ -151,21 +151,26 @@ class Terminal:
 
     # What the commands do.
 
-    def add_pictures(self, paths: Sequence[str]) -> None:
-        """Put pictures before the next question: all of them, or none if one cannot be read."""
+    def add_pictures(self, paths: Sequence[str], as_film: bool = False) -> None:
+        """Put pictures, and frames of films, before the next question: all of them, or none if one cannot be read."""
         for path in paths:
             refuse_missing_picture(path)
-        before = len(self.chat.pictures)
-        try:
-            pictures = [self.chat.add_picture(path) for path in paths]
-        except BaseException:
-            del self.chat.pictures[before:]
-            raise
-        for path, picture in zip(paths, pictures, strict=True):
-            self.note(f"{path}, {picture.width} x {picture.height} pixels: it goes with your next question.")
+        opened = [[part["image"] for part in content_parts(path, as_film=as_film)] for path in paths]
+        for path, pictures in zip(paths, opened, strict=True):
+            self.chat.pictures += pictures
+            size = f"{pictures[0].width} x {pictures[0].height} pixels"
+            what = (
+                f"{len(pictures)} frames of {size}: they go"
+                if is_film(path) or as_film
+                else f"{size}: it goes"
+            )
+            self.note(f"{path}, {what} with your next question.")
 
     def image(self, argument: str) -> None:
         self.add_pictures(paths_in(argument))
+
+    def video(self, argument: str) -> None:
+        self.add_pictures(paths_in(argument), as_film=True)
 
     def save(self, argument: str) -> None:
         path = one_path(argument)
@@ -209,6 +214,9 @@ class Terminal:
 
 COMMANDS = {
     "/image": Command(Terminal.image, "PATH...", "puts pictures (files or URLs) before your next question"),
+    "/video": Command(
+        Terminal.video, "PATH...", "puts frames of films or animations before your next question"
+    ),
     "/branch": Command(
         Terminal.go_to_branch,
         "[NAME]",

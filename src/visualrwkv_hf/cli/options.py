@@ -37,6 +37,16 @@ ImagePositionOption = Annotated[
         "Default: as the model was trained.",
     ),
 ]
+NumFramesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-frames", min=1, help="Frames that are taken of a film, evenly over its time. Default: 8."
+    ),
+]
+FpsOption = Annotated[
+    float | None,
+    typer.Option("--fps", help="Frames a second that are taken of a film, instead of their number."),
+]
 AccelerateOption = Annotated[
     bool,
     typer.Option(

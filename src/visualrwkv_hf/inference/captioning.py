@@ -1,4 +1,4 @@
-"""One question about every picture in a folder, answered in batches into a JSON Lines file that can be continued."""
+"""One question about every picture or film in a folder: answered in batches, into a file that can be continued."""
 
 import contextlib
 import json
@@ -13,8 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 from filelock import FileLock, Timeout
 from transformers import BatchFeature
 
+from ..film_formats import FILM_SUFFIXES
 from ..image_processing_visualrwkv import open_picture
 from .chat import chat_inputs
+from .pictures import content_parts
 
 PICTURE_SUFFIXES = frozenset(
     (
@@ -57,7 +59,8 @@ class Captioning:
         folder: holds the pictures; its subfolders and linked folders are searched too, hidden files are not.
         output: the JSON Lines file.
         settings: `prompt`, `max_new_tokens`, `image_position` and whatever else the answers depend on, as JSON
-            values. A file that was begun with other settings is not continued.
+            values. A file that was begun with other settings is not continued. If `films` is true, films are asked
+            about as well, and `num_frames` or `fps` say which of their frames are taken.
 
     Attributes:
         names: the pictures, sorted.
@@ -71,10 +74,12 @@ class Captioning:
         self.folder, self.output, self.settings = Path(folder), Path(output), settings
         self.summary = self.output.with_name(f"{self.output.name}.summary.json")
         self.bad: dict[str, str] = {}
-        self.names = pictures_in(self.folder)
+        suffixes = PICTURE_SUFFIXES | (FILM_SUFFIXES if settings.get("films") else frozenset())
+        self.names = pictures_in(self.folder, suffixes)
         if not self.names:
+            what = "picture and no film" if settings.get("films") else "picture"
             raise ValueError(
-                f"There is no picture in {folder}: no file ends with {', '.join(sorted(PICTURE_SUFFIXES))}."
+                f"There is no {what} in {folder}: no file ends with {', '.join(sorted(suffixes))}."
             )
 
     @contextlib.contextmanager
@@ -161,10 +166,10 @@ class Captioning:
 
     def _batches(self, processor, names: Sequence[str]) -> Iterator[Batch]:
         """Yield the readable pictures as one batch, or one by one if the processor refuses some of them."""
-        opened = {}
+        opened: dict[str, list] = {}
         for name in names:
             try:
-                opened[name] = open_picture(self._regular_file(name))
+                opened[name] = self._opened(self._regular_file(name))
             except ValueError as error:
                 self._note_bad(name, error)
         if not opened:
@@ -172,11 +177,17 @@ class Captioning:
         try:
             yield Batch(list(opened), self._inputs(processor, list(opened.values())))
         except ValueError:
-            for name, picture in opened.items():
+            for name, parts in opened.items():
                 try:
-                    yield Batch([name], self._inputs(processor, [picture]))
+                    yield Batch([name], self._inputs(processor, [parts]))
                 except ValueError as error:
                     self._note_bad(name, error)
+
+    def _opened(self, path: Path) -> list[dict[str, Any]]:
+        """Return the content parts of a picture, or of a film's frames."""
+        if self.settings.get("films") and path.suffix.lower() in FILM_SUFFIXES:
+            return content_parts(str(path), self.settings["num_frames"], self.settings["fps"], as_film=True)
+        return [{"type": "image", "image": open_picture(path)}]
 
     def _regular_file(self, name: str) -> Path:
         """Return the path of a picture. Raise `ValueError` for what opening would never end or never find."""
@@ -194,9 +205,9 @@ class Captioning:
             reason = reason.replace(quoted, "")
         self.bad[name] = sys.intern(" ".join(reason.split()))
 
-    def _inputs(self, processor, pictures: Sequence) -> BatchFeature:
+    def _inputs(self, processor, contents: Sequence[list[dict[str, Any]]]) -> BatchFeature:
         text = {"type": "text", "text": self.settings["prompt"]}
-        chats = [[{"role": "user", "content": [{"type": "image", "image": p}, text]}] for p in pictures]
+        chats = [[{"role": "user", "content": [*parts, text]}] for parts in contents]
         return chat_inputs(processor, chats, self.settings["image_position"], padding=True)
 
     def _answers(self, model, processor, inputs: BatchFeature) -> list[str]:
@@ -208,8 +219,8 @@ class Captioning:
 # Finding pictures.
 
 
-def pictures_in(folder: Path) -> list[str]:
-    """Return the pictures below a folder by their paths there, sorted.
+def pictures_in(folder: Path, suffixes: frozenset[str] = PICTURE_SUFFIXES) -> list[str]:
+    """Return the files below a folder that end with one of `suffixes`, by their paths there, sorted.
 
     Hidden files and folders, whose names begin with a dot, are skipped: file managers leave thumbnails and `._` files
     in them. Linked folders are searched like others, each folder once. A link that leads nowhere counts as a picture
@@ -226,12 +237,14 @@ def pictures_in(folder: Path) -> list[str]:
     while waiting:  # linked folders come after all real ones, so that a picture has its name without a link
         links: list[str] = []
         while waiting:
-            waiting += _search(folder, waiting.pop(), found, links, visited)
+            waiting += _search(folder, waiting.pop(), suffixes, found, links, visited)
         waiting = sorted(links, reverse=True)
     return sorted(found)
 
 
-def _search(folder: Path, place: str, found: list[str], links: list[str], visited: set) -> list[str]:
+def _search(
+    folder: Path, place: str, suffixes: frozenset[str], found: list[str], links: list[str], visited: set
+) -> list[str]:
     """Add the pictures in `folder / place` to `found` and its linked folders to `links`; return its other folders."""
     status = os.stat(folder / place)
     if (status.st_dev, status.st_ino) in visited:
@@ -245,7 +258,7 @@ def _search(folder: Path, place: str, found: list[str], links: list[str], visite
                 continue
             if entry.is_dir():
                 (links if entry.is_symlink() else inside).append(name)
-            elif os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES:
+            elif os.path.splitext(entry.name)[1].lower() in suffixes:
                 found.append(name)
     return inside
 

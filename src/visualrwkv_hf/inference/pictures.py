@@ -1,9 +1,12 @@
-"""Pictures that a person named: refused at once if they cannot be read, and read from a pipe as from a file."""
+"""Pictures and films that a person named: refused at once if they cannot be read; pipes are read like files."""
 
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from ..film_formats import FILM_SUFFIXES, is_film_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,13 +21,13 @@ def is_url(source: str) -> bool:
 
 
 def refuse_missing_picture(source: str) -> None:
-    """Refuse at once, without torch, what is no picture: before a model is loaded that would take seconds.
+    """Refuse at once, without torch, what is no picture and no film: a model takes seconds to load.
 
     Args:
         source: a path or a URL. A URL is not fetched, and a pipe is not read.
 
     Raises:
-        ValueError: there is no such file, it is a folder, or its content is no picture.
+        ValueError: there is no such file, it is a folder, or its content is no picture and no film.
     """
     if is_url(source):
         return
@@ -33,7 +36,7 @@ def refuse_missing_picture(source: str) -> None:
         raise ValueError(f"{source} is a folder: `visualrwkv caption` asks about every picture in a folder.")
     if not path.exists():
         raise ValueError(f"There is no picture {source}.")
-    if not path.is_file():  # a pipe
+    if not path.is_file() or is_film(source):  # not a file: a pipe
         return
     from PIL import Image
 
@@ -74,4 +77,37 @@ def open_named_picture(source: str) -> "Image.Image":
             raise ValueError(str(error).replace(copy, source)) from error
 
 
-__all__ = ["open_named_picture", "refuse_missing_picture"]
+def is_film(source: str) -> bool:
+    """Return whether a file is a film by its first bytes, or a URL by its ending."""
+    if is_url(source):
+        return os.path.splitext(urlsplit(source).path)[1].lower() in FILM_SUFFIXES
+    try:
+        return Path(source).is_file() and is_film_file(source)
+    except OSError:  # opening it as a picture says why it cannot be read
+        return False
+
+
+def content_parts(
+    source: str, num_frames: int | None = None, fps: float | None = None, as_film: bool = False
+) -> list[dict[str, Any]]:
+    """Return what a message contains for a picture or for the frames of a film.
+
+    Args:
+        source: a path, a URL or a pipe.
+        num_frames: see [`FrameSampling`].
+        fps: likewise.
+        as_film: whether an animation is a film. Otherwise it is one only if one of the options before is given, and
+            is the picture that it begins with if not.
+
+    Raises:
+        ValueError, ImportError: it cannot be read.
+    """
+    if num_frames is None and fps is None and not as_film and not is_film(source):
+        return [{"type": "image", "image": open_named_picture(source)}]
+    from ..films import FrameSampling, film_frames
+
+    frames = film_frames(source, FrameSampling(num_frames=num_frames, fps=fps))
+    return [{"type": "image", "image": frame} for frame in frames]
+
+
+__all__ = ["content_parts", "open_named_picture", "refuse_missing_picture"]
