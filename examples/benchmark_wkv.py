@@ -15,7 +15,7 @@ measured in the same run. Letters: B batch, T time, H heads.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -54,6 +54,7 @@ PEER_SLACK = 10
 """A peer whose error is larger than so many tolerances is no peer."""
 
 OURS, PLAIN = "visualrwkv-hf", "plain torch"
+FLA_LAYER = "fla chunk, as its layer"
 FORWARD, GRAPH, BACKWARD, BOTH = "forward", "forward, CUDA graph", "backward", "forward + backward"
 
 Inputs = dict[str, Tensor]
@@ -123,7 +124,8 @@ def random_inputs(case: Case, device: str, dtype: torch.dtype) -> Inputs:
         removed = torch.nn.functional.normalize(normal(*shape), dim=-1)
         inputs["w"] = MIN_LOG_DECAY * torch.sigmoid(normal(*shape))
         inputs |= {"a": -removed, "b": removed * torch.sigmoid(normal(*shape))}
-    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    # A model computes log decays in float32, whatever its dtype.
+    inputs = {name: x if name == "w" else x.to(dtype) for name, x in inputs.items()}
     if case.T == 1:
         inputs["initial_state"] = normal(case.B, case.H, HEAD_SIZE, HEAD_SIZE)
     return inputs
@@ -174,7 +176,10 @@ def peers(op: str, device: str) -> dict[str, Op]:
 
 
 def flash_linear_attention(op: str) -> dict[str, Op]:
-    """Its ops, with the state [B, H, K, V] as here and without its scale. Its layers use a chunk of 64 for RWKV-7."""
+    """Its ops, with the state [B, H, K, V] as here and without its scale. Its layers use a chunk of 64 for RWKV-7.
+
+    They get log decays in the model's dtype, as from its layers.
+    """
     try:
         from fla.ops.rwkv6 import chunk_rwkv6, fused_recurrent_rwkv6
         from fla.ops.rwkv7 import chunk_rwkv7, fused_mul_recurrent_rwkv7
@@ -182,20 +187,24 @@ def flash_linear_attention(op: str) -> dict[str, Op]:
         typer.secho(f"Without the peer flash-linear-attention: {first_line(error)}.", err=True, fg="yellow")
         return {}
     fixed = dict(scale=1.0, output_final_state=True)
+
+    def in_dtype(inputs: Inputs) -> Inputs:
+        return inputs | {"w": inputs["w"].to(inputs["r"].dtype)}
+
     if op == "wkv6":
         return {
-            "fla chunk": Op(lambda inputs: chunk_rwkv6(**inputs, **fixed)),
-            "fla recurrent": Op(lambda inputs: fused_recurrent_rwkv6(**inputs, **fixed)),
+            "fla chunk": Op(lambda inputs: chunk_rwkv6(**inputs, **fixed), in_dtype),
+            "fla recurrent": Op(lambda inputs: fused_recurrent_rwkv6(**inputs, **fixed), in_dtype),
         }
 
     def with_key_and_rate(inputs: Inputs) -> Inputs:
-        others = {name: x for name, x in inputs.items() if name not in "ab"}
+        others = {name: x for name, x in in_dtype(inputs).items() if name not in "ab"}
         return others | {"kk": -inputs["a"], "a": (-inputs["b"] / inputs["a"]).nan_to_num()}
 
     layer = dict(safe_gate=True, lower_bound=MIN_LOG_DECAY, chunk_size=64)
     return {
-        "fla chunk, as its layer": Op(lambda inputs: chunk_rwkv7(**inputs, **fixed, **layer)),
-        "fla chunk": Op(lambda inputs: chunk_rwkv7(**inputs, **fixed)),
+        FLA_LAYER: Op(lambda inputs: chunk_rwkv7(**inputs, **fixed, **layer), in_dtype),
+        "fla chunk": Op(lambda inputs: chunk_rwkv7(**inputs, **fixed), in_dtype),
         "fla recurrent": Op(
             lambda inputs: fused_mul_recurrent_rwkv7(**inputs, **fixed), with_key_and_rate, has_backward=False
         ),
@@ -259,15 +268,15 @@ def prepared(mode: str, op: Op, inputs: Inputs) -> Callable[[], object]:
                 return op.run(adapted)
 
         return captured(forward) if mode == GRAPH else forward
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    leaves = {name: x.detach().requires_grad_() for name, x in op.adapt(inputs).items()}
     gradient = torch.randn_like(inputs["v"])
 
     def both() -> object:
-        return torch.autograd.grad(op(leaves)[0], list(leaves.values()), gradient)
+        return torch.autograd.grad(op.run(leaves)[0], list(leaves.values()), gradient)
 
     if mode == BOTH:
         return both
-    out, _ = op(leaves)
+    out, _ = op.run(leaves)
     return lambda: torch.autograd.grad(out, list(leaves.values()), gradient, retain_graph=True)
 
 
@@ -317,9 +326,14 @@ def parse_shapes(shapes: list[str], device: str) -> list[tuple[int, int, int]]:
 
 
 def measure(
-    case: Case, device: str, dtype: torch.dtype, seconds: float, rates: tuple[float, float]
+    case: Case,
+    device: str,
+    dtype: torch.dtype,
+    seconds: float,
+    rates: tuple[float, float],
+    others: Mapping[str, Op] | None = None,
 ) -> list[dict]:
-    """Rows of the table for a case.
+    """Rows of the table for a case, beside `others`; None is all `peers`.
 
     Raises:
         ArithmeticError: this package's result is wrong.
@@ -330,7 +344,7 @@ def measure(
     if not error <= tolerance:
         raise ArithmeticError(f"{case.op} {case.shape}: {of} has error {error:.1e}, allowed {tolerance:.0e}.")
     ops, errors, rows = {OURS: ours(case.op)}, {OURS: error}, []
-    for name, op in peers(case.op, device).items():
+    for name, op in (peers(case.op, device) if others is None else others).items():
         try:
             errors[name], _ = worst_error(op, reference, inputs, with_gradients and op.has_backward)
         except Exception as failure:  # another package's: whatever it is, it is no reason to stop
@@ -423,8 +437,11 @@ def main(
     """The WKV recurrences against their peers and against what the machine can do at best."""
     device = chosen_device(device, threads)
     chosen: torch.dtype = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
-    backend = "auto"
+    backend = (
+        "triton"  # refuses where its kernels cannot be used, so that nothing else is timed in their name
+    )
     if device == "cpu":
+        backend = "auto"
         try:
             build_native_ops()
             backend = "native"

@@ -100,8 +100,11 @@ def chosen_device(device: str | None, threads: int | None) -> str:
 
 
 def copy_bandwidth(device: str | torch.device = "cpu", size: int = 2**30) -> float:
-    """Bytes read and written in a second by the copy of a large tensor of `size` bytes."""
-    source = torch.zeros(size, dtype=torch.int8, device=device)
+    """Bytes read and written in a second by the copy of a large tensor of `size` random bytes.
+
+    A GPU may compress what is in its memory, so zeros would be copied faster than anything else.
+    """
+    source = torch.randint(-128, 128, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     timing = interleaved({"copy": lambda: target.copy_(source)}, device, seconds=0.5)["copy"]
     return 2 * size / timing.median

@@ -14,6 +14,7 @@ import torch
 import typer
 from benchmarking import Timing, captured, copy_bandwidth, interleaved, machine, markdown_table, readable
 from llama_cpp_engine import reader, write_gguf
+from transformers.initialization import no_init_weights
 
 from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVTextConfig, accelerate_on_cpu, kernel_backend
 from visualrwkv_hf.conversion import restore_state_dict
@@ -46,15 +47,27 @@ class Engine(NamedTuple):
     is_graph: bool = False
 
 
-def random_model(shape: str) -> VisualRWKVForCausalLM:
-    """float32, random weights everywhere: freshly initialised, half of the model adds nothing."""
-    torch.manual_seed(0)
-    model = VisualRWKVForCausalLM(VisualRWKVTextConfig(rwkv_version=7, **SHAPES[shape]))
-    for weight in model.parameters():
-        if weight.ndim == 2 and not weight.any():
-            torch.nn.init.normal_(weight, std=0.02)
-    torch.nn.init.normal_(model.get_input_embeddings().weight)
-    return model.eval().requires_grad_(False)
+def random_model(
+    shape: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> VisualRWKVForCausalLM:
+    """Random weights everywhere (freshly initialised, half of the model adds nothing), made where they stay."""
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.device("meta"), no_init_weights():
+        model = VisualRWKVForCausalLM(VisualRWKVTextConfig(rwkv_version=7, **SHAPES[shape])).to(dtype)
+    model.to_empty(device=device)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(False)
+        if weight.ndim == 1:  # of a norm
+            weight.fill_(name.endswith("weight"))
+        elif name.endswith("embed_tokens.weight"):
+            weight.normal_(generator=generator)
+        elif name.endswith("w0"):
+            weight.uniform_(-6, -1, generator=generator)
+        elif weight.ndim == 3:  # of a token shift and the like, [1, 1, C]
+            weight.uniform_(0, 1, generator=generator)
+        else:
+            weight.normal_(std=0.5 * max(weight.shape) ** -0.5, generator=generator)
+    return model.eval()
 
 
 def ours(name: str, precision: str, model: VisualRWKVForCausalLM, backend: str = "auto") -> Engine:
@@ -74,7 +87,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 def our_engines(model: VisualRWKVForCausalLM, device: str, precisions: Sequence[str]) -> Iterator[Engine]:
     """This package's ways. The first is the plain one in float32, by which all are judged."""
-    yield ours("plain torch", "float32", copy.deepcopy(model).to(device), "torch")
+    yield ours("plain torch", "float32", model.float(), "torch")
     for precision in precisions:
         dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
         if device == "cpu":
@@ -83,10 +96,11 @@ def our_engines(model: VisualRWKVForCausalLM, device: str, precisions: Sequence[
             native = accelerate_on_cpu(copy.deepcopy(model).to(dtype), int8=precision == "int8")
             yield ours("native", precision, native)
         else:
-            on_device = copy.deepcopy(model).to(device, dtype)
+            on_device = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
             yield ours("plain torch", precision, on_device, "torch")
-            yield ours("Triton", precision, on_device)
-            yield ours("Triton, graph", precision, on_device)._replace(is_graph=True)
+            # "auto" would time plain torch in Triton's name where its kernels cannot be used.
+            yield ours("Triton", precision, on_device, "triton")
+            yield ours("Triton, graph", precision, on_device, "triton")._replace(is_graph=True)
 
 
 def peer_engines(model: VisualRWKVForCausalLM, device: str, precisions: Sequence[str]) -> Iterator[Engine]:
@@ -210,7 +224,7 @@ def compared(
     Raises:
         ArithmeticError: see [`checked`].
     """
-    model = random_model(shape)
+    model = random_model(shape, device)
     prompt = torch.randint(1, model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
     prompt = prompt.to(device)
     engines = list(our_engines(model, device, precisions))

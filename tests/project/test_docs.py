@@ -39,6 +39,7 @@ NOT_RUN = {
     "README.md": ["sets up what runs this"] * 2,
     "docs/evaluation.md": ["installs packages", "needs a GPU"],
     "docs/fine-tuning.md": ["installs packages"] + ["needs a GPU"] * 2,
+    "docs/gpu.md": ["needs a GPU"],
     "docs/performance.md": ["needs a GPU"],
     "docs/serving.md": ["installs packages", "tested in a browser"],
     "docs/start.md": ["installs packages"],
