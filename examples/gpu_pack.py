@@ -101,27 +101,5 @@ def compile_ahead(scratch: Path, cache: Path, python: str) -> None:
         "TRITON_CACHE_DIR": str(cache),
         "TRITON_INTERPRET": "0",
     }
-    subprocess.run([sys.executable, str(Path(__file__)), key], env=environment, check=True)
-
-
-def compile_under(key: str) -> None:
-    """Compile all launches of the session under this key of Triton's cache."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    import gpu_launches
-    import triton
-    from triton.runtime import cache
-
-    cache.triton_key = lambda: key
-    found = gpu_launches.launches_of(gpu_launches.calls())
-    print(f"Compiling {len(found)} launches with Triton {triton.__version__}.", flush=True)
-    gpu_launches._launches[:] = found
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
-        for problem in pool.map(gpu_launches.compile_number, range(len(found))):
-            if problem:
-                print(problem, flush=True)
-
-
-if __name__ == "__main__":
-    compile_under(sys.argv[1])
+    command = [sys.executable, str(ROOT / "tests" / "gpu_launches.py"), key]
+    subprocess.run(command, env=environment, check=True)

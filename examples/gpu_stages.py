@@ -5,6 +5,7 @@ kernels run in Triton's interpreter, and a tool that is missing (ncu, compute-sa
 """
 
 import csv
+import importlib
 import json
 import multiprocessing
 import os
@@ -47,6 +48,14 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
+def from_tests(name: str) -> Any:
+    """Import a helper of the tests, which come with the repository and not with the package."""
+    for folder in (ROOT / "tests", ROOT / "tests" / "support"):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+    return importlib.import_module(name)
+
+
 # --- machine ------------------------------------------------------------------------------------------
 
 
@@ -81,8 +90,7 @@ _TEXT: dict[str, Any] = {"capture_output": True, "text": True}
 
 def compile_kernels() -> None:
     """Compile what the carried cache does not have, in as many processes as there are CPU cores."""
-    import gpu_launches
-
+    gpu_launches = from_tests("gpu_launches")
     start, called = time.perf_counter(), gpu_launches.calls()
     if DRY_RUN:
         called = {"decoding": lambda: gpu_launches.call_decoding(2, (16, 16, 16, 16))}
@@ -162,7 +170,9 @@ def sanitizer() -> None:
 def _under(tool: str, options: list[str], op: str) -> tuple[str, int]:
     """Run a small call of `op` under a tool of CUDA's; without the tool where it is missing and this is a dry run."""
     call = [sys.executable, str(Path(__file__)), "call", op, *(["--dry-run"] if DRY_RUN else [])]
-    found = shutil.which(tool) or shutil.which(tool, path="/usr/local/cuda/bin:/opt/nvidia/nsight-compute")
+    found = shutil.which(tool) or shutil.which(
+        tool, path=os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"
+    )
     if found is None and not DRY_RUN:
         return f"{tool} is not installed", 127
     done = subprocess.run([*([found, *options] if found else []), *call], **_TEXT)
@@ -172,11 +182,9 @@ def _under(tool: str, options: list[str], op: str) -> tuple[str, int]:
 
 def call() -> None:
     """Call one op once: what a tool looks at. `wkv7-large` is the shape of training."""
-    from gpu_launches import call_wkv
-
     from visualrwkv_hf import kernel_backend
 
-    op = sys.argv[2]
+    op, call_wkv = sys.argv[2], from_tests("gpu_launches").call_wkv
     with kernel_backend("triton"):
         if op == "decode":
             from engines import random_model
@@ -330,10 +338,11 @@ def launches() -> None:
     """Time wkv7 with other warps and block sizes of one kernel at a time; each gives the same result."""
     import benchmark_wkv as benchmark
     from benchmarking import interleaved
-    from gpu_launches import launched_with, variants
 
     from visualrwkv_hf import kernel_backend
 
+    gpu_launches = from_tests("gpu_launches")
+    launched_with, variants = gpu_launches.launched_with, gpu_launches.variants
     case = benchmark.Case("wkv7", *((1, 20, 1) if DRY_RUN else (8, 4096, 64)))
     inputs = benchmark.random_inputs(case, DEVICE, torch.bfloat16)
     gradient = torch.ones_like(inputs["v"])
@@ -450,10 +459,7 @@ WORK: dict[str, Callable[[], None]] = {
 
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":  # whose bfloat16 needs mending
-        sys.path.insert(0, str(ROOT / "tests" / "support"))
-        import triton_interpreter
-
-        triton_interpreter.install()
+        from_tests("triton_interpreter").install()
     WORK[sys.argv[1]]()
 
 

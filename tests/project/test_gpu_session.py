@@ -140,7 +140,7 @@ def test_tuning_is_limited_to_the_nearest_configurations(example, monkeypatch):
 
 def test_another_launch_ends_with_its_block(example):
     pytest.importorskip("triton")
-    launches = example("gpu_launches")
+    launches = example("gpu_stages").from_tests("gpu_launches")
     table, before = launches.launches.WKV7, launches.launches.WKV7[launches.MODEL]
     with launches.launched_with("prepare", 16, 2):
         assert table[launches.MODEL] == before._replace(prepare=launches.launches.Launch(16, 2))

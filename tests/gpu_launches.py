@@ -1,4 +1,4 @@
-"""Which kernels gpu_session.py launches on a GPU, and how they are compiled ahead, with or without one.
+"""Which kernels examples/gpu_session.py launches on a GPU, and how they are compiled ahead, with or without one.
 
 The ops are called on small CPU tensors while launches are recorded (see `recorded` in tests/compile_kernels.py), so
 that each kernel is compiled with the specialization that Triton will ask its cache for.
@@ -16,7 +16,7 @@ import torch
 from visualrwkv_hf import VisualRWKVForCausalLM, wkv6, wkv7
 from visualrwkv_hf.triton_kernels import launches, low_rank, rwkv7_decode, token_shift
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parent
 MIN_LOG_DECAY = -0.6065306597126334
 MODEL = (64, torch.bfloat16, True)
 """The row of `launches.WKV7` that RWKV-7 models in bfloat16 use."""
@@ -174,3 +174,25 @@ _launches: list[dict[str, Any]] = []
 
 def compile_number(number: int) -> str:
     return compile_one(_launches[number])
+
+
+def compile_under(key: str) -> None:
+    """Compile all launches of the session under this key of Triton's cache: that of the machine's Triton."""
+    import multiprocessing
+    import os
+    from concurrent.futures import ProcessPoolExecutor
+
+    import triton
+    from triton.runtime import cache
+
+    cache.triton_key = lambda: key
+    _launches[:] = launches_of(calls())
+    print(f"Compiling {len(_launches)} launches with Triton {triton.__version__}.", flush=True)
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        for problem in pool.map(compile_number, range(len(_launches))):
+            if problem:
+                print(problem, flush=True)
+
+
+if __name__ == "__main__":
+    compile_under(sys.argv[1])
