@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
-from transformers.configuration_utils import PreTrainedConfig, classproperty
+from transformers.configuration_utils import PreTrainedConfig
 
 from .encoders import ENCODERS, pixel_inputs
 from .generations import GENERATIONS
@@ -154,6 +154,14 @@ class VisualRWKVTextConfig(PreTrainedConfig):
         return sum(len(state.sizes) == 1 for state in GENERATIONS[self.rwkv_version].states)
 
 
+class _classproperty(property):
+    """A property of a class. transformers has its own from version 5.20 on."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        assert self.fget is not None
+        return self.fget(owner)
+
+
 @strict
 class VisualRWKVVisionConfig(PreTrainedConfig):
     r"""Configuration of the vision tower: one or several stock encoders with a common forward.
@@ -184,7 +192,7 @@ class VisualRWKVVisionConfig(PreTrainedConfig):
     class_token: Literal["first", "last", "none"] = "none"
     tile_grid: int = 1
 
-    @classproperty
+    @_classproperty
     def sub_configs(cls) -> dict[str, type]:
         """The encoders' configurations: transformers hands options such as the attention down to them."""
         return {f"{name}_config": AutoConfig for name in ENCODERS}

@@ -57,6 +57,7 @@ class VisualRWKVProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[
 
     return_scan_orders: bool
     pad_prompt_to_multiple_of: int | None
+    _defaults = {}  # type: ignore[misc]  # transformers up to 5.19 reads it of every processor
 
 
 class VisualRWKVProcessor(ProcessorMixin):
@@ -251,6 +252,11 @@ class VisualRWKVProcessor(ProcessorMixin):
         if return_scan_orders:
             data["scan_orders"] = self._scan_orders(data["input_ids"])
         return data
+
+    def _merge_kwargs(self, *args, **kwargs):
+        """Sort the options of a call by part. transformers up to 5.19 looks for a part behind each of our own."""
+        args = tuple(ProcessingKwargs if arg is VisualRWKVProcessorKwargs else arg for arg in args)
+        return super()._merge_kwargs(*args, **kwargs)
 
     def _lengthen_prompts(self, data: BatchFeature, multiple: int) -> None:
         """Turn the last pads before each prompt into turn ends, so that its length becomes a multiple."""

@@ -1,0 +1,79 @@
+"""The configuration hook: what an engine that runs our models must do, and what it cannot do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.model_executor.models.config import MambaModelConfig
+
+from ..configuration_visualrwkv import VisualRWKVConfig
+from ..modeling_visualrwkv import is_trivial
+from .pictures import max_picture_tokens
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SCHEDULER = "visualrwkv_hf.vllm.scheduler.whole_picture_scheduler"
+
+
+class RwkvEngineConfig(MambaModelConfig):
+    """vLLM calls this once for an engine, before it allocates anything."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Set what a model needs of the engine.
+
+        Raises:
+            ValueError: the engine is to do what these models cannot do, or cannot read a picture at once where the
+                layers must see all of it.
+        """
+        refuse_what_is_missing(vllm_config)
+        config = vllm_config.model_config.hf_config
+        if isinstance(config, VisualRWKVConfig) and not is_trivial(config.scan):
+            read_pictures_whole(vllm_config, config)
+        super().verify_and_update_config(vllm_config)
+
+
+def refuse_what_is_missing(vllm_config: VllmConfig) -> None:
+    """Raise `ValueError` for options of vLLM that would be ignored or fail later, with a reason."""
+    parallel = vllm_config.parallel_config
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if (size := getattr(parallel, name)) > 1:
+            raise ValueError(
+                f"{name}={size}: a VisualRWKV model is not divided among devices. Use data_parallel_size, or "
+                "several servers: each device then holds the whole model."
+            )
+    if quantization := vllm_config.model_config.quantization:
+        raise ValueError(
+            f"quantization={quantization!r}: vLLM's quantisation replaces its own linear layers, and these models "
+            "have torch's."
+        )
+    if vllm_config.speculative_config is not None:
+        raise ValueError(
+            "Speculative decoding is not supported: a state in vLLM's pool cannot be taken back."
+        )
+    if vllm_config.lora_config is not None:
+        raise ValueError(
+            "LoRA adapters are not supported by the vLLM plugin: vLLM's LoRA replaces its own linear layers, and these "
+            "models have torch's. Merge the adapter into the model first."
+        )
+
+
+def read_pictures_whole(vllm_config: VllmConfig, config: VisualRWKVConfig) -> None:
+    """Have the scheduler never cut a picture: some layers read its last patch first."""
+    if vllm_config.cache_config.enable_prefix_caching:
+        raise ValueError(
+            f"enable_prefix_caching: this model reads pictures {config.scan!r}, and vLLM keeps states at block bounds, "
+            "which may lie inside a picture. Only models with scan 'unidirectional' can have prefix caching."
+        )
+    scheduler = vllm_config.scheduler_config
+    needed = max_picture_tokens(vllm_config.model_config)
+    for name in ("max_num_batched_tokens", "long_prefill_token_threshold"):
+        budget = getattr(scheduler, name)
+        if 0 < budget < needed:
+            raise ValueError(
+                f"{name} is {budget}, but a picture takes {needed} tokens, which must be read in one step: this "
+                f"model's layers read pictures {config.scan!r}. Set it to at least {needed}."
+            )
+    scheduler.disable_chunked_mm_input = True
+    scheduler.scheduler_cls = scheduler.scheduler_cls or SCHEDULER

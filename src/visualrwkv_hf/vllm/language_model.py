@@ -1,0 +1,161 @@
+"""The language model in a step of vLLM: all requests in one call, and the class for text models.
+
+Letters: S requests of a step, T tokens of all of them, C hidden size, D directions of a scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
+from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
+
+from ..modeling_base import refuse_non_finite
+from ..modeling_rwkv import VisualRWKVForCausalLM, VisualRWKVTextModel
+from ..token_order import IN_ORDER, token_orders
+from .states import BlockStates, RwkvMetadata, state_dtypes, state_shapes
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+Orders = Callable[[int], Iterable[Tensor | None]]
+"""Gives the D orders in which the layers read the first T tokens of a step, [1, T] each; None: as they stand."""
+
+
+def text_orders(num_tokens: int) -> list[Tensor | None]:
+    """Return the order of a step without pictures."""
+    return [None]
+
+
+class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
+    """What both architectures share: one of our models, made without weights, and a place for the states of each block.
+
+    Attributes:
+        hf: our model, with its head.
+    """
+
+    hf_class: type
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        model_config = vllm_config.model_config
+        with no_init_weights():
+            self.hf = self.hf_class(model_config.hf_config).eval().to(model_config.dtype)
+        text = model_config.hf_config.get_text_config()
+        self.states = nn.ModuleList(
+            BlockStates(text, model_config.dtype, f"{prefix}.{layer}" if prefix else f"states.{layer}")
+            for layer in range(text.num_hidden_layers)
+        )
+
+    @property
+    def blocks(self) -> VisualRWKVTextModel:
+        """The language model without its head."""
+        raise NotImplementedError
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Return the embeddings of tokens, [T] -> [T, C]."""
+        return self.hf.get_input_embeddings()(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Read the tokens of a step, [T] or [T, C], and return the last hidden states [T, C]."""
+        embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        return self.read_step(embeds, text_orders)
+
+    def read_step(self, embeds: Tensor, orders: Orders) -> Tensor:
+        """Read the tokens of all requests in one call, from their states in vLLM's pool, which are updated.
+
+        Rows of `embeds` after the last token are padding of a CUDA graph; they stay as they are.
+
+        Args:
+            embeds: [T, C], the tokens of the requests one after another.
+            orders: in which order the layers read them.
+        """
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:  # vLLM measures how much memory a step takes
+            return self.blocks.norm(self.blocks.run_blocks(embeds[None], [IN_ORDER]))[0]
+        steps: list[RwkvMetadata] = [metadata[states.prefix] for states in self.states]
+        step = steps[0]
+        requests, prefilling = step.num_decodes + step.num_prefills, step.num_prefills > 0
+        num_tokens = step.num_decode_tokens + step.num_prefill_tokens
+        holders = [
+            states.holder(own.slots[:requests]) for states, own in zip(self.states, steps, strict=True)
+        ]
+        tokens, order = embeds[:num_tokens], [IN_ORDER]
+        if prefilling:  # all requests packed into one row
+            at = torch.arange(num_tokens, device=embeds.device)[None]
+            bounds = step.query_start_loc[: requests + 1].long()
+            order, tokens = token_orders(at, None, list(orders(num_tokens)), bounds), tokens[None]
+        else:  # one token of each: as many rows
+            tokens = tokens[:, None]
+        hidden = self.blocks.norm(self.blocks.run_blocks(tokens, order, holders)).flatten(0, 1)
+        if num_tokens == len(embeds):
+            return hidden
+        return torch.cat([hidden, embeds[num_tokens:]])
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Return the logits of the tokens from which vLLM samples, [S, C] -> [S, vocab_size]."""
+        return self.hf.lm_head(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Copy the weights of a folder into the model, by the names that `save_pretrained` gives them.
+
+        Raises:
+            ValueError: the folder lacks tensors of the model, has others or has some of another shape, or holds NaN
+                or infinite weights.
+        """
+        own, found = dict(self.hf.state_dict(keep_vars=True)), set()
+        for name, weight in weights:
+            if name not in own:
+                raise ValueError(
+                    f"The folder has a tensor {name} that {type(self.hf).__name__} does not have."
+                )
+            if own[name].shape != weight.shape:
+                raise ValueError(
+                    f"{name} is {list(weight.shape)} in the folder and {list(own[name].shape)} in the model."
+                )
+            own[name].data.copy_(weight)
+            found.add(name)
+        self.hf.tie_weights()
+        tied = set(own) if not self.hf.config.tie_word_embeddings else set(own) - {"lm_head.weight"}
+        if missing := sorted(tied - found):
+            raise ValueError(
+                f"The folder lacks {len(missing)} tensors of {type(self.hf).__name__}: {', '.join(missing[:5])}."
+            )
+        refuse_non_finite(self.hf, "The folder")
+        return {name for name, _ in self.named_parameters()}
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        return state_shapes(vllm_config.model_config.hf_config.get_text_config())
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        config = vllm_config.model_config
+        return state_dtypes(config.hf_config.get_text_config(), config.dtype)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[Callable, ...]:
+        """Return how prefix caching copies each state of a layer: whole, for tokens and matrices alike."""
+        return (get_temporal_copy_spec,) * 3
+
+
+class Rwkv(RecurrentModel):
+    """A text model, such as a plain RWKV-World checkpoint becomes."""
+
+    hf_class = VisualRWKVForCausalLM
+
+    @property
+    def blocks(self) -> VisualRWKVTextModel:
+        return self.hf.model
