@@ -19,7 +19,7 @@ from paths import EXAMPLES, ROOT, SUPPORT, TESTS
 import visualrwkv_hf
 from visualrwkv_hf import remote_code
 
-WINGS = ("bundled", "cli", "cpu", "inference", "training")
+WINGS = ("bundled", "cli", "cpu", "inference", "training", "vllm")
 PARTS = {
     "visualrwkv_hf": ROOT / "src/visualrwkv_hf",
     **{f"visualrwkv_hf.{wing}": ROOT / "src/visualrwkv_hf" / wing for wing in WINGS},
@@ -106,6 +106,7 @@ WING_MAY_IMPORT = {
     "inference": {"bundled", "cpu"},
     "training": set(),
     "cpu": set(),
+    "vllm": set(),
 }
 """Wing -> the other wings that it may import. Each may import the root."""
 
@@ -158,6 +159,14 @@ def test_only_the_command_imports_typer_and_rich():
         item
         for item in imports_of(*PARTS.values())
         if item.top in {"typer", "rich"} and item.file.parent != PARTS["visualrwkv_hf.cli"]
+    )
+
+
+def test_only_the_plugin_imports_vllm():
+    refuse(
+        item
+        for item in imports_of(*PARTS.values(), EXAMPLES)
+        if item.top == "vllm" and item.file.parent not in (PARTS["visualrwkv_hf.vllm"], EXAMPLES)
     )
 
 
@@ -237,6 +246,8 @@ def test_names_in_all_exist(part):
     names = [path.stem for path in PARTS[part].glob("*.py") if path.stem != "__init__"]
     if part == KERNELS:
         pytest.importorskip("triton")
+    if part == "visualrwkv_hf.vllm":
+        pytest.importorskip("vllm")
     for name in names:
         module = importlib.import_module(f"{part}.{name}")
         assert all(hasattr(module, public) for public in getattr(module, "__all__", ())), name

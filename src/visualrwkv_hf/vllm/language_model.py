@@ -51,6 +51,8 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
             BlockStates(text, model_config.dtype, f"{prefix}.{layer}" if prefix else f"states.{layer}")
             for layer in range(text.num_hidden_layers)
         )
+        for block in self.blocks.layers:
+            block.accelerated = True  # on a CPU the recurrence of a packed step is one call of C
 
     @property
     def blocks(self) -> VisualRWKVTextModel:
