@@ -57,7 +57,8 @@ def rwkv7_decode(
         v: value.
         rate: (x_a a1) a2, the in-context learning rate without its bias a0.
         gate: sigmoid(x_g g1) g2.
-        state: S, contiguous float32, updated in place: [B, H, K, V], or [N, H, K, V] with state_indices.
+        state: S, float32, updated in place: [B, H, K, V], or [N, H, K, V] with state_indices. Each [H, K, V] is
+            contiguous; from one to the next may be farther, as in a pool that holds other states in between.
         w0: bias of decay, A elements.
         a0: bias of rate, A elements.
         k_k: A elements.
@@ -77,8 +78,8 @@ def rwkv7_decode(
         out, in the shape and dtype of r.
 
     Raises:
-        ValueError: shapes do not fit, the state is not contiguous float32, or only some of value_gate, v_first and v0
-            are given.
+        ValueError: shapes do not fit, the state is not float32 or a [H, K, V] not contiguous, or only some of
+            value_gate, v_first and v0 are given.
         RuntimeError: an input requires a gradient.
     """
     if len({value_gate is None, v_first is None, v0 is None}) != 1:
@@ -121,7 +122,8 @@ def rwkv6_decode(
         k: key.
         v: value.
         gate: the gate before its silu.
-        state: S, contiguous float32, updated in place: [B, H, K, V], or [N, H, K, V] with state_indices.
+        state: S, float32, updated in place: [B, H, K, V], or [N, H, K, V] with state_indices. Each [H, K, V] is
+            contiguous; from one to the next may be farther, as in a pool that holds other states in between.
         time_decay: A elements.
         u: bonus of the current token, A elements.
         norm_weight: weight of the norm over each head, A elements.
@@ -135,7 +137,7 @@ def rwkv6_decode(
         out, in the shape and dtype of r.
 
     Raises:
-        ValueError: shapes do not fit, or the state is not contiguous float32.
+        ValueError: shapes do not fit, or the state is not float32 or a [H, K, V] not contiguous.
         RuntimeError: an input requires a gradient.
     """
     tokens = {"r": r, "decay": decay, "k": k, "v": v, "gate": gate}
@@ -158,8 +160,10 @@ def _check(
             f"state must be [B, H, K, K] (or [N, H, K, K]) with K one of {', '.join(map(str, HEAD_SIZES))}, "
             f"got {list(state.shape)}."
         )
-    if state.dtype != torch.float32 or not state.is_contiguous():
-        raise ValueError(f"state must be contiguous float32, got {state.dtype} of strides {state.stride()}.")
+    if state.dtype != torch.float32 or not state[:1].is_contiguous():
+        raise ValueError(
+            f"state must be float32 and each [H, K, V] contiguous, got {state.dtype} of strides {state.stride()}."
+        )
     N, H, K, _ = state.shape
     B = N if state_indices is None else state_indices.numel()
     if state_indices is not None and (
@@ -191,8 +195,8 @@ def _contiguous(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 
 
 @triton.jit
-def _state_of(state, mask, state_indices, i_b, i_h, o_k, H: tl.constexpr, K: tl.constexpr):
-    """Find the state of sequence i_b and head i_h.
+def _state_of(state, stride, mask, state_indices, i_b, i_h, o_k, K: tl.constexpr):
+    """Find the state of sequence i_b and head i_h; `stride` elements lie between one [H, K, V] and the next.
 
     Returns p_state [K, K], and m_real [K]: True where the sequence has a token to read. The mask is a vector because
     the interpreter garbles a bool scalar.
@@ -204,7 +208,7 @@ def _state_of(state, mask, state_indices, i_b, i_h, o_k, H: tl.constexpr, K: tl.
         i_state = tl.maximum(i_state, 0)
     if mask is not None:
         m_real = m_real & (tl.load(mask + i_b + tl.zeros_like(o_k)) != 0)
-    return state + (i_state * H + i_h) * K * K + o_k[:, None] * K + o_k[None, :], m_real
+    return state + i_state * stride + i_h * K * K + o_k[:, None] * K + o_k[None, :], m_real
 
 
 @triton.jit
@@ -236,6 +240,7 @@ def rwkv7_decode_fwd_kernel(
     norm_weight,
     norm_bias,
     state,
+    stride,
     mask,
     state_indices,
     out,
@@ -246,7 +251,7 @@ def rwkv7_decode_fwd_kernel(
     i_bh = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, K)
     o_h, o_bh = i_bh % H * K + o_k, i_bh * K + o_k
-    p_state, m_real = _state_of(state, mask, state_indices, i_bh // H, i_bh % H, o_k, H, K)
+    p_state, m_real = _state_of(state, stride, mask, state_indices, i_bh // H, i_bh % H, o_k, K)
     b_S = tl.load(p_state)  # loaded first, because it is by far the largest
 
     b_r = tl.load(r + o_bh).to(tl.float32)
@@ -283,6 +288,7 @@ def rwkv6_decode_fwd_kernel(
     norm_weight,
     norm_bias,
     state,
+    stride,
     mask,
     state_indices,
     out,
@@ -293,7 +299,7 @@ def rwkv6_decode_fwd_kernel(
     i_bh = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, K)
     o_h, o_bh = i_bh % H * K + o_k, i_bh * K + o_k
-    p_state, m_real = _state_of(state, mask, state_indices, i_bh // H, i_bh % H, o_k, H, K)
+    p_state, m_real = _state_of(state, stride, mask, state_indices, i_bh // H, i_bh % H, o_k, K)
     b_S = tl.load(p_state)  # loaded first, because it is by far the largest
 
     b_r = tl.load(r + o_bh).to(tl.float32)
@@ -344,7 +350,17 @@ def _rwkv7_decode(
     weights = (w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias)
     with on_device_of(r):
         rwkv7_decode_fwd_kernel[(B * H,)](
-            *tokens, *weights, state, mask, state_indices, out, eps, H=H, K=K, num_warps=DECODE_WARPS[K]
+            *tokens,
+            *weights,
+            state,
+            state.stride(0),
+            mask,
+            state_indices,
+            out,
+            eps,
+            H=H,
+            K=K,
+            num_warps=DECODE_WARPS[K],
         )
     return out
 
@@ -382,6 +398,7 @@ def _rwkv6_decode(
             gate,
             *weights,
             state,
+            state.stride(0),
             mask,
             state_indices,
             out,

@@ -140,6 +140,23 @@ def test_states_of_a_pool_are_updated_in_place(variant, index):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_a_pool_may_hold_other_states_between(variant):
+    """As in vLLM's, where the states of a layer lie one after another in a slot."""
+    op = VARIANTS[variant][0]
+    tokens, weights, states = inputs(variant, 3, 1, 2, 32)
+    slots = torch.randn(7, 64 + 2 * 32 * 32, generator=torch.Generator().manual_seed(3))
+    pool = slots[:, 64:].view(7, 2, 32, 32)
+    state_indices = torch.tensor([5, 0, 3])
+    pool[state_indices] = states
+    before = slots.clone()
+    out_alone = op(**tokens, **weights, state=states, eps=EPS)
+    out = op(**tokens, **weights, state=pool, eps=EPS, state_indices=state_indices)
+    assert torch.equal(out, out_alone)
+    before[:, 64:].view_as(pool)[state_indices] = states
+    assert torch.equal(slots, before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_slot_without_a_sequence_changes_no_state(variant):
     op = VARIANTS[variant][0]
     tokens, weights, _ = inputs(variant, 4, 1, 2, 32)
@@ -243,7 +260,7 @@ def test_refuses_to_be_differentiated(variant):
     [
         (dict(state=torch.zeros(1, 1, 48, 48)), r"one of 32, 64, 128, got \[1, 1, 48, 48\]"),
         (dict(state=torch.zeros(1, 1, 32, 64)), r"got \[1, 1, 32, 64\]"),
-        (dict(state=torch.zeros(1, 1, 32, 32).half()), "contiguous float32, got torch.float16"),
+        (dict(state=torch.zeros(1, 1, 32, 32).half()), "contiguous, got torch.float16"),
         (dict(state=torch.zeros(1, 1, 32, 32).mT), r"strides \(1024, 1024, 1, 32\)"),
         (dict(k=torch.zeros(1, 2, 32)), r"k must be \[B, A\] = \[1, 32\] or \[B, 1, A\], got \[1, 2, 32\]"),
         (dict(w0=torch.zeros(31)), r"w0 must have A = 32 elements, got \[31\]"),

@@ -1,87 +1,24 @@
 """An engine of vLLM writes the tokens that `generate` writes, for every release, however it divides the work."""
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from released_folders import released_config, write_release, write_text_model
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from vllm_engines import (
+    NEW_TOKENS,
+    WORDS,
+    answers,
+    answers_after_preemption,
+    generated,
+    mixed_chats,
+    requests,
+)
 
 from visualrwkv_hf import VisualRWKVForConditionalGeneration, bundled_model
 from visualrwkv_hf.conversion.releases import RELEASES
 from visualrwkv_hf.generations import GENERATIONS
+from visualrwkv_hf.inference.facts import facts_of
 from visualrwkv_hf.modeling_visualrwkv import is_trivial
-
-NEW_TOKENS = 6
-QUESTION = "a red square, what is to the left of it and why would it be there"
-WORDS = tuple(QUESTION.split())
-
-
-def picture(number: int) -> Image.Image:
-    random = np.random.default_rng(number)
-    height, width = random.integers(40, 150, 2)
-    return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def mixed_chats(count: int, new_picture=picture) -> list[list[dict]]:
-    """Chats with a picture, text alone and two pictures by turns, with questions of 1 to 15 words."""
-    chats = []
-    for number in range(count):
-        pictures = [new_picture(10 * number + n) for n in range((1, 0, 2)[number % 3])]
-        question = " ".join(WORDS[: 1 + number * 7 % 15]) + f" {number}?"
-        content = [{"type": "image", "image": image} for image in pictures]
-        chats.append([{"role": "user", "content": [*content, {"type": "text", "text": question}]}])
-    return chats
-
-
-@torch.no_grad()
-def generated(model, processor, chat) -> list[int]:
-    inputs = processor.apply_chat_template(
-        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return output[0, inputs["input_ids"].shape[1] :].tolist()
-
-
-def requests(processor, chats) -> list[dict]:
-    """What an engine takes: the text of the chat template, and the pictures."""
-    made = []
-    for chat in chats:
-        text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        request = {"prompt": text}
-        if pictures := [part["image"] for part in chat[0]["content"] if part["type"] == "image"]:
-            request["multi_modal_data"] = {"image": pictures}
-        made.append(request)
-    return made
-
-
-def sampling(**options):
-    from vllm import SamplingParams
-
-    return SamplingParams(temperature=0, max_tokens=NEW_TOKENS, **options)
-
-
-def answers(engine, given) -> list[list[int]]:
-    return [list(done.outputs[0].token_ids) for done in engine.generate(given, sampling(), use_tqdm=False)]
-
-
-def answers_after_preemption(engine, given, every: int = 4) -> list[list[int]]:
-    """Take all running requests out of the engine after every few steps, so that it reads them again."""
-    core, found = engine.llm_engine, {}
-    scheduler = core.engine_core.engine_core.scheduler
-    for number, request in enumerate(given):
-        core.add_request(str(number), request, sampling())
-    steps = preempted = 0
-    while core.has_unfinished_requests():
-        for done in core.step():
-            if done.finished:
-                found[int(done.request_id.split("-")[0])] = list(done.outputs[0].token_ids)
-        steps += 1
-        if steps % every == 0 and steps <= 5 * every:
-            preempted += sum(bool(request.num_output_tokens) for request in scheduler.running)
-            scheduler.reset_prefix_cache(reset_running_requests=True)
-    assert preempted > 3, "no request had written anything"
-    return [found[number] for number in range(len(given))]
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -129,3 +66,11 @@ def test_an_engine_writes_what_the_model_in_the_package_writes(start_engine):
     assert answers(engine, given) == expected
     assert answers_after_preemption(engine, given) == expected
     assert [answers(engine, [request])[0] for request in given[:3]] == expected[:3], "a row alone"
+
+
+def test_a_further_request_takes_the_bytes_of_a_state(tmp_path, start_engine):
+    folder = write_text_model(tmp_path / "model", 7)
+    engine = start_engine(folder)
+    pool = engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    taken = sum(tensor.size for tensor in pool.kv_cache_tensors) / pool.num_blocks
+    assert taken == facts_of(folder)["state_bytes"]

@@ -1,0 +1,108 @@
+"""What an engine refuses, with the numbers, before it allocates anything; and a broken request leaves it running."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from released_folders import released_config, write_release
+from transformers import AutoProcessor
+from vllm_engines import answers, mixed_chats, requests, sampling
+
+from visualrwkv_hf import bundled_model
+
+
+def engine_options(**fields):
+    """What `RwkvEngineConfig` looks at, of an engine without special wishes."""
+    parallel = SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1)
+    config = SimpleNamespace(
+        parallel_config=parallel,
+        model_config=SimpleNamespace(quantization=None),
+        speculative_config=None,
+        lora_config=None,
+    )
+    for path, value in fields.items():
+        target, _, name = path.rpartition("__")
+        setattr(getattr(config, target) if target else config, name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"parallel_config__tensor_parallel_size": 2},
+            "tensor_parallel_size=2: .* not divided among devices",
+        ),
+        ({"parallel_config__pipeline_parallel_size": 4}, "pipeline_parallel_size=4"),
+        ({"model_config__quantization": "fp8"}, "quantization='fp8'"),
+        ({"speculative_config": object()}, "Speculative decoding is not supported"),
+        ({"lora_config": object()}, "Merge the adapter"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(options, message):
+    from visualrwkv_hf.vllm.engine_config import refuse_what_is_missing
+
+    refuse_what_is_missing(engine_options())
+    with pytest.raises(ValueError, match=message):
+        refuse_what_is_missing(engine_options(**options))
+
+
+@pytest.mark.parametrize("found", ["0.31.9", "0.34.0", "1.0", "unknown"])
+def test_another_vllm_is_named_with_the_bounds(found):
+    from visualrwkv_hf.vllm.plugin import unsupported
+
+    assert f"from 0.32 to below 0.34, found {found}" in unsupported(found)
+    assert not unsupported("0.32.0") and not unsupported("0.33.1+cpu")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_num_batched_tokens": 16}, "max_num_batched_tokens is 16, but a picture takes 17 tokens"),
+        (
+            {"max_num_batched_tokens": 64, "long_prefill_token_threshold": 9},
+            "long_prefill_token_threshold is 9, but a picture takes 17 tokens",
+        ),
+        ({"enable_prefix_caching": True}, "this model reads pictures 'bidirectional'"),
+    ],
+)
+def test_an_engine_that_would_cut_pictures_is_refused(options, message, tmp_path, start_engine):
+    folder = write_release(tmp_path / "model", "v6.0")
+    assert released_config("v6.0").num_image_tokens == 17
+    with pytest.raises(ValueError, match=message):
+        start_engine(folder, **options)
+
+
+def test_a_release_that_does_not_exist_is_refused(tmp_path, start_engine):
+    folder = write_release(tmp_path / "model", "v5.0")
+    fields = json.loads((folder / "config.json").read_text())
+    fields["text_config"]["rwkv_version"] = 9
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(Exception, match="rwkv_version must be one of 5, 6, 7, got 9"):
+        start_engine(folder)
+
+
+def test_weights_of_another_model_are_refused(tmp_path, start_engine):
+    folder, other = (write_release(tmp_path / name, name) for name in ("v5.0", "v6.0"))
+    (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="that VisualRWKVForConditionalGeneration does not have"):
+        start_engine(folder)
+
+
+def test_an_engine_lives_on_after_bad_requests(start_engine):
+    folder = bundled_model()
+    engine = start_engine(folder, max_num_batched_tokens=32, max_model_len=128)
+    good = requests(AutoProcessor.from_pretrained(folder), mixed_chats(3))
+    expected = answers(engine, good)
+    empty = np.zeros((0, 5, 3), np.uint8)
+    for bad in (
+        {"prompt": "a " * 4000},
+        {"prompt": "<image>", "multi_modal_data": {"image": [Image.new("RGB", (9, 9))] * 2}},
+        {"prompt": "no place", "multi_modal_data": {"image": Image.new("RGB", (9, 9))}},
+        {"prompt": "<image>", "multi_modal_data": {"image": empty}},
+    ):
+        with pytest.raises(Exception):  # noqa: B017  # vLLM's classes
+            engine.generate([bad], sampling(), use_tqdm=False)
+        assert answers(engine, good) == expected

@@ -1,0 +1,145 @@
+"""`vllm serve` with the model in the package, asked by OpenAI's client."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from serving import data_url, user
+
+from visualrwkv_hf import bundled_model
+
+COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(bundled_model())]
+    command += ["--served-model-name", "bundled", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "32"]
+    command += ["--max-num-batched-tokens", "256", "--allowed-local-media-path", ""]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        while True:
+            assert process.poll() is None, log.read_text()[-4000:]
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def ask(client, *messages, **options):
+    options = {"max_tokens": 8, "temperature": 0} | options
+    return client.chat.completions.create(model="bundled", messages=list(messages), **options)
+
+
+def about(colour: str) -> dict:
+    return user("What color is it?", data_url(colour))
+
+
+def text(reply) -> str:
+    return reply.choices[0].message.content
+
+
+def test_a_chat_about_a_picture(client):
+    reply = ask(client, about("red"))
+    assert text(reply).strip() and reply.choices[0].finish_reason == "stop"
+    assert len({text(ask(client, about(colour))) for colour in COLOURS}) > 3, "the picture is not seen"
+
+
+def test_a_stream_is_the_answer(client):
+    chunks = ask(client, about("green"), stream=True)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert streamed == text(ask(client, about("green")))
+
+
+def test_answers_of_32_at_once_are_those_of_one_alone(client):
+    alone = {colour: text(ask(client, about(colour))) for colour in COLOURS}
+    asked = [COLOURS[number % 6] for number in range(32)]
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(lambda colour: text(ask(client, about(colour))), asked))
+    assert together == [alone[colour] for colour in asked]
+
+
+def test_a_client_that_leaves_does_not_disturb_others(client):
+    before = text(ask(client, about("blue")))
+    for _ in range(3):
+        stream = ask(client, about("red"), stream=True, max_tokens=150, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        stream.close()
+    assert text(ask(client, about("blue"))) == before
+
+
+def test_where_a_picture_is_placed_is_a_variable_of_the_template(client):
+    def length(**variables):
+        return ask(client, about("red"), extra_body={"chat_template_kwargs": variables}).usage.prompt_tokens
+
+    assert length() == length(image_position="middle") > length(image_position="first")
+
+
+def test_several_answers_with_probabilities(client):
+    reply = ask(client, about("red"), n=3, temperature=1.0, seed=1, logprobs=True, top_logprobs=2)
+    assert len(reply.choices) == 3
+    for choice in reply.choices:
+        assert all(token.logprob <= 0 and len(token.top_logprobs) >= 2 for token in choice.logprobs.content)
+
+
+def test_an_answer_has_the_form_that_was_asked_for(client):
+    colours = {"structured_outputs": {"choice": ["purple", "orange"]}}
+    assert text(ask(client, about("red"), extra_body=colours)) in ("purple", "orange")
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of this size without pixels."""
+    import struct
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("kind", ["text", "base64", "bomb", "cut", "file", "image tag", "too long"])
+def test_a_bad_request_is_the_clients_error(client, kind):
+    import base64
+
+    def url(data: bytes) -> str:
+        return "data:image/png;base64," + base64.b64encode(data).decode()
+
+    messages = {
+        "text": user("What?", url(b"no picture")),
+        "base64": user("What?", "data:image/png;base64,!!!"),
+        "bomb": user("What?", url(png_header(60_000, 60_000))),
+        "cut": user("What?", data_url("red")[:120]),
+        "file": user("What?", "file:///etc/hostname"),
+        "image tag": user("What is <image> there?"),
+        "too long": user("very " * 4000 + "long?"),
+    }
+    with pytest.raises(openai.APIStatusError) as error:
+        ask(client, messages[kind])
+    assert 400 <= error.value.status_code < 500, error.value.message
+    assert not re.search(r"Traceback|File \"", error.value.message)
+    assert text(ask(client, about("red"))), "the engine has stopped"
