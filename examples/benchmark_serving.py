@@ -1,0 +1,236 @@
+"""Requests and tokens a second that a server answers to 1, 4, 16 and 32 clients at once, each about its own picture.
+
+    python examples/benchmark_serving.py --server visualrwkv --server vllm --server llava
+
+Three servers, one after another: `visualrwkv serve`, `vllm serve` of the same model, and `vllm serve` of a LLaVA with
+as many layers of the same width, so with about as many parameters. All have random weights in float32 (`--model` takes
+a folder instead, for the first two). Each client sends its next question when it has the whole answer to the last one.
+"""
+
+import base64
+import io
+import itertools
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import httpx
+import torch
+import typer
+from benchmarking import machine, markdown_table, report
+from PIL import Image
+
+from visualrwkv_hf import (
+    VisualRWKVConfig,
+    VisualRWKVForConditionalGeneration,
+    VisualRWKVProcessor,
+)
+from visualrwkv_hf.conversion.world_tokenizer import build_world_tokenizer
+from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
+
+SHAPES = {
+    "tiny": {"num_hidden_layers": 2, "hidden_size": 128},
+    "0.1B": {"num_hidden_layers": 12, "hidden_size": 768},
+}
+PIXELS, PATCH = 112, 14
+ENCODER = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": PIXELS,
+    "patch_size": PATCH,
+}
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}User: {% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}\n\n{% endfor %}Assistant:"
+)
+SERVERS = ("visualrwkv", "vllm", "llava")
+
+
+class Rates(NamedTuple):
+    """Of answers that are complete, by second."""
+
+    requests: float
+    tokens: float
+
+
+def write_visualrwkv(folder: Path, shape: str) -> Path:
+    """Write a VisualRWKV-7 with random weights, and its processor."""
+    config = VisualRWKVConfig(
+        text_config={"rwkv_version": 7, **SHAPES[shape]}, vision_config={"siglip_config": ENCODER}
+    )
+    model = VisualRWKVForConditionalGeneration(config)
+    for weight in model.parameters():
+        if weight.ndim == 2 and not weight.any():
+            torch.nn.init.normal_(weight, std=0.02)
+    model.save_pretrained(folder)
+    processor = VisualRWKVProcessor.from_config(config, image_processor_for(config), build_world_tokenizer())
+    processor.save_pretrained(folder)
+    return folder
+
+
+def write_llava(folder: Path, shape: str) -> Path:
+    """Write a LLaVA-1.5 with random weights, and its processor."""
+    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    size = SHAPES[shape]
+    text = {"model_type": "llama", "vocab_size": 65536, "intermediate_size": 4 * size["hidden_size"]}
+    text |= {"num_attention_heads": size["hidden_size"] // 64, "max_position_embeddings": 4096, **size}
+    text |= {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+    vision = {"model_type": "clip_vision_model", "projection_dim": 64, **ENCODER}
+    tokenizer = build_world_tokenizer()
+    config = LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=tokenizer.image_token_id,
+        image_seq_length=(PIXELS // PATCH) ** 2,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size=PIXELS),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def serving(server: str, folder: Path, clients: int, log: Path) -> Iterator[str]:
+    """Run a server until the block ends, and give its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    if server == "visualrwkv":
+        command = ["visualrwkv_hf.cli", "serve", str(folder), "--port", port]
+    else:
+        command = ["vllm.entrypoints.cli.main", "serve", str(folder), "--port", port, "--host", "127.0.0.1"]
+        command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
+        command += ["--max-num-seqs", str(clients), "--served-model-name", folder.name]
+        command += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        while True:
+            if process.poll() is not None:
+                raise RuntimeError(f"The server has stopped:\n{log.read_text('utf-8')[-4000:]}")
+            try:
+                if httpx.get(f"{address}/health", timeout=5).status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def question(number: int, model: str, tokens: int) -> dict:
+    """A question about a picture that no other request has."""
+    generator, file = random.Random(number), io.BytesIO()
+    picture = Image.frombytes("RGB", (96, 96), generator.randbytes(3 * 96 * 96))
+    picture.save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": f"What is in picture {number}?"},
+    ]
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": tokens,
+        "temperature": 0,
+    }
+
+
+def rates(address: str, model: str, clients: int, seconds: float, tokens: int) -> Rates:
+    """Let so many clients ask for so many seconds; answers that are under way then are waited for and counted."""
+    numbers, done, failures = itertools.count(), [], []
+    start = time.perf_counter()
+
+    def ask() -> None:
+        try:
+            with httpx.Client(timeout=600) as client:
+                while time.perf_counter() < start + seconds:
+                    body = question(next(numbers), model, tokens)
+                    reply = client.post(f"{address}/v1/chat/completions", json=body)
+                    reply.raise_for_status()
+                    done.append(reply.json()["usage"]["completion_tokens"])
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {clients} clients got no answer: {failures[0]}")
+    elapsed = time.perf_counter() - start
+    return Rates(len(done) / elapsed, sum(done) / elapsed)
+
+
+def main(
+    server: Annotated[
+        list[str] | None, typer.Option(help="One of those above; several. Default: all.")
+    ] = None,
+    clients: Annotated[
+        list[int] | None, typer.Option(help="At once; several. Default: 1, 4, 16 and 32.")
+    ] = None,
+    shape: Annotated[
+        str, typer.Option(help=f"Language model of random weights: {', '.join(SHAPES)}.")
+    ] = "0.1B",
+    model: Annotated[Path | None, typer.Option(help="A model folder in place of random weights.")] = None,
+    seconds: Annotated[float, typer.Option(help="Of new questions, for each number of clients.")] = 10,
+    tokens: Annotated[int, typer.Option(help="The longest answer.")] = 24,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+) -> None:
+    """Compare servers."""
+    server, clients = server or list(SERVERS), clients or [1, 4, 16, 32]
+    if unknown := set(server) - set(SERVERS):
+        raise typer.BadParameter(f"server must be of {', '.join(SERVERS)}, got {', '.join(unknown)}")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in server:
+            place = Path(folder) / ("llava" if name == "llava" else "model")
+            if name == "llava":
+                write_llava(place, shape)
+            elif model is not None:
+                place = model
+            elif not place.exists():
+                write_visualrwkv(place, shape)
+            with serving(name, place, max(clients), Path(folder) / "log") as address:
+                rates(address, place.name, 1, 0.1, tokens)  # what is compiled or allocated only once
+                for count in clients:
+                    found = rates(address, place.name, count, seconds, tokens)
+                    rows.append({"server": name, "clients": count, **found._asdict()})
+                    print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    about = machine() | {"shape": str(model or shape), "tokens": tokens}
+    shown = [row | {"requests": f"{row['requests']:.2f}", "tokens": f"{row['tokens']:.1f}"} for row in rows]
+    text = f"{about['shape']}, answers of {tokens} tokens, float32; {about['device']}, torch {about['torch']}\n\n"
+    report(text + markdown_table(shown), {"about": about, "rows": rows}, markdown, json_file)
+
+
+if __name__ == "__main__":
+    typer.run(main)
