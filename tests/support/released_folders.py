@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from tiny import RANKS, awake
+from transformers import GenerationConfig
 
 from visualrwkv_hf import (
     VisualRWKVConfig,
@@ -11,7 +12,7 @@ from visualrwkv_hf import (
     VisualRWKVForConditionalGeneration,
     VisualRWKVTextConfig,
 )
-from visualrwkv_hf.conversion.original_to_hf import processor_of, write_companions
+from visualrwkv_hf.conversion.original_to_hf import processor_of
 from visualrwkv_hf.conversion.releases import RELEASES
 from visualrwkv_hf.generations import GENERATIONS
 
@@ -53,8 +54,7 @@ def write_release(folder: Path, name: str) -> Path:
     config = released_config(name)
     torch.manual_seed(0)
     awake(VisualRWKVForConditionalGeneration(config)).save_pretrained(folder)
-    write_companions(folder, config, processor_of(config, RELEASES[name].tiling))
-    return folder
+    return with_companions(folder, processor_of(config, RELEASES[name].tiling))
 
 
 def write_text_model(folder: Path, version: int) -> Path:
@@ -63,5 +63,11 @@ def write_text_model(folder: Path, version: int) -> Path:
     config = VisualRWKVTextConfig(**TEXT, rwkv_version=version)
     torch.manual_seed(0)
     awake(VisualRWKVForCausalLM(config)).save_pretrained(folder)
-    write_companions(folder, config, processor_of(config))
+    return with_companions(folder, processor_of(config))
+
+
+def with_companions(folder: Path, processor) -> Path:
+    """Write what a model's folder holds beside the weights: the processor or tokenizer, and where answers end."""
+    processor.save_pretrained(folder)
+    GenerationConfig(bos_token_id=0, eos_token_id=[0, 261], pad_token_id=0).save_pretrained(folder)
     return folder
