@@ -33,6 +33,7 @@ OPS = {
     "rwkv6_decode": Op(triton=True),
     "rwkv7_decode": Op(triton=True),
     "block_decode": Op(native=True),
+    "blocks_decode": Op(native=True),
 }
 """All ops that may have a kernel. A backend computes an op that it has no kernel for with plain torch."""
 

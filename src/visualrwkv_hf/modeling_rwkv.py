@@ -224,6 +224,8 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel):
             holders: one for each block, with the states of the S sequences; updated. None: no state is kept.
         """
         hidden_states, v_first = self.embed_norm(inputs_embeds), None  # [B, T, C]
+        if (decoded := self._decoded(hidden_states, orders, holders)) is not None:
+            return decoded
         for layer_idx, layer in enumerate(self.layers):
             holder = None if holders is None else holders[layer_idx]
             hidden_states, v_first, updates = layer(
@@ -235,6 +237,29 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel):
             if holder is not None:
                 holder.update(inputs_embeds.shape[1], updates)
         return hidden_states
+
+    def _decoded(
+        self,
+        hidden_states: Tensor,
+        orders: Sequence[TokenOrder],
+        holders: Sequence[StateHolder] | None,
+    ) -> Tensor | None:
+        """Return what a kernel of all blocks makes of one token that follows others, without gradients.
+
+        None where there is no such kernel, or where it cannot serve these blocks or states: they run one by one then.
+        """
+        is_one_token = hidden_states.shape[1] == 1 and len(orders) == 1 and not torch.is_grad_enabled()
+        if holders is None or not is_one_token or len(self.layers) != len(holders):
+            return None
+        with accelerated_ops() if all(layer.accelerated for layer in self.layers) else nullcontext():
+            decode = kernel("blocks_decode", hidden_states)
+        states = [holder.state() for holder in holders] if decode else []
+        if decode is None or not all(state.tensors for state in states):
+            return None
+        decoded = decode(self.layers, hidden_states, states, orders[0])
+        for holder in holders if decoded is not None else ():
+            holder.update(1, {})
+        return decoded
 
 
 def padding_mask(attention_mask: torch.Tensor | dict | None, length: int) -> torch.Tensor | None:

@@ -28,7 +28,7 @@ static int64_t size(Input *in, int64_t low, int64_t high, int64_t step) {
 static int64_t mostly(Input *in, int64_t usual) { return byte(in) % 64 ? usual : (int8_t)byte(in); }
 
 /* At most one block of memory for each pointer; all are freed together. */
-enum { MOST_BLOCKS = 256, MOST_BYTES = 1 << 24 };
+enum { MOST_BLOCKS = 512, MOST_BYTES = 1 << 24 };
 static void *blocks[MOST_BLOCKS];
 static int block_count, is_too_large;
 
@@ -110,13 +110,22 @@ static void fuzz_linear(Input *in) {
     if (!is_too_large) visualrwkv_linear(2, count, columns, rows, format, weight, scale, x, y);
 }
 
-static void fuzz_block(Input *in) {
-    Sizes s = {.version = between(in, 5, 7), .B = between(in, 1, 3), .C = between(in, 1, 4) * 16};
-    s.H = between(in, 1, 3), s.A = s.H * 16 * between(in, 1, 5), s.F = between(in, 1, 6) * 16;
-    s.format = between(in, F32, F16);
+static void fuzz_linear_int8(Input *in) {
+    int64_t count = size(in, 0, 70, 1), columns = size(in, 1, 40, 16), rows = size(in, 0, 140, 1);
+    int64_t format = mostly(in, byte(in) & 1 ? INT8 : INT4), x_format = mostly(in, between(in, F32, F16));
+    int64_t weights = product_of(rows, columns), inputs = product_of(count, columns), outputs = product_of(count, rows);
+    if (weights < 0 || inputs < 0 || outputs < 0) weights = inputs = outputs = 0;
+    void *weight = stored(in, weights, format);
+    void *scale = scales(in, rows < 0 ? 0 : rows, columns, format);
+    void *x = stored(in, inputs, x_format), *y = stored(in, outputs, x_format);
+    if (!is_too_large) visualrwkv_linear_int8(2, count, columns, rows, format, weight, scale, x_format, x, y);
+}
+
+static void fuzz_weights(Input *in, Sizes *sizes, Weights *weights, int is_first) {
+    Sizes s = *sizes;
     for (int i = 0; i < LOW_RANK; i++) s.rank[i] = between(in, 1, 5) * LOW_RANK_MULTIPLE;
     s.rank[LOW_SHIFT] *= 5;
-    int is_rwkv7 = s.version == 7, is_first = byte(in) & 1;
+    int is_rwkv7 = s.version == 7;
     Weights w = {0};
     for (int i = 0; i < VECTORS; i++) w.vector[i] = stored(in, i < W0 ? s.C : s.A, s.format);
     if (is_rwkv7) w.vector[FFN_SHIFT_R] = NULL;
@@ -132,27 +141,46 @@ static void fuzz_block(Input *in) {
         if (is_rwkv7 && (i == GATE || i == FFN_RECEPTANCE)) continue;
         w.linear[i] = (Linear){stored(in, rows * columns, format), scales(in, rows, columns, format), format};
     }
-    void *att = stored(in, s.B * s.C, s.format), *ffn = stored(in, s.B * s.C, s.format);
-    float *state = floats(in, s.B * s.A * (s.A / s.H)), *v_first = floats(in, s.B * s.A), *x = floats(in, s.B * s.C);
-    uint8_t *mask = byte(in) & 1 ? stored(in, s.B, INT8) : NULL;
-    switch (byte(in) % 32) { /* sizes that must be refused */
-    case 0: s.version = byte(in); s.version = s.version >= 5 && s.version <= 7 ? 8 : s.version; break;
-    case 1: s.C += 8; break;
-    case 2: s.H = 0; break;
-    case 3: s.A = s.H * 272; break;
-    case 4: s.format = INT8; break;
-    case 5: s.rank[LOW_W] += 2; break;
-    case 6: w.linear[KEY].format = -1; break;
-    case 7: s.B = INT64_MAX; break;
+    *sizes = s, *weights = w;
+}
+
+static void fuzz_blocks(Input *in) {
+    Sizes s = {.version = between(in, 5, 7), .B = between(in, 1, 3), .C = between(in, 1, 4) * 16}, sizes[3];
+    s.H = between(in, 1, 3), s.A = s.H * 16 * between(in, 1, 5), s.format = between(in, F32, F16);
+    int64_t count = between(in, 1, 3), is_first = byte(in) & 1;
+    Weights w[3];
+    LayerState states[3];
+    for (int64_t i = 0; i < count; i++) {
+        sizes[i] = s;
+        sizes[i].F = between(in, 1, 6) * 16;
+        fuzz_weights(in, &sizes[i], &w[i], is_first && !i);
+        states[i].att_previous = stored(in, s.B * s.C, s.format);
+        states[i].ffn_previous = stored(in, s.B * s.C, s.format);
+        states[i].state = floats(in, s.B * s.A * (s.A / s.H));
     }
-    if (!is_too_large) visualrwkv_block(2, 1e-5f, 1e-5f, 0.6f, &s, &w, att, ffn, state, mask, v_first, x);
+    float *v_first = floats(in, s.B * s.A), *x = floats(in, s.B * s.C);
+    uint8_t *mask = byte(in) & 1 ? stored(in, s.B, INT8) : NULL;
+    Sizes *changed = &sizes[byte(in) % count];
+    switch (byte(in) % 32) { /* sizes that must be refused */
+    case 0: changed->version = byte(in); changed->version = changed->version >= 5 && changed->version <= 7 ? 8 : changed->version; break;
+    case 1: changed->C += 8; break;
+    case 2: changed->H = 0; break;
+    case 3: changed->A = s.H * 272; break;
+    case 4: changed->format = INT8; break;
+    case 5: changed->rank[LOW_W] += 2; break;
+    case 6: w[0].linear[KEY].format = -1; break;
+    case 7: changed->B = INT64_MAX; break;
+    case 8: count = byte(in) & 1 ? 0 : -1; break;
+    case 9: if (count > 1) sizes[1].C += 16; break;
+    }
+    if (!is_too_large) visualrwkv_blocks(2, count, 1e-5f, 1e-5f, 0.6f, sizes, w, states, mask, v_first, x);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t count) {
     Input in = {data, count, 0, count};
-    void (*const targets[])(Input *) = {fuzz_recurrence, fuzz_linear, fuzz_block};
+    void (*const targets[])(Input *) = {fuzz_recurrence, fuzz_linear, fuzz_linear_int8, fuzz_blocks};
     block_count = is_too_large = 0;
-    targets[byte(&in) % 3](&in);
+    targets[byte(&in) % 4](&in);
     while (block_count) free(blocks[--block_count]);
     return 0;
 }

@@ -121,6 +121,21 @@ def test_c_refuses_a_product_that_it_cannot_read(columns, tag, error, built):
         ops.library().call("linear", 1, columns, 2, tag, x, None, x, x.clone())
 
 
+@pytest.mark.parametrize(
+    "columns, tag, x_tag, error",
+    [
+        (24, 3, 0, "SIZE_OUT_OF_RANGE"),
+        (32, 0, 0, "FORMAT_UNKNOWN"),
+        (32, 3, 3, "FORMAT_UNKNOWN"),
+        (16, 4, 0, "FORMAT_UNKNOWN"),
+    ],
+)
+def test_c_refuses_a_product_in_int8_that_it_cannot_read(columns, tag, x_tag, error, built):
+    x = torch.zeros(1024)
+    with pytest.raises(RuntimeError, match=error):
+        ops.library().call("linear_int8", 1, columns, 2, tag, x, x, x_tag, x, x.clone())
+
+
 def tokens_of(model, ids: torch.Tensor, state=None) -> tuple[torch.Tensor, object]:
     """The logits of ids [B, T] read one after the other, and the state after them."""
     logits = []
@@ -315,6 +330,7 @@ SANITIZERS = [
     "-std=gnu11",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
+    "-pthread",
     "-DSTANDALONE",
 ]
 

@@ -162,7 +162,7 @@ class _Weights(NamedTuple):
         linear = (x for pair in self.linear if pair for x in pair)
         return [x for x in (*self.vectors, *self.low_rank, *linear) if x is not None]
 
-    def pointers(self) -> ctypes.Array:
+    def words(self) -> list[int | None]:
         """Return `Weights` of ops.c: addresses, and after those of each linear layer the tag of its format."""
         words: list[int | None] = [
             None if x is None else x.data_ptr() for x in (*self.vectors, *self.low_rank)
@@ -171,10 +171,10 @@ class _Weights(NamedTuple):
             weight, scale = pair or (None, None)
             words += [None if x is None else x.data_ptr() for x in (weight, scale)]
             words.append(None if weight is None else FORMAT_OF[weight.dtype])
-        return (ctypes.c_void_p * len(words))(*words)
+        return words
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
     """`Sizes` of ops.c, without the ranks; a test compares the names."""
 
     version: int
@@ -207,40 +207,127 @@ def decode_block(
         because they have been replaced (LoRA) or have hooks, because there are too many rows, or because a weight or a
         state is not as ops.c reads it.
     """
-    if state.indices is not None or not serves(hidden_states) or not has_native_parts(block):
+    if not serves(hidden_states) or not has_native_parts(block):
         return None
-    att: Any = block.att
-    norm: Any = block.ln1
-    version = att.config.rwkv_version
-    weights = _Weights.of(block, version)
-    shifts = [state.tensors[name] for name in (TIME_MIX_SHIFT, CHANNEL_MIX_SHIFT)]
-    wkv_state = state.tensors[WKV]
-    sizes = _sizes(att.config, weights, hidden_states)
-    if not _suits(sizes, weights, hidden_states, shifts, wkv_state):
+    ready = ReadyBlock.of(block, hidden_states)
+    states = None if ready is None else state_addresses(ready.sizes, state, hidden_states.dtype)
+    if ready is None or states is None:
         return None
-    mask = token_order.mask()
+    return call_blocks(PackedBlocks.of([ready]), states, hidden_states, v_first, token_order.mask())
+
+
+class ReadyBlock(NamedTuple):
+    """A block whose weights are as ops.c reads them.
+
+    Attributes:
+        version: generation.
+        eps: of the layer norms, and of the norm of each head.
+        sizes: what `Sizes` of ops.c begins with.
+        words: `Sizes` and `Weights` of ops.c.
+        tensors: what `words` has the addresses of.
+    """
+
+    version: int
+    eps: tuple[float, float]
+    sizes: Sizes
+    words: tuple[list[int], list[int | None]]
+    tensors: list[Tensor]
+
+    @classmethod
+    def of(cls, block: RwkvBlock, hidden_states: Tensor) -> ReadyBlock | None:
+        """Return the block for hidden states [B, 1, C]; None if ops.c cannot read a weight of it."""
+        att: Any = block.att
+        version = att.config.rwkv_version
+        weights = _Weights.of(block, version)
+        sizes = _sizes(att.config, weights, hidden_states)
+        if not _suits(sizes, weights, hidden_states.dtype):
+            return None
+        eps = (block.ln1.eps, att.ln_x.eps)
+        return cls(version, eps, sizes, ([*sizes, *weights.ranks], weights.words()), weights.tensors)
+
+
+def state_addresses(sizes: Sizes, state: LayerState, dtype: torch.dtype) -> list[int] | None:
+    """Return the addresses of a block's states as ops.c's `LayerState`; None if they are not as it reads them.
+
+    Those are the previous tokens of both token shifts, [B, C] each in `dtype`, and the matrices [B, H, K, K] in
+    float32.
+    """
+    if state.indices is not None or state.record_past or not state.tensors:
+        return None
+    _, B, C, A, _, H, _ = sizes
+    tensors = [state.tensors[name] for name in (TIME_MIX_SHIFT, CHANNEL_MIX_SHIFT, WKV)]
+    *shifts, wkv_state = tensors
+    suits = (
+        wkv_state.shape == (B, H, A // H, A // H)
+        and wkv_state.dtype == torch.float32
+        and all(x.shape == (B, C) and x.dtype == dtype for x in shifts)
+        and all(map(is_plain, tensors))
+    )
+    return [x.data_ptr() for x in tensors] if suits else None
+
+
+class PackedBlocks(NamedTuple):
+    """Some blocks, one after the other, as ops.c takes them: of one generation, with the same B, C, A and eps."""
+
+    first: ReadyBlock
+    count: int
+    sizes: ctypes.Array
+    weights: ctypes.Array
+
+    @classmethod
+    def of(cls, blocks: Sequence[ReadyBlock]) -> PackedBlocks:
+        numbers = [number for block in blocks for number in block.words[0]]
+        words = [word for block in blocks for word in block.words[1]]
+        sizes = (ctypes.c_int64 * len(numbers))(*numbers)
+        return cls(blocks[0], len(blocks), sizes, (ctypes.c_void_p * len(words))(*words))
+
+
+def call_blocks(
+    blocks: PackedBlocks,
+    states: Sequence[int],
+    hidden_states: Tensor,
+    v_first: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute one token of some blocks, one after the other; see `decode_block`.
+
+    Args:
+        blocks: the blocks.
+        states: their `state_addresses`.
+        hidden_states: x, [B, 1, C].
+        v_first: as the blocks before them returned it; None if the first of the model is among them.
+        mask: bool [B, 1], False at padding; None if there is none.
+    """
+    first = blocks.first
     x = hidden_states.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    v_first = x.new_empty(sizes.B, 1, sizes.A) if v_first is None else v_first.float().contiguous()
-    numbers = (*sizes, *weights.ranks)
+    v_first = (
+        x.new_empty(first.sizes.B, 1, first.sizes.A) if v_first is None else v_first.float().contiguous()
+    )
     library().call(
-        "block",
-        *(norm.eps, att.ln_x.eps, DECAY_SCALE),
-        (ctypes.c_int64 * len(numbers))(*numbers),
-        weights.pointers(),
-        *(*shifts, wkv_state, mask, v_first, x),
+        "blocks",
+        *(blocks.count, *first.eps, DECAY_SCALE),
+        *(blocks.sizes, blocks.weights, (ctypes.c_void_p * len(states))(*states)),
+        *(mask, v_first, x),
     )
     dtype = hidden_states.dtype
-    return x.to(dtype), v_first.to(dtype) if version in HANDS_ON_VALUES else None
+    return x.to(dtype), v_first.to(dtype) if first.version in HANDS_ON_VALUES else None
 
 
 def has_native_parts(block: RwkvBlock) -> bool:
     """Return whether calling the block's parts one by one would compute what ops.c does, and nothing besides."""
-    parts = (*block._modules.values(), *block.att._modules.values(), *block.ffn._modules.values())
-    return not _has_any_global_hook() and all(
+    return not _has_any_global_hook() and all(map(_is_native, parts_of(block)))
+
+
+def parts_of(block: RwkvBlock) -> list[nn.Module]:
+    """Return the modules that ops.c stands for, but for the block itself."""
+    return [*block._modules.values(), *block.att._modules.values(), *block.ffn._modules.values()]
+
+
+def _is_native(part: nn.Module) -> bool:
+    return (
         type(part) in _NATIVE_PARTS
         and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
         and (type(part) not in NATIVE_LINEARS or part._parameters.get("bias") is None)
-        for part in parts
     )
 
 
@@ -253,40 +340,32 @@ _NATIVE_PARTS = {
 }
 
 
-def _sizes(config: VisualRWKVTextConfig, weights: _Weights, hidden_states: Tensor) -> _Sizes:
+def _sizes(config: VisualRWKVTextConfig, weights: _Weights, hidden_states: Tensor) -> Sizes:
     B, _, C = hidden_states.shape
     A, F = (weights.linear[_INDEX[name]][0].shape[0] for name in ("RECEPTANCE", "FFN_KEY"))
     tag = FORMAT_OF.get(hidden_states.dtype, -1)
-    return _Sizes(config.rwkv_version, B, C, A, F, config.num_attention_heads, tag)
+    return Sizes(config.rwkv_version, B, C, A, F, config.num_attention_heads, tag)
 
 
 _INDEX = {slot.name: index for index, slot in enumerate(LINEARS)}
 
 
-def _suits(
-    sizes: _Sizes, weights: _Weights, hidden_states: Tensor, shifts: Sequence[Tensor], wkv_state: Tensor
-) -> bool:
-    """Return whether all that ops.c will read is what `sizes` says.
+def _suits(sizes: Sizes, weights: _Weights, dtype: torch.dtype) -> bool:
+    """Return whether all weights that ops.c will read are what `sizes` says.
 
-    All but the linear layers must have the dtype of `hidden_states` [B, 1, C]. A linear layer's weight must have it
-    too, for torch would refuse to multiply the two, or be int8 with float32 scales. `shifts` are the previous tokens of
-    both token shifts, [B, C] each, and `wkv_state` is [B, H, K, K].
+    All but the linear layers must have the dtype of the hidden states. A linear layer's weight must have it too, for
+    torch would refuse to multiply the two, or be of few bits with its scales.
     """
-    _, B, C, A, _, H, _ = sizes
-    dtype = hidden_states.dtype
     return (
         dtype in FLOAT_DTYPES
-        and all(x.dtype == dtype for x in (*weights.vectors, *weights.low_rank, *shifts) if x is not None)
+        and all(x.dtype == dtype for x in (*weights.vectors, *weights.low_rank) if x is not None)
         and _have_their_sizes(sizes, weights)
         and all(is_stored_well(*pair, dtype) for pair in weights.linear if pair)
-        and wkv_state.shape == (B, H, A // H, A // H)
-        and wkv_state.dtype == torch.float32
-        and all(x.shape == (B, C) for x in shifts)
-        and all(map(is_plain, (*weights.tensors, *shifts, wkv_state)))
+        and all(map(is_plain, weights.tensors))
     )
 
 
-def _have_their_sizes(sizes: _Sizes, weights: _Weights) -> bool:
+def _have_their_sizes(sizes: Sizes, weights: _Weights) -> bool:
     """Return whether ops.c takes such sizes, and whether every weight has as many elements as it will read."""
     version, _, C, A, F, H, _ = sizes
     contract, of_C = library().contract, len(VECTORS_OF_C)

@@ -19,7 +19,7 @@ from ..dispatch import chosen_backend
 from ..modeling_rwkv import RwkvBlock
 from .formats import FLOAT_DTYPES
 from .memory import is_plain, mapped_files, move_to_huge_pages, unmap
-from .ops import MAX_ROWS, linear, unsupported, unusable
+from .ops import MAX_ROWS, linear, linear_int8, unsupported, unusable
 from .products import compute_dtype, may_use_panels, multiply_panels
 
 # --- linear layers ----------------------------------------------------------------------------------------
@@ -32,6 +32,11 @@ def serves(x: Tensor) -> bool:
         and x.numel() <= MAX_ROWS * x.shape[-1]
         and not unsupported("linear", x, gradient=torch.is_grad_enabled())
     )
+
+
+def multiplies_in_int8(x: Tensor) -> bool:
+    """Return whether `linear_int8` multiplies the many rows of x: the CPU is fast at it, and nobody asks for torch."""
+    return x.dtype in FLOAT_DTYPES and may_use_panels(x) and not unsupported("linear_int8", x, gradient=False)
 
 
 class NativeLinear(nn.Linear):
@@ -56,7 +61,10 @@ class NativeLinear(nn.Linear):
 
 
 class RoundedLinear(nn.Module):
-    """A linear layer whose weight is stored in few bits. Only the weight is rounded, not the products.
+    """A linear layer whose weight is stored in few bits.
+
+    A few rows are multiplied as they are. Many rows, such as a prompt's, are rounded to 8 bits and multiplied in
+    integers where the CPU is fast at that; `kernel_backend("torch")` multiplies them as they are.
 
     `state_dict()`, so `save_pretrained()` as well, holds the rounded weight in the dtype of the original one, which any
     linear layer loads; loading such a state dict rounds again.
@@ -97,6 +105,8 @@ class RoundedLinear(nn.Module):
         """[..., in] -> [..., out]."""
         if serves(input):
             return linear(input, self.weight, self.scale)
+        if multiplies_in_int8(input):
+            return linear_int8(input, self.weight, self.scale)
         return self.multiplied(input)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

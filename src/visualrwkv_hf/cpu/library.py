@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("ops.c", "registers.h", "recurrences.h", "products.h")
+    Path(__file__).with_name(name)
+    for name in ("ops.c", "registers.h", "recurrences.h", "pool.h", "products.h", "int8.h")
 )
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
 FOR_THIS_CPU = (
     ("-march=native", "-fopenmp"),
     ("-march=native",),  # Apple's compiler has no OpenMP
@@ -38,7 +39,8 @@ ARGUMENTS = {
     "wkv": [_INT, *[_NUMBER] * 5, *[_ADDRESS] * 11],
     "wkv_backward": [_INT, *[_NUMBER] * 5, *[_ADDRESS] * 19],
     "linear": [_INT, *[_NUMBER] * 4, *[_ADDRESS] * 4],
-    "block": [_INT, *[_FLOAT] * 3, *[_ADDRESS] * 8],
+    "linear_int8": [_INT, *[_NUMBER] * 4, *[_ADDRESS] * 2, _NUMBER, *[_ADDRESS] * 2],
+    "blocks": [_INT, _NUMBER, *[_FLOAT] * 3, *[_ADDRESS] * 6],
 }
 """Types of the arguments of the functions visualrwkv_... in ops.c, the number of threads first."""
 

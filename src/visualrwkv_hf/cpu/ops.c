@@ -6,7 +6,11 @@
 
 #include "recurrences.h"
 
+#include "pool.h"
+
 #include "products.h"
+
+#include "int8.h"
 
 /* Compute y [count, out] = scale x W^T for x [count, in] and W [out, in]. */
 int visualrwkv_linear(int threads, int64_t count, int64_t in, int64_t out, int64_t format, const void *weight,
@@ -16,8 +20,11 @@ int visualrwkv_linear(int threads, int64_t count, int64_t in, int64_t out, int64
         return SIZE_OUT_OF_RANGE;
     Linear w = {weight, scale, format};
     if (!is_readable(w, in)) return FORMAT_UNKNOWN;
-#pragma omp parallel num_threads(threads)
-    multiply(w, itself, count, in, out, x, y);
+    if (count < 1 || out < 1) return OK;
+    Products products = {1, {{w, 0, itself, count, in, out, in, x, y}}};
+    Team team = begin_team(threads);
+    share_products(team, &products);
+    end_team(team);
     return OK;
 }
 
@@ -58,7 +65,8 @@ const char *visualrwkv_contract(void) {
 #define WORDS(NAME) #NAME NAME(AS_WORD) "\n"
 #define CONSTANT(NAME, X) #NAME " " NUMBER(X) "\n"
     return CONSTANT(MAX_KEYS, MAX_KEYS) CONSTANT(COLUMN_MULTIPLE, COLUMN_MULTIPLE)
-        CONSTANT(LOW_RANK_MULTIPLE, LOW_RANK_MULTIPLE) CONSTANT(GROUP, GROUP) WORDS(FORMATS) WORDS(FLOAT_FORMATS) WORDS(ERRORS)
+        CONSTANT(LOW_RANK_MULTIPLE, LOW_RANK_MULTIPLE) CONSTANT(GROUP, GROUP) CONSTANT(FAST_INT8, FAST_INT8)
+            WORDS(FORMATS) WORDS(FLOAT_FORMATS) WORDS(ERRORS)
             WORDS(VECTORS_OF_C) WORDS(VECTORS_OF_A) WORDS(LOW_RANKS) WORDS(LINEARS) WORDS(SIZES);
 }
 
@@ -68,6 +76,7 @@ const char *visualrwkv_contract(void) {
    layer 0. mask [B] is 0 at pads, or null where there are none. */
 typedef struct {
     int64_t H, K;
+    int is_rwkv7;
     float eps, decay_scale;
     const float *r, *decay, *k, *v, *rate, *gate, *value_gate, *v_first;
     const float *w0, *a0, *v0, *k_k, *k_a, *r_k, *u, *norm_weight, *norm_bias;
@@ -132,14 +141,13 @@ static void rwkv7_head(const TimeMix *x, int64_t task) {
     for (int64_t i = 0; i < K; i++) x->out[token + i] = (y[i] + bonus * value[i]) * x->gate[token + i];
 }
 
-/* Team, with a barrier at its end. */
-static void heads(const TimeMix *x, int64_t B, void head(const TimeMix *, int64_t)) {
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < B * x->H; task++) {
+static void rwkv_heads(const void *phase, int64_t first, int64_t last) {
+    const TimeMix *x = phase;
+    for (int64_t task = first; task < last; task++) {
         if (x->mask && !x->mask[task / x->H])
             memset(x->out + task * x->K, 0, x->K * sizeof(float));
         else
-            head(x, task);
+            (x->is_rwkv7 ? rwkv7_head : rwkv6_head)(x, task);
     }
 }
 
@@ -151,6 +159,7 @@ typedef struct {
     const Weights *weights;
     const float *vector[VECTORS]; /* those of `weights`, in float32 */
     const uint8_t *mask;
+    void *att_previous, *ffn_previous;                   /* [B, C], in the format `s.format` */
     float *x, *normed, *back, *mixed, *shifted[TARGETS]; /* [B, C]; `back` is the previous token minus this one */
     float *low[LOW_RANK], *high[LOW_RANK];               /* [B, D], [B, A] */
     float *r, *k, *v, *gate, *out, *inner, *receptance;  /* [B, A], but for [B, F], [B, C] */
@@ -170,9 +179,13 @@ static void layer_norm(int64_t C, float eps, const float *weight, const float *b
 
 /* back = previous - x; then x becomes the previous token of the next one. A pad sees itself and is not stored. */
 static void look_back(int64_t C, int64_t format, int is_pad, const float *x, void *previous, float *back) {
-    for (int64_t c = 0; c < C; c++) back[c] = is_pad ? 0 : ELEMENTS[format](previous, c) - x[c];
-    if (is_pad) return;
-    for (int64_t c = 0; c < C; c++) STORES[format](previous, c, x[c]);
+    if (is_pad) {
+        memset(back, 0, C * sizeof(float));
+        return;
+    }
+    WIDEN[format](C, previous, back);
+    for (int64_t c = 0; c < C; c++) back[c] -= x[c];
+    STORE[format](C, x, previous);
 }
 
 static void enter(const Block *l, int64_t n, int weight, int bias, void *previous) {
@@ -191,90 +204,107 @@ static void shift(const Block *l, int64_t n, int name, const float *dynamic, flo
     }
 }
 
-/* Team: a linear layer and the two halves of a low-rank map, if the block has them. */
-static void product(const Block *l, int name, Function f, int64_t in, int64_t out, const float *x, float *y) {
+/* Add a linear layer, or a half of a low-rank map, to the products of a phase, if the block has it. */
+static void product(Products *to, const Block *l, int name, Function f, int64_t in, int64_t out, const float *x, float *y) {
     Linear w = l->weights->linear[name];
-    if (w.weight) multiply(w, f, l->s.B, in, out, x, y);
+    if (w.weight) to->list[to->count++] = (Product){w, 0, f, l->s.B, in, out, in, x, y};
 }
 
-static void down(const Block *l, int name, Function f, const float *x) {
-    const void *w = l->weights->low_rank[name].down;
-    if (w) multiply_low_rank(w, l->s.format, f, l->s.B, l->s.C, l->s.rank[name], l->s.C, x, l->low[name]);
+static void low_rank(Products *to, const Block *l, const void *half, Function f, int64_t in, int64_t out, int64_t stride,
+                     const float *x, float *y) {
+    if (half) to->list[to->count++] = (Product){{half, NULL, l->s.format}, 1, f, l->s.B, in, out, stride, x, y};
 }
 
-static void up(const Block *l, int name) {
-    const void *w = l->weights->low_rank[name].up;
+static void down(Products *to, const Block *l, int name, Function f, const float *x) {
+    low_rank(to, l, l->weights->low_rank[name].down, f, l->s.C, l->s.rank[name], l->s.C, x, l->low[name]);
+}
+
+static void up(Products *to, const Block *l, int name) {
     int64_t D = l->s.rank[name];
-    if (w) multiply_low_rank(w, l->s.format, itself, l->s.B, D, l->s.A, D, l->low[name], l->high[name]);
+    low_rank(to, l, l->weights->low_rank[name].up, itself, D, l->s.A, D, l->low[name], l->high[name]);
 }
 
-/* Team, with a barrier at its end: RWKV-6's token shift, whose weights depend on the token shifted by SHIFT_X. */
-static void shift_dynamically(const Block *l) {
-    static const int targets[] = {TO_W, TO_K, TO_V, TO_R, TO_G};
-    int64_t C = l->s.C, D = l->s.rank[LOW_SHIFT] / 5, B = l->s.B, format = l->s.format;
-    const char *up = l->weights->low_rank[LOW_SHIFT].up;
-    float *low = l->low[LOW_SHIFT];
-#pragma omp for
-    for (int64_t n = 0; n < B; n++) shift(l, n, SHIFT_X, NULL, l->mixed);
-    multiply_low_rank(l->weights->low_rank[LOW_SHIFT].down, format, tanhf, B, C, 5 * D, C, l->mixed, low);
-#pragma omp barrier
-    for (int i = 0; i < 5; i++)
-        multiply_low_rank(up + i * D * C * (BITS[format] / 8), format, itself, B, D, C, 5 * D, low + i * D,
-                          l->shifted[targets[i]]);
-#pragma omp barrier
-#pragma omp for
-    for (int64_t n = 0; n < B; n++)
+/* RWKV-6's token shift, whose weights depend on the token shifted by SHIFT_X. */
+static void shift_rows(const void *phase, int64_t first, int64_t last) {
+    const Block *l = phase;
+    for (int64_t n = first; n < last; n++)
         for (int to = 0; to < TARGETS; to++)
-            if (l->vector[SHIFT_R + to]) shift(l, n, SHIFT_R + to, l->shifted[to], l->shifted[to]);
+            if (l->vector[SHIFT_R + to]) shift(l, n, SHIFT_R + to, l->s.version == 6 ? l->shifted[to] : NULL, l->shifted[to]);
 }
 
-/* Team: the time mix. After the next barrier its result is in `mixed`. */
-static void time_mix(const Block *l, const TimeMix *mix, void *previous, float *v_first) {
+static void shift_dynamically(Team team, const Block *l) {
+    static const int targets[] = {TO_W, TO_K, TO_V, TO_R, TO_G};
+    int64_t C = l->s.C, D = l->s.rank[LOW_SHIFT] / 5, format = l->s.format;
+    const char *halves = l->weights->low_rank[LOW_SHIFT].up;
+    float *low = l->low[LOW_SHIFT];
+    Products downs = {0}, ups = {0};
+    down(&downs, l, LOW_SHIFT, tanhf, l->mixed);
+    share_products(team, &downs);
+    for (int i = 0; i < 5; i++)
+        low_rank(&ups, l, halves + i * D * C * (BITS[format] / 8), itself, D, C, 5 * D, low + i * D,
+                 l->shifted[targets[i]]);
+    share_products(team, &ups);
+}
+
+/* The time mix; its result is in `mixed`. */
+static void enter_time_mix(const void *phase, int64_t first, int64_t last) {
+    const Block *l = phase;
+    for (int64_t n = first; n < last; n++) {
+        enter(l, n, LN1_WEIGHT, LN1_BIAS, l->att_previous);
+        if (l->s.version == 6) shift(l, n, SHIFT_X, NULL, l->mixed);
+    }
+}
+
+static void time_mix(Team team, const Block *l, const TimeMix *mix, float *v_first) {
     int64_t B = l->s.B, C = l->s.C, A = l->s.A;
-#pragma omp for
-    for (int64_t n = 0; n < B; n++) {
-        enter(l, n, LN1_WEIGHT, LN1_BIAS, previous);
-        for (int to = 0; to < TARGETS && l->s.version != 6; to++)
-            if (l->vector[SHIFT_R + to]) shift(l, n, SHIFT_R + to, NULL, l->shifted[to]);
-    }
-    if (l->s.version == 6) shift_dynamically(l);
-    down(l, LOW_W, tanhf, l->shifted[TO_W]);
-    down(l, LOW_A, itself, l->shifted[TO_A]);
-    down(l, LOW_V, itself, l->shifted[TO_V]);
-    down(l, LOW_G, sigmoid, l->shifted[TO_G]);
-    product(l, RECEPTANCE, itself, C, A, l->shifted[TO_R], l->r);
-    product(l, KEY, itself, C, A, l->shifted[TO_K], l->k);
-    product(l, VALUE, itself, C, A, l->shifted[TO_V], l->v);
-    product(l, GATE, silu, C, A, l->shifted[TO_G], l->gate);
-#pragma omp barrier
-    for (int name = LOW_W; name < LOW_RANK; name++) up(l, name);
-    if (l->s.version == 7 && !mix->value_gate) {
-#pragma omp for nowait
-        for (int64_t i = 0; i < B * A; i++) v_first[i] = l->v[i];
-    }
-#pragma omp barrier
-    heads(mix, B, l->s.version == 7 ? rwkv7_head : rwkv6_head);
-    product(l, OUTPUT, itself, A, C, l->out, l->mixed);
+    share(team, B, enter_time_mix, l);
+    if (l->s.version == 6) shift_dynamically(team, l);
+    share(team, B, shift_rows, l);
+    Products first = {0}, ups = {0}, output = {0};
+    down(&first, l, LOW_W, tanhf, l->shifted[TO_W]);
+    down(&first, l, LOW_A, itself, l->shifted[TO_A]);
+    down(&first, l, LOW_V, itself, l->shifted[TO_V]);
+    down(&first, l, LOW_G, sigmoid, l->shifted[TO_G]);
+    product(&first, l, RECEPTANCE, itself, C, A, l->shifted[TO_R], l->r);
+    product(&first, l, KEY, itself, C, A, l->shifted[TO_K], l->k);
+    product(&first, l, VALUE, itself, C, A, l->shifted[TO_V], l->v);
+    product(&first, l, GATE, silu, C, A, l->shifted[TO_G], l->gate);
+    share_products(team, &first);
+    for (int name = LOW_W; name < LOW_RANK; name++) up(&ups, l, name);
+    share_products(team, &ups);
+    if (mix->is_rwkv7 && !mix->value_gate) memcpy(v_first, l->v, B * A * sizeof(float));
+    share(team, B * mix->H, rwkv_heads, mix);
+    product(&output, l, OUTPUT, itself, A, C, l->out, l->mixed);
+    share_products(team, &output);
 }
 
-/* Team: add `mixed` to `x`, then the channel mix of that. */
-static void channel_mix(const Block *l, void *previous) {
-    int64_t B = l->s.B, C = l->s.C, F = l->s.F;
-#pragma omp for
-    for (int64_t n = 0; n < B; n++) {
-        for (int64_t i = n * C; i < (n + 1) * C; i++) l->x[i] += l->mixed[i];
-        enter(l, n, LN2_WEIGHT, LN2_BIAS, previous);
+/* Add `mixed` to `x`, then the channel mix of that. */
+static void enter_channel_mix(const void *phase, int64_t first, int64_t last) {
+    const Block *l = phase;
+    for (int64_t n = first; n < last; n++) {
+        for (int64_t i = n * l->s.C; i < (n + 1) * l->s.C; i++) l->x[i] += l->mixed[i];
+        enter(l, n, LN2_WEIGHT, LN2_BIAS, l->ffn_previous);
         shift(l, n, FFN_SHIFT_K, NULL, l->shifted[TO_K]);
         if (l->vector[FFN_SHIFT_R]) shift(l, n, FFN_SHIFT_R, NULL, l->shifted[TO_R]);
     }
-    product(l, FFN_KEY, squared_relu, C, F, l->shifted[TO_K], l->inner);
-    product(l, FFN_RECEPTANCE, sigmoid, C, C, l->shifted[TO_R], l->receptance);
-#pragma omp barrier
-    product(l, FFN_VALUE, itself, F, C, l->inner, l->mixed);
-#pragma omp barrier
-#pragma omp for
-    for (int64_t i = 0; i < B * C; i++)
+}
+
+static void leave_channel_mix(const void *phase, int64_t first, int64_t last) {
+    const Block *l = phase;
+    for (int64_t i = first * l->s.C; i < last * l->s.C; i++)
         l->x[i] += l->vector[FFN_SHIFT_R] ? l->receptance[i] * l->mixed[i] : l->mixed[i];
+}
+
+static void channel_mix(Team team, const Block *l) {
+    int64_t B = l->s.B, C = l->s.C, F = l->s.F;
+    share(team, B, enter_channel_mix, l);
+    Products inner = {0}, outer = {0};
+    product(&inner, l, FFN_KEY, squared_relu, C, F, l->shifted[TO_K], l->inner);
+    product(&inner, l, FFN_RECEPTANCE, sigmoid, C, C, l->shifted[TO_R], l->receptance);
+    share_products(team, &inner);
+    product(&outer, l, FFN_VALUE, itself, F, C, l->inner, l->mixed);
+    share_products(team, &outer);
+    share(team, B, leave_channel_mix, l);
 }
 
 /* Hand out the next n floats of the scratch memory, rounded up to whole cache lines. */
@@ -292,7 +322,7 @@ static int64_t lay_out(Block *l, float *scratch) {
         l->vector[i] = l->weights->vector[i];
         if (!l->vector[i] || l->s.format == F32) continue;
         float *vector = take(scratch, &taken, n);
-        for (int64_t j = 0; j < n && scratch; j++) vector[j] = ELEMENTS[l->s.format](l->weights->vector[i], j);
+        if (scratch) WIDEN[l->s.format](n, l->weights->vector[i], vector);
         l->vector[i] = vector;
     }
     float **of_C[] = {&l->normed, &l->back, &l->mixed, &l->receptance};
@@ -325,31 +355,64 @@ static int check_block(const Sizes *s, const Weights *weights) {
     return OK;
 }
 
-/* x [B, C] becomes the block's output. The two previous tokens [B, C], in the format `sizes.format`, and `state`
-   [B, H, K, K] are updated. v_first [B, A] is written by layer 0 of RWKV-7, which has no LOW_V, and read by the other
-   layers. mask [B] is 0 at pads, or null. */
-int visualrwkv_block(int threads, float eps, float norm_eps, float decay_scale, const Sizes *sizes,
-                     const Weights *weights, void *att_previous, void *ffn_previous, float *state, const uint8_t *mask,
-                     float *v_first, float *x) {
-    int error = check_block(sizes, weights);
-    if (error) return error;
-    Block l = {.s = *sizes, .eps = eps, .weights = weights, .mask = mask, .x = x};
-    float *scratch = malloc(lay_out(&l, NULL) * sizeof(float));
-    if (!scratch) return NO_MEMORY;
-    lay_out(&l, scratch);
-    TimeMix mix = {.H = l.s.H, .K = l.s.A / l.s.H, .eps = norm_eps, .decay_scale = decay_scale};
-    mix.mask = mask, mix.state = state, mix.out = l.out;
-    mix.r = l.r, mix.k = l.k, mix.v = l.v, mix.gate = l.s.version == 7 ? l.high[LOW_G] : l.gate;
-    mix.decay = l.high[LOW_W], mix.rate = l.high[LOW_A], mix.value_gate = l.high[LOW_V], mix.v_first = v_first;
-    mix.w0 = l.vector[W0], mix.a0 = l.vector[A0], mix.v0 = l.vector[V0], mix.u = l.vector[U];
-    mix.k_k = l.vector[K_K], mix.k_a = l.vector[K_A], mix.r_k = l.vector[R_K];
-    mix.norm_weight = l.vector[NORM_WEIGHT], mix.norm_bias = l.vector[NORM_BIAS];
-#pragma omp parallel num_threads(threads)
-    {
-        time_mix(&l, &mix, att_previous, v_first);
-#pragma omp barrier
-        channel_mix(&l, ffn_previous);
+/* What the token before has left to a block. */
+typedef struct {
+    void *att_previous, *ffn_previous; /* [B, C], in the format of the block's sizes */
+    float *state;                      /* [B, H, K, K] */
+} LayerState;
+
+static void one_block(Team team, Block *l, TimeMix *mix, float *state, float *v_first) {
+    mix->H = l->s.H, mix->K = l->s.A / l->s.H, mix->is_rwkv7 = l->s.version == 7;
+    mix->mask = l->mask, mix->state = state, mix->out = l->out;
+    mix->r = l->r, mix->k = l->k, mix->v = l->v, mix->gate = mix->is_rwkv7 ? l->high[LOW_G] : l->gate;
+    mix->decay = l->high[LOW_W], mix->rate = l->high[LOW_A], mix->value_gate = l->high[LOW_V], mix->v_first = v_first;
+    mix->w0 = l->vector[W0], mix->a0 = l->vector[A0], mix->v0 = l->vector[V0], mix->u = l->vector[U];
+    mix->k_k = l->vector[K_K], mix->k_a = l->vector[K_A], mix->r_k = l->vector[R_K];
+    mix->norm_weight = l->vector[NORM_WEIGHT], mix->norm_bias = l->vector[NORM_BIAS];
+    time_mix(team, l, mix, v_first);
+    channel_mix(team, l);
+}
+
+/* Round to a float format, as what one block hands to the next is. */
+static void round_to(int64_t format, int64_t n, float *x) {
+    uint16_t rounded[256];
+    for (int64_t i = 0; i < n && format != F32; i += 256) {
+        int64_t some = at_most(256, n - i);
+        STORE[format](some, x + i, rounded);
+        WIDEN[format](some, rounded, x + i);
     }
+}
+
+/* One token through `count` blocks, which have B, C, A and a format in common. x [B, C] becomes the last one's output, and
+   the states are updated. v_first [B, A] is written by a block of RWKV-7 that has no LOW_V, and read by the others.
+   mask [B] is 0 at pads, or null. */
+int visualrwkv_blocks(int threads, int64_t count, float eps, float norm_eps, float decay_scale, const Sizes *sizes,
+                      const Weights *weights, const LayerState *states, const uint8_t *mask, float *v_first, float *x) {
+    int64_t most = 0;
+    Block l = {.eps = eps, .mask = mask, .x = x};
+    for (int64_t i = 0; i < count; i++) {
+        int error = check_block(&sizes[i], &weights[i]);
+        if (error) return error;
+        if (sizes[i].B != sizes->B || sizes[i].C != sizes->C || sizes[i].A != sizes->A || sizes[i].format != sizes->format)
+            return SIZE_OUT_OF_RANGE;
+        l.s = sizes[i], l.weights = &weights[i];
+        int64_t needed = lay_out(&l, NULL);
+        most = needed > most ? needed : most;
+    }
+    if (count < 1) return SIZE_OUT_OF_RANGE;
+    float *scratch = malloc(most * sizeof(float));
+    if (!scratch) return NO_MEMORY;
+    TimeMix mix = {.eps = norm_eps, .decay_scale = decay_scale};
+    Team team = begin_team(threads);
+    for (int64_t i = 0; i < count; i++) {
+        l.s = sizes[i], l.weights = &weights[i];
+        l.att_previous = states[i].att_previous, l.ffn_previous = states[i].ffn_previous;
+        lay_out(&l, scratch);
+        one_block(team, &l, &mix, states[i].state, v_first);
+        round_to(l.s.format, l.s.B * l.s.C, x);
+        if (mix.is_rwkv7 && !mix.value_gate) round_to(l.s.format, l.s.B * l.s.A, v_first);
+    }
+    end_team(team);
     free(scratch);
     return OK;
 }

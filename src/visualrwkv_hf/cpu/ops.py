@@ -72,7 +72,8 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool) -> str:
     """Return why the native op cannot be used for these tensors; empty if it can.
 
     Args:
-        op: "wkv6" or "wkv7" with r and v; "linear" or "block_decode" with x.
+        op: "wkv6" or "wkv7" with r and v; "linear", "linear_int8", "block_decode" or
+            "blocks_decode" with x.
         tensors: see `op`.
         gradient: whether the op's gradient will be needed. Only the recurrences have one.
     """
@@ -90,8 +91,10 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool) -> str:
     last, contract = tensors[0].shape[-1], library().contract
     if op in RECURRENCES and last > contract["MAX_KEYS"]:
         return f"keys of {last} elements are larger than {contract['MAX_KEYS']}"
-    if op == "linear" and last % contract["COLUMN_MULTIPLE"]:
+    if op in ("linear", "linear_int8") and last % contract["COLUMN_MULTIPLE"]:
         return f"{last} columns are no multiple of {contract['COLUMN_MULTIPLE']}"
+    if op == "linear_int8" and not contract["FAST_INT8"]:
+        return "the CPU has no fast products of integers that ops.c knows"
     return ""
 
 
@@ -217,6 +220,27 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     scale = None if scale is None else scale.to(FORMATS[tag].scale_dtype).contiguous()
     library().call("linear", count, columns, rows, tag, weight, scale, _floats(x), out)
     return out.to(x.dtype)
+
+
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Compute x W^T for many rows x in integers: x is rounded to 8 bits, with a scale for every 256 columns of a row.
+
+    Args:
+        x: [..., in], in a dtype of `formats.FLOAT_DTYPES`; `in` is a multiple of 16.
+        weight: W of int8 or int4 as in `linear`. int4 is brought to 8 bits, with a scale for every 256
+            columns of a row.
+        scale: as in `linear`.
+
+    Returns:
+        [..., out] in the dtype of x.
+    """
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    rows, columns, count = len(weight), x.shape[-1], x.numel() // x.shape[-1]
+    tag = FORMAT_OF[weight.dtype]
+    scale = scale.to(FORMATS[tag].scale_dtype).contiguous()
+    library().call("linear_int8", count, columns, rows, tag, weight, scale, FORMAT_OF[x.dtype], x, out)
+    return out
 
 
 def _floats(x: Tensor | None) -> Tensor | None:

@@ -55,17 +55,24 @@ static float dot_INT4(int64_t n, const void *row, const void *scale, const float
 #define AS_DOT(TAG) dot_##TAG,
 static Dot *const DOTS[] = {FORMATS(AS_DOT)};
 
-/* One element of an array of a float format, and how a float is stored into one. */
-typedef float Element(const void *x, int64_t i);
-typedef void Store(void *x, int64_t i, float value);
-#define ELEMENT(TAG)                                                                                            \
-    static float element_##TAG(const void *x, int64_t i) { return value_##TAG(((const TAG##_t *)x)[i]); }        \
-    static void store_##TAG(void *x, int64_t i, float value) { ((TAG##_t *)x)[i] = stored_##TAG(value); }
-FLOAT_FORMATS(ELEMENT)
-#define AS_ELEMENT(TAG) element_##TAG,
+/* Arrays of a float format <-> arrays of float32. */
+typedef void Widen(int64_t n, const void *from, float *to);
+typedef void Store(int64_t n, const float *from, void *to);
+#define CONVERSIONS(TAG)                                                                                        \
+    static void widen_##TAG(int64_t n, const void *from, float *to) {                                           \
+        const TAG##_t *x = from;                                                                                \
+        int64_t i = 0;                                                                                          \
+        for (; i + LANES <= n; i += LANES) store_lanes(to + i, lanes_##TAG(x + i));                             \
+        for (; i < n; i++) to[i] = value_##TAG(x[i]);                                                           \
+    }                                                                                                           \
+    static void store_##TAG(int64_t n, const float *from, void *to) {                                           \
+        for (int64_t i = 0; i < n; i++) ((TAG##_t *)to)[i] = stored_##TAG(from[i]);                             \
+    }
+FLOAT_FORMATS(CONVERSIONS)
+#define AS_WIDEN(TAG) widen_##TAG,
 #define AS_STORE(TAG) store_##TAG,
-static Element *const ELEMENTS[] = {FLOAT_FORMATS(AS_ELEMENT)};
-static Store *const STORES[] = {FLOAT_FORMATS(AS_STORE)};
+static Widen *const WIDEN[] = {FLOAT_FORMATS(AS_WIDEN)};
+static Store *const STORE[] = {FLOAT_FORMATS(AS_STORE)};
 
 /* The functions that follow a product. */
 typedef float Function(float);
@@ -90,21 +97,6 @@ static int is_readable(Linear w, int64_t in) {
     return w.format != INT4 || in % GROUP == 0;
 }
 
-/* A "team" function is called by every thread of a parallel region, and each computes a part. The results of the
-   others can be read after the next barrier. */
-
-/* Team: y = f(x W^T), [count, out]. */
-static void multiply(Linear w, Function f, int64_t count, int64_t in, int64_t out, const float *x, float *y) {
-    Dot *dot = DOTS[w.format];
-    int64_t bytes = in * BITS[w.format] / 8, scales = scale_bytes(w.format, in);
-#pragma omp for schedule(guided, 32) nowait
-    for (int64_t o = 0; o < out; o++) {
-        const char *row = (const char *)w.weight + o * bytes;
-        const char *scale = scales ? (const char *)w.scale + o * scales : NULL;
-        for (int64_t n = 0; n < count; n++) y[n * out + o] = f(dot(in, row, scale, x + n * in));
-    }
-}
-
 /* A low-rank map is computed TILE columns and LOW_RANK_MULTIPLE rows at a time; its rank is a multiple of that. */
 enum { TILE = 128 };
 #define LOW_RANK_MULTIPLE 4
@@ -126,19 +118,64 @@ FLOAT_FORMATS(ADD_ROWS)
 #define AS_ADD_ROWS(TAG) add_rows_##TAG,
 static AddRows *const ADD_ROWS_OF[] = {FLOAT_FORMATS(AS_ADD_ROWS)};
 
-/* Team: y = f(x W), [count, out], with W [in, out] as the halves of a low-rank map are stored, of a float format.
+/* y = f(x W^T), or f(x W) with W [in, out] of a float format, as the halves of a low-rank map are stored: [count, out].
    Rows of x are `stride` apart. */
-static void multiply_low_rank(const void *w, int64_t format, Function f, int64_t count, int64_t in, int64_t out,
-                              int64_t stride, const float *x, float *y) {
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t o = 0; o < out; o += TILE) {
-        int64_t width = at_most(TILE, out - o);
-        for (int64_t n = 0; n < count; n++) {
+typedef struct {
+    Linear w;
+    int is_low_rank;
+    Function *f;
+    int64_t count, in, out, stride;
+    const float *x;
+    float *y;
+} Product;
+
+/* A task is UNIT rows of a weight, or TILE columns of a low-rank map. */
+enum { UNIT = 8, MOST_PRODUCTS = 12 };
+static int64_t tasks_of(const Product *p) {
+    return p->is_low_rank ? (p->out + TILE - 1) / TILE : (p->out + UNIT - 1) / UNIT;
+}
+
+static void multiply(const Product *p, int64_t first, int64_t last) {
+    Dot *dot = DOTS[p->w.format];
+    int64_t bytes = p->in * BITS[p->w.format] / 8, scales = scale_bytes(p->w.format, p->in);
+    for (int64_t o = first * UNIT; o < at_most(p->out, last * UNIT); o++) {
+        const char *row = (const char *)p->w.weight + o * bytes;
+        const char *scale = scales ? (const char *)p->w.scale + o * scales : NULL;
+        for (int64_t n = 0; n < p->count; n++) p->y[n * p->out + o] = p->f(dot(p->in, row, scale, p->x + n * p->stride));
+    }
+}
+
+static void multiply_low_rank(const Product *p, int64_t first, int64_t last) {
+    for (int64_t o = first * TILE; o < at_most(p->out, last * TILE); o += TILE) {
+        int64_t width = at_most(TILE, p->out - o), format = p->w.format;
+        for (int64_t n = 0; n < p->count; n++) {
             float sums[TILE] = {0};
-            for (int64_t i = 0; i < in; i += LOW_RANK_MULTIPLE)
-                ADD_ROWS_OF[format](out, width, (const char *)w + (i * out + o) * (BITS[format] / 8), x + n * stride + i,
-                                    sums);
-            for (int64_t j = 0; j < width; j++) y[n * out + o + j] = f(sums[j]);
+            for (int64_t i = 0; i < p->in; i += LOW_RANK_MULTIPLE)
+                ADD_ROWS_OF[format](p->out, width, (const char *)p->w.weight + (i * p->out + o) * (BITS[format] / 8),
+                                    p->x + n * p->stride + i, sums);
+            for (int64_t j = 0; j < width; j++) p->y[n * p->out + o + j] = p->f(sums[j]);
         }
     }
+}
+
+/* Products that need nothing of one another. */
+typedef struct {
+    int64_t count;
+    Product list[MOST_PRODUCTS];
+} Products;
+
+static void multiply_all(const void *phase, int64_t first, int64_t last) {
+    const Products *products = phase;
+    for (int64_t i = 0; i < products->count && first < last; i++) {
+        int64_t tasks = tasks_of(&products->list[i]);
+        if (first < tasks) (products->list[i].is_low_rank ? multiply_low_rank : multiply)(&products->list[i], first, at_most(tasks, last));
+        first = first > tasks ? first - tasks : 0;
+        last -= tasks;
+    }
+}
+
+static void share_products(Team team, const Products *products) {
+    int64_t tasks = 0;
+    for (int64_t i = 0; i < products->count; i++) tasks += tasks_of(&products->list[i]);
+    share(team, tasks, multiply_all, products);
 }

@@ -1,0 +1,140 @@
+"""One token through all blocks of a model in one call of C.
+
+Looking at each weight takes Python longer than C takes to read the small ones. So what was found at one token is kept,
+and at the next one it is only compared: the same modules in the same places, without hooks, with the same tensors at
+the same addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..layer_state import LayerState
+from ..modeling_rwkv import RwkvBlock
+from ..token_order import TokenOrder
+from .block import PackedBlocks, ReadyBlock, call_blocks, has_native_parts, parts_of, state_addresses
+from .formats import FORMAT_OF
+from .layers import serves
+
+
+def decode_blocks(
+    layers: nn.ModuleList, hidden_states: Tensor, states: Sequence[LayerState], token_order: TokenOrder
+) -> Tensor | None:
+    """Compute one token of all blocks: the same as `decode_block` of each.
+
+    Args:
+        layers: all blocks of a model.
+        hidden_states: x, [B, 1, C].
+        states: what each block has read before, which is updated in place.
+        token_order: of all blocks; its `order` [B, 1] is negative at padding.
+
+    Returns:
+        The hidden states [B, 1, C] after the last block, or None where `decode_block` would not compute one of them.
+    """
+    if not serves(hidden_states) or _has_any_global_hook():
+        return None
+    blocks = _ready_blocks(layers, hidden_states)
+    if blocks is None:
+        return None
+    addresses: list[int] = []
+    if len(states) != blocks.count:
+        return None
+    for state in states:
+        found = state_addresses(blocks.first.sizes, state, hidden_states.dtype)
+        if found is None:
+            return None
+        addresses += found
+    return call_blocks(blocks, addresses, hidden_states, None, token_order.mask())[0]
+
+
+class _Found(NamedTuple):
+    """What was found at an earlier token.
+
+    Attributes:
+        blocks: the blocks as ops.c takes them.
+        modules: the blocks and their parts.
+        kinds: the class of each.
+        places: where each module and each tensor is kept, as a dictionary and a key.
+        kept: what was there.
+        tensors: all weights.
+        memory: their addresses and bytes, and whether they are contiguous.
+    """
+
+    blocks: PackedBlocks
+    modules: list[nn.Module]
+    kinds: list[type]
+    places: list[tuple[dict[str, Any], str]]
+    kept: list[Any]
+    tensors: list[Tensor]
+    memory: list[tuple[int, int, bool]]
+
+    @classmethod
+    def at(cls, layers: nn.ModuleList, hidden_states: Tensor) -> _Found | None:
+        """Look at all blocks; None if one of them is not for ops.c."""
+        blocks: list[ReadyBlock] = []
+        modules: list[nn.Module] = []
+        for block in layers:
+            if type(block) is not RwkvBlock or _has_hooks(block) or not has_native_parts(block):
+                return None
+            ready = ReadyBlock.of(block, hidden_states)
+            if ready is None or ready[:2] != (blocks or [ready])[0][:2]:
+                return None
+            blocks.append(ready)
+            modules += [block, *parts_of(block)]
+        if not blocks or any(block.sizes._replace(F=0) != blocks[0].sizes._replace(F=0) for block in blocks):
+            return None
+        kept_in: list[dict[str, Any]] = [layers._modules]
+        for module in modules:
+            kept_in += [module._modules, module._parameters, module._buffers]
+        places = [(held, name) for held in kept_in for name in held]
+        tensors = [x for block in blocks for x in block.tensors]
+        return cls(
+            PackedBlocks.of(blocks),
+            modules,
+            list(map(type, modules)),
+            places,
+            [held[name] for held, name in places],
+            tensors,
+            _memory_of(tensors),
+        )
+
+    def holds(self, layers: nn.ModuleList, hidden_states: Tensor) -> bool:
+        """Return whether looking again would find the same."""
+        sizes = self.blocks.first.sizes
+        return (
+            len(layers) == self.blocks.count
+            and hidden_states.shape == (sizes.B, 1, sizes.C)
+            and FORMAT_OF.get(hidden_states.dtype) == sizes.format
+            and list(map(type, self.modules)) == self.kinds
+            and not any(map(_has_hooks, self.modules))
+            and all(held.get(name) is kept for (held, name), kept in zip(self.places, self.kept))
+            and _memory_of(self.tensors) == self.memory
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    held = module.__dict__
+    return bool(held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held)
+
+
+def _memory_of(tensors: Sequence[Tensor]) -> list[tuple[int, int, bool]]:
+    return [(x.data_ptr(), x.nbytes, x.is_contiguous()) for x in tensors]
+
+
+_found: WeakKeyDictionary[nn.ModuleList, _Found] = WeakKeyDictionary()
+
+
+def _ready_blocks(layers: nn.ModuleList, hidden_states: Tensor) -> PackedBlocks | None:
+    found = _found.get(layers)
+    if found is None or not found.holds(layers, hidden_states):
+        found = _Found.at(layers, hidden_states)
+        if found is None:
+            _found.pop(layers, None)
+            return None
+        _found[layers] = found
+    return found.blocks

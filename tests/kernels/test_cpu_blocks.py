@@ -1,0 +1,260 @@
+"""One token through all blocks in one call against blocks called one by one, and the threads that compute it."""
+
+import copy
+import shutil
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import awake, text_config
+from torch import nn
+
+from visualrwkv_hf import VisualRWKVForCausalLM, accelerate_on_cpu
+from visualrwkv_hf.cpu import library
+from visualrwkv_hf.cpu import ops as native
+from visualrwkv_hf.dispatch import kernel_backend
+from visualrwkv_hf.modeling_rwkv import VisualRWKVTextModel
+
+TOLERANCE = 1e-5
+"""Relative, float32: sums of some hundred terms in another order."""
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, library.COMPILERS)), reason="native ops need a C compiler"
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def built(cache, monkeypatch):
+    """The library in a folder of its own, and no gradients."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(native, "_failure", "")
+    native.build_native_ops()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def counts(monkeypatch) -> list[int]:
+    """How many blocks each call in C computed."""
+    seen, call = [], library.Library.call
+    monkeypatch.setattr(
+        library.Library,
+        "call",
+        lambda self, name, *given: (
+            seen.append(given[0]) if name == "blocks" else None,
+            call(self, name, *given),
+        )[1],
+    )
+    return seen
+
+
+def causal_lm(version: int, dtype: torch.dtype = torch.float32, weights: str | None = None, **fields):
+    torch.manual_seed(version)
+    model = awake(VisualRWKVForCausalLM(text_config(version, hidden_size=128, **fields))).to(dtype)
+    return accelerate_on_cpu(model, weights=weights)
+
+
+def tokens(model, ids: torch.Tensor, state=None, mask: torch.Tensor | None = None):
+    """The logits of ids [B, T] read one by one after `state`, and the state after them."""
+    logits = []
+    for i in range(ids.shape[1]):
+        out = model(
+            ids[:, i : i + 1],
+            past_key_values=state,
+            attention_mask=None if mask is None else mask[:, : i + 1],
+            use_cache=True,
+        )
+        state = out.past_key_values
+        logits.append(out.logits)
+    return torch.cat(logits, 1), state
+
+
+def same(state, other) -> bool:
+    return all(
+        torch.equal(x, y)
+        for layer, twin in zip(state.layers, other.layers, strict=True)
+        for x, y in zip(layer.tensors().values(), twin.tensors().values(), strict=True)
+    )
+
+
+@pytest.fixture
+def one_by_one(monkeypatch) -> Callable[[], None]:
+    """Call it to have the blocks called one by one from then on."""
+    return lambda: monkeypatch.setattr(VisualRWKVTextModel, "_decoded", lambda *_: None)
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_all_blocks_equal_one_after_the_other(version, dtype, weights, counts, one_by_one):
+    """To the bit, and so do the states, with a pad between the tokens."""
+    model = causal_lm(version, dtype, weights)
+    ids, mask = torch.randint(1, 320, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    mask[1, 3] = 0
+    found, state = tokens(model, ids, mask=mask)
+    assert counts == [3] * 5  # the first token has no state yet
+    one_by_one()
+    counts.clear()
+    expected, other = tokens(model, ids, mask=mask)
+    assert counts == [1] * 15
+    assert torch.equal(found, expected) and same(state, other)
+
+
+def replaced_weight(model) -> None:
+    layer = model.model.layers[1].ffn.key
+    layer.weight = nn.Parameter(2 * layer.weight)
+
+
+def other_memory(model) -> None:
+    model.model.layers[0].att.value.weight.data = 2 * model.model.layers[0].att.value.weight
+
+
+def transposed_in_place(model) -> None:
+    weight = model.model.layers[2].att.receptance.weight
+    weight.data = weight.data.T
+
+
+def written_weight(model) -> None:
+    model.model.layers[1].att.key.weight.mul_(2)
+
+
+def replaced_part(model) -> None:
+    model.model.layers[1].ffn.value = nn.Linear(model.model.layers[1].ffn.value.in_features, 128, bias=False)
+
+
+def other_block(model) -> None:
+    model.model.layers[1] = copy.deepcopy(model.model.layers[2])
+
+
+def exchanged_blocks(model) -> None:
+    layers = model.model.layers._modules
+    layers["1"], layers["2"] = layers["2"], layers["1"]
+
+
+def hooked_block(model) -> None:
+    model.model.layers[1].register_forward_pre_hook(lambda block, args: (2 * args[0], *args[1:]))
+
+
+def hooked_part(model) -> None:
+    model.model.layers[2].att.output.register_forward_hook(lambda part, args, out: 2 * out)
+
+
+def forward_of_its_own(model) -> None:
+    part = model.model.layers[0].ffn
+    forward = type(part).forward
+    part.forward = lambda *args, **kwargs: forward(part, 2 * args[0], *args[1:], **kwargs)
+
+
+def with_bias(model) -> None:
+    model.model.layers[0].att.key.bias = nn.Parameter(torch.randn(128))
+
+
+CHANGES = {
+    change.__name__: change
+    for change in (
+        replaced_weight,
+        other_memory,
+        transposed_in_place,
+        written_weight,
+        replaced_part,
+        other_block,
+        exchanged_blocks,
+        hooked_block,
+        hooked_part,
+        forward_of_its_own,
+        with_bias,
+    )
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("version", [6, 7])
+def test_what_changes_between_two_tokens_is_seen(version, change, counts):
+    model = causal_lm(version)
+    ids = torch.randint(1, 320, (1, 5))
+    _, state = tokens(model, ids[:, :3])
+    assert counts == [3] * 2
+    before, other = tokens(model, ids[:, 3:], state.copy())[0], state.copy()
+    CHANGES[change](model)
+    found, state = tokens(model, ids[:, 3:], state)
+    with kernel_backend("torch"):
+        expected, _ = tokens(model, ids[:, 3:], other)
+    assert (found - expected).norm() < TOLERANCE * expected.norm()
+    assert (found - before).norm() > 100 * TOLERANCE * expected.norm()
+
+
+def test_changing_the_dtype_between_two_tokens(counts):
+    """Parameters stay the same objects then."""
+    model = causal_lm(7)
+    ids = torch.randint(1, 320, (1, 4))
+    tokens(model, ids)
+    found, _ = tokens(model.bfloat16(), ids)
+    with kernel_backend("torch"):
+        expected, _ = tokens(model, ids)
+    assert found.dtype == torch.bfloat16 and counts == [3] * 6
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_other_batch_sizes_in_turn(counts):
+    model = causal_lm(6)
+    ids = torch.randint(1, 320, (3, 4))
+    together, _ = tokens(model, ids)
+    for row in range(3):
+        alone, _ = tokens(model, ids[row : row + 1])
+        assert (alone - together[row : row + 1]).norm() < TOLERANCE * alone.norm()
+    assert counts == [3] * 12
+
+
+def test_hidden_states_are_captured():
+    """transformers hooks the blocks for it, so they are called one by one."""
+    model = causal_lm(7)
+    ids = torch.randint(1, 320, (1, 3))
+    _, state = tokens(model, ids[:, :2])
+    out = model(ids[:, 2:], past_key_values=state, output_hidden_states=True)
+    assert len(out.hidden_states) == 4
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads_computes_the_same(threads):
+    """Each row of a weight is one thread's, whichever, so its sum is the same."""
+    model, ids, before = causal_lm(7), torch.randint(1, 320, (2, 5)), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected, state = tokens(model, ids)
+        torch.set_num_threads(threads)
+        for _ in range(20):
+            found, other = tokens(model, ids)
+            assert torch.equal(found, expected) and same(state, other)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_callers_at_the_same_time_do_not_disturb_one_another():
+    """One of them has the pool of threads, the others compute alone."""
+    model, before = causal_lm(6), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ids = [torch.randint(1, 320, (1, 12)) for _ in range(4)]
+        expected = [tokens(model, each)[0] for each in ids]
+        found: list[torch.Tensor | None] = [None] * 4
+
+        def read(n: int) -> None:
+            with torch.no_grad():
+                for _ in range(5):
+                    found[n] = tokens(model, ids[n])[0]
+
+        readers = [threading.Thread(target=read, args=(n,)) for n in range(4)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        assert all(torch.equal(x, y) for x, y in zip(found, expected))
+    finally:
+        torch.set_num_threads(before)
