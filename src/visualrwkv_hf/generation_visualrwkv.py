@@ -17,6 +17,7 @@ from .kept_state import KeptState, is_kept
 from .prompt_identity import (
     Pictures,
     identify_prompt,
+    longest_piece,
     picture_inputs_of,
     piece_ends,
     pixel_inputs_of,
@@ -146,7 +147,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         plan = ReadingPlan(ids, pictures, store=store, prompts=[prompt], pixel_dtype=self.dtype)
         found = None if plan.store is None else plan.store.find(prompt)
         plan.begin(self, found)
-        plan.ends = [*piece_ends(prompt.ids, (), None), length]
+        plan.ends = [*piece_ends(prompt.ids, (), None, longest_piece(self.device)), length]
         rest, _ = plan.rest(ids, mask)
         tokens = self._encoded(plan.unread)
         self._read_pieces(plan, rest, torch.cat(tokens) if tokens else None)

@@ -227,20 +227,32 @@ def _named(number: int) -> str:
     return "a picture's" if number < 0 else str(number)
 
 
-def piece_ends(ids: Tensor, turn_ends: Collection[int], image_token_id: int | None) -> list[int]:
+def longest_piece(device: torch.device) -> int:
+    """Return how many tokens of text are read at once at most: after each piece the reading can be given up.
+
+    Pieces of this length compute about as fast as whole prompts.
+    """
+    return 512 if device.type == "cpu" else 4096
+
+
+def piece_ends(
+    ids: Tensor, turn_ends: Collection[int], image_token_id: int | None, longest: int
+) -> list[int]:
     """Return the lengths at which the prompt `ids` [T] is cut into pieces that are read one after the other.
 
-    The cuts are after each run of pictures, and before the last user's turn (after the last but one of `turn_ends`;
-    the last one ends the question). A kept state may end at the same places. Continuing from it is then the same
-    arithmetic as reading the whole prompt, bit for bit: a matrix product may round differently for another number of
-    rows.
+    The cuts are after each run of pictures, before the last user's turn (after the last but one of `turn_ends`; the
+    last one ends the question), and at the multiples of `longest` that are not inside a run of pictures. A kept state
+    may end at the first two. Continuing from it is then the same arithmetic as reading the whole prompt, bit for bit:
+    a matrix product may round differently for another number of rows.
     """
     is_picture = ids < 0
     if image_token_id is not None:
         is_picture |= ids == image_token_id
     ends = set(((is_picture[:-1] & ~is_picture[1:]).nonzero()[:, 0] + 1).tolist())
     turns = torch.isin(ids, torch.tensor(list(turn_ends), dtype=torch.long)).nonzero()[:, 0].tolist()
-    return sorted(ends | {place + 1 for place in turns[-2:-1]})
+    within = is_picture[:-1] & is_picture[1:]  # a cut after token t would be inside a run, [T - 1]
+    parts = {length for length in range(longest, len(ids), longest) if not within[length - 1]}
+    return sorted(ends | parts | {place + 1 for place in turns[-2:-1]})
 
 
 def stable_length(processor, messages: list[dict], length: int, **template_variables) -> int:

@@ -12,7 +12,14 @@ from transformers.generation import GenerationConfig
 
 from .cache_visualrwkv import VisualRWKVCache
 from .kept_state import KeptState, is_kept
-from .prompt_identity import Pictures, PromptIdentity, identify_prompt, piece_ends, refuse_other_beginning
+from .prompt_identity import (
+    Pictures,
+    PromptIdentity,
+    identify_prompt,
+    longest_piece,
+    piece_ends,
+    refuse_other_beginning,
+)
 from .state_store import StateStore
 
 PREPARED_INPUTS = ("inputs_embeds", "scan_orders", "mm_encoder_outputs")
@@ -130,7 +137,8 @@ class ReadingPlan:
             self.cache.batch_repeat_interleave(repeats)
         if rows * repeats == 1 and (self.prompts or model.device.type == "cpu") and not self.for_assistant:
             ids = without_padding(self.input_ids, attention_mask)[0]
-            self.ends = piece_ends(ids.cpu(), turn_ends, getattr(model.config, "image_token_id", None))
+            placeholder = getattr(model.config, "image_token_id", None)
+            self.ends = piece_ends(ids.cpu(), turn_ends, placeholder, longest_piece(model.device))
         self._start_length = int(self.cache.get_seq_length())
 
     def begin(self, model, kept: KeptState | None) -> None:

@@ -1,6 +1,7 @@
 """Connections that try to hold the server: silent, slow, too many, abandoned, or open while it is stopped."""
 
 import asyncio
+import itertools
 import json
 import signal
 import socket
@@ -14,6 +15,7 @@ import pytest
 from serving import data_url, running, served_apart, user
 from tiny_training import save_tiny_model
 
+from visualrwkv_hf.inference import server_generation
 from visualrwkv_hf.inference.server import Limits, build_app
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
@@ -217,6 +219,72 @@ def test_an_abandoned_request_frees_the_model(served, stream, path):
     assert is_well(served.url)
 
 
+LONG_PROMPT = {"prompt": "ab " * 4000, "max_tokens": 1}
+"""It is read in at least ten pieces."""
+
+
+@contextmanager
+def held_at_first_piece(app):
+    """Give an event that is set while the first piece of a prompt is read, and one that lets the reading go on."""
+    reading, go_on = threading.Event(), threading.Event()
+
+    def hold(*_):
+        reading.set()
+        assert go_on.wait(TOO_LONG)
+
+    hook = app.state.model.model.language_model.register_forward_hook(hold)
+    try:
+        yield reading, go_on
+    finally:
+        go_on.set()
+        hook.remove()
+
+
+def test_a_long_prompt_is_read_in_pieces(served):
+    is_idle(served)
+    served.calls.clear()
+    answer = httpx.post(served.url + "/v1/completions", json=LONG_PROMPT, timeout=TOO_LONG)
+    assert answer.status_code == 200 and len(served.calls) >= 10
+
+
+def test_an_abandoned_prompt_is_not_read_to_its_end(served):
+    is_idle(served)
+    served.calls.clear()
+    line = served.app.state.line
+    with held_at_first_piece(served.app) as (reading, _):
+        with connected(served.port) as connection:
+            connection.sendall(request_of(LONG_PROMPT | {"user": "leaves"}, "/v1/completions"))
+            assert reading.wait(TOO_LONG)
+        assert line._current.cancelled.wait(TOO_LONG)
+    assert (
+        is_idle(served) and len(served.calls) == 2
+    )  # the second piece was not read: its hook comes before ours
+    assert line._current is None and is_well(served.url)
+
+
+def test_a_server_that_is_stopped_does_not_read_a_prompt_to_its_end(folder):
+    app, calls = build_app(folder), []
+    app.state.model.model.language_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    line = app.state.line
+    with running(app) as url, held_at_first_piece(app) as (reading, go_on):
+        port = int(url.rpartition(":")[2])
+        with connected(port) as connection:
+            connection.sendall(request_of(LONG_PROMPT, "/v1/completions"))
+            assert reading.wait(TOO_LONG)
+            line.close()
+            go_on.set()
+            line.thread.join(TOO_LONG)
+            assert not line.thread.is_alive() and len(calls) == 2
+
+
+def test_a_prompt_that_takes_too_long_is_refused(folder):
+    app, calls = build_app(folder, limits=Limits(answer_seconds=1e-9)), []
+    app.state.model.model.language_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with running(app) as url:
+        answer = httpx.post(url + "/v1/completions", json=LONG_PROMPT, timeout=TOO_LONG)
+    assert answer.status_code == 503 and "could not be read within 1e-09 s" in answer.text and len(calls) == 1
+
+
 def test_a_request_that_leaves_before_its_turn_is_never_answered(served):
     is_idle(served)
     with connected(served.port) as first:
@@ -270,12 +338,15 @@ def test_a_client_that_reads_nothing_is_disconnected_after_a_time():
         assert ended.wait(TOO_LONG)
 
 
-def test_answers_have_a_longest_time(folder):
-    app = build_app(folder, limits=Limits(answer_seconds=0.5))
+def test_answers_have_a_longest_time(folder, monkeypatch):
+    """With a clock that goes on by a second whenever it is looked at."""
+    ticks = itertools.count()
+    monkeypatch.setattr(server_generation, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    app = build_app(folder, limits=Limits(answer_seconds=50))
     with running(app) as url:
         answer = httpx.post(url + CHAT, json=endless(), timeout=TOO_LONG).json()
         assert answer["choices"][0]["finish_reason"] == "length"
-        assert 0 < answer["usage"]["completion_tokens"] < 4000
+        assert 0 < answer["usage"]["completion_tokens"] <= 50
 
 
 # --- the end ----------------------------------------------------------------------------------------------
@@ -299,7 +370,7 @@ def test_a_signal_ends_the_server_while_streams_are_open(folder, tmp_path, sent,
 
 
 def test_a_server_that_is_stuck_ends_all_the_same(folder, tmp_path):
-    """The reading of a long prompt cannot be interrupted; the process ends without it."""
+    """Nothing interrupts the tokenizer, here in megabytes of text; the process ends without it."""
     started = served_apart(folder, tmp_path / "log", prompt_tokens=2_000_000, body_bytes=2**26)
     with started as (process, url), connected(int(url.rpartition(":")[2])) as connection:
         connection.sendall(request_of({"prompt": "word " * 600_000, "max_tokens": 5}, "/v1/completions"))

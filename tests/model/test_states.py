@@ -14,6 +14,7 @@ from tiny_training import tiny_model, tiny_processor
 
 from visualrwkv_hf import KeptState, StateStore, VisualRWKVCache, VisualRWKVProcessor
 from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
+from visualrwkv_hf.prompt_identity import piece_ends
 from visualrwkv_hf.state_file import model_fingerprint
 
 LOGITS = dict(**GREEDY, output_logits=True, return_dict_in_generate=True)
@@ -85,6 +86,11 @@ CHATS = {
         [user("What is it?", "red"), assistant("A dot."), user("And this?", "blue")],
         {},
     ),
+    "longer than a piece": (
+        [user("Words, words. " * 150, "red"), assistant("A dot. " * 150)],
+        [user("Words, words. " * 150, "red"), assistant("A dot. " * 150), user("Bye.")],
+        {},
+    ),
     "text alone": ([user("Hello."), assistant("Hi!")], [user("Hello."), assistant("Hi!"), user("Bye.")], {}),
 }
 
@@ -121,6 +127,14 @@ def test_towers_whose_pictures_are_of_several_views_or_encoders(tower):
     other = inputs_of(processor, whole[0] | user("What?", "red"), *whole[1:])
     with pytest.raises(ValueError, match=r"token \d+ is|picture 1 is another one"):
         model.generate(**other, **GREEDY, past_key_values=state)
+
+
+def test_long_texts_are_cut_at_multiples_but_never_inside_pictures():
+    ids = torch.ones(40, dtype=torch.long)
+    ids[6:22] = 9  # two pictures, one after the other
+    assert piece_ends(ids, (), 9, longest=8) == [22, 24, 32]
+    assert piece_ends(ids, (), 9, longest=6) == [6, 22, 24, 30, 36]
+    assert piece_ends(ids, (), 9, longest=40) == [22]
 
 
 def test_reading_in_pieces_is_reading_at_once(model, processor):

@@ -102,8 +102,8 @@ class Chat:
     ) -> Generator[str, None, None]:
         """Yield the answer in pieces. An answer that is left half-way stays in the chat as far as it was given.
 
-        A question without any answer is dropped. If it is left while the prompt is still being read, that goes on in
-        the background, so that this returns at once; the next question waits for it.
+        A question without any answer is dropped. If it is left while the prompt is still being read, the current piece
+        of it is read to its end in the background, so that this returns at once; the next question waits for that.
 
         Args:
             question: the text.

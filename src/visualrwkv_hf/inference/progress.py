@@ -50,26 +50,38 @@ def backend_of(model: Any) -> str:
     return f"{str(model.dtype).removeprefix('torch.')} on {device}, {kernels}"
 
 
+class Left(Exception):
+    """The answer is not wanted any more: raised in the thread that reads the prompt, before its next piece."""
+
+
 class Watch:
-    """Report which encoder runs and how far the prompt is read, until the first token is generated.
+    """Report which encoder runs and how far the prompt is read, until the first token is generated, or leave it.
 
     Args:
         model: a `VisualRWKVForConditionalGeneration`.
         num_tokens: of the prompt.
         report: what takes the words; None only counts.
+        is_left: asked before each picture and each piece of the prompt; where it returns True the model's call ends
+            with [`Left`]. No state is lost by that: the one that was being advanced is thrown away.
 
     Attributes:
         read: tokens that the language model has read.
     """
 
-    def __init__(self, model: Any, num_tokens: int, report: Report | None):
-        self.num_tokens, self.report, self.read = num_tokens, report, 0
+    def __init__(
+        self,
+        model: Any,
+        num_tokens: int,
+        report: Report | None = None,
+        is_left: Callable[[], bool] = lambda: False,
+    ):
+        self.num_tokens, self.report, self.is_left, self.read = num_tokens, report, is_left, 0
         body = getattr(model, "model", None)
         tower, language_model = (getattr(body, name, None) for name in ("vision_tower", "language_model"))
         self._handles = []
         if language_model is not None:
             self._handles.append(language_model.register_forward_pre_hook(self._reads, with_kwargs=True))
-        for name, encoder in tower.named_children() if tower is not None and report is not None else ():
+        for name, encoder in tower.named_children() if tower is not None else ():
             self._handles.append(encoder.register_forward_pre_hook(self._encodes(name), with_kwargs=True))
 
     def close(self) -> None:
@@ -78,7 +90,12 @@ class Watch:
             handle.remove()
         self._handles = []
 
+    def _go_on(self) -> None:
+        if self.is_left():
+            raise Left
+
     def _reads(self, module: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        self._go_on()
         inputs = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
         if inputs is None and args:
             inputs = args[0]
@@ -88,10 +105,13 @@ class Watch:
 
     def _encodes(self, name: str) -> Callable[..., None]:
         def hook(module: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
+            self._go_on()
+            if self.report is None:
+                return
             pixels = next((value for value in (*args, *kwargs.values()) if hasattr(value, "shape")), None)
             count = 1 if pixels is None else len(pixels)
             what = "the picture" if count == 1 else f"{count} pictures or tiles"
-            self.report(f"encoding {what} with {name}")  # type: ignore[misc]
+            self.report(f"encoding {what} with {name}")
 
         return hook
 

@@ -12,7 +12,7 @@ from .server_limits import Access, Limits
 GRACE_SECONDS = 2
 """How long open answers may go on after a signal to stop."""
 STOP_SECONDS = 4.5
-"""After this time the process ends whatever still runs in it, such as the reading of a long prompt."""
+"""After this time the process ends whatever still runs in it, such as a piece of a prompt on a slow machine."""
 CHECK_SECONDS = 0.5
 """How often a connection is checked for silence."""
 

@@ -24,6 +24,7 @@ from transformers import (
 from ..pictures import open_picture
 from ..processing_visualrwkv import TURN_END
 from ..state_store import StateStore
+from .progress import Left, Watch
 from .server_limits import Access, Limits, Refusal
 from .server_requests import Asked
 
@@ -103,7 +104,10 @@ class Line:
             self._changed.notify()
 
     def leave(self, job: Job) -> None:
-        """Give a job up, whether it waits or is being done: the model is free after its next token."""
+        """Give a job up, whether it waits or is being done.
+
+        The model is free after its next token, or the piece of the prompt or the picture that it is reading.
+        """
         job.cancelled.set()
         with self._changed:
             queue = self._waiting.get(job.client)
@@ -287,9 +291,13 @@ class Writer(StoppingCriteria):
 
     def __init__(self, job: Job, text: AnswerText, ends: Sequence[int], seconds: float):
         self.job, self.text, self.ends = job, text, set(ends)
-        self.deadline = time.monotonic() + seconds
+        self.seconds, self.deadline = seconds, time.monotonic() + seconds
         self.count = 0
         self.reason: str | None = None
+
+    def is_over(self) -> bool:
+        """Return whether nobody waits for the answer any more, or its time is up."""
+        return self.job.cancelled.is_set() or time.monotonic() > self.deadline
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Take the last token of `input_ids` [1, T], and return whether it is the last of the answer, bool [1]."""
@@ -305,11 +313,7 @@ class Writer(StoppingCriteria):
             self._send(self.text.add(token))
             if self.text.stopped:
                 self.reason = "stop"
-            elif (
-                self.count >= self.job.asked.new_tokens
-                or time.monotonic() > self.deadline
-                or self.job.cancelled.is_set()
-            ):
+            elif self.count >= self.job.asked.new_tokens or self.is_over():
                 self.reason = "length"
         if self.reason is not None:
             self._send(self.text.end())
@@ -362,13 +366,21 @@ class Answerer:
         writer = Writer(job, text, _ends_of(config), self.limits.answer_seconds)
         if asked.echo and asked.prompt:
             job.put(asked.prompt)
-        self.model.generate(
-            **inputs,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([Sampler(asked, length, temperature, top_p)]),
-            stopping_criteria=StoppingCriteriaList([writer]),
-            state_store=self._store_of(job),
-        )
+        watch = Watch(self.model, length, is_left=lambda: not writer.count and writer.is_over())
+        try:
+            self.model.generate(
+                **inputs,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([Sampler(asked, length, temperature, top_p)]),
+                stopping_criteria=StoppingCriteriaList([writer]),
+                state_store=self._store_of(job),
+            )
+        except Left:
+            # Whoever gave the job up has put an end to its events already.
+            job.put(Refusal(f"The prompt could not be read within {writer.seconds:g} s.", 503))
+            return
+        finally:
+            watch.close()
         job.put(Finished(writer.reason or "length", length, writer.count))
 
     def _store_of(self, job: Job) -> StateStore | None:

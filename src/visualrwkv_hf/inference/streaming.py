@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from .progress import Report, Speed, Watch, now
+from .progress import Left, Report, Speed, Watch, now
 
 POLL_SECONDS = 0.05
 """How often a consumer that waits for words looks whether it is to stop."""
@@ -53,18 +53,20 @@ class Generation:
     def __init__(self, model, tokenizer, inputs: Mapping, report: Report | None = None, **generation):
         self._streamer, self._stop = AnswerStreamer(tokenizer), threading.Event()
         self._error: BaseException | None = None
-        self._watch = Watch(model, inputs["input_ids"].shape[1], report)
+        self._watch = Watch(model, inputs["input_ids"].shape[1], report, self._stop.is_set)
         self._token_times: list[float] = []
         self._started = now()
         criteria = StoppingCriteriaList([StopOnRequest(self._stop), self._count])
         arguments = dict(inputs) | dict(streamer=self._streamer, stopping_criteria=criteria) | generation
-        # A daemon: a program that ends does not wait for a prompt that is still being read.
+        # A daemon: a program that ends does not wait for the piece of a prompt that is still being read.
         self._thread = threading.Thread(target=self._run, args=(model, arguments), daemon=True)
         self._thread.start()
 
     def _run(self, model, arguments: dict[str, Any]) -> None:
         try:
             model.generate(**arguments)
+        except Left:  # as asked for by `stop`
+            pass
         except BaseException as error:
             self._error = error
         finally:
@@ -101,7 +103,10 @@ class Generation:
                 yield piece
 
     def stop(self) -> None:
-        """Ask the generation to end after its next token. It returns at once; `wait()` waits for the end."""
+        """Ask the generation to end after its next token, or the piece of the prompt that is being read.
+
+        It returns at once; `wait()` waits for the end.
+        """
         self._stop.set()
 
     @property
@@ -128,7 +133,8 @@ class Generation:
 def stream_answer(model, tokenizer, inputs: Mapping, **generation) -> Generator[str, None, None]:
     """Yield the answer of `model.generate(**inputs, **generation)` in pieces, without white space around it.
 
-    A consumer that stops, or is interrupted, ends the generation after its next token and waits for that.
+    A consumer that stops, or is interrupted, ends the generation after its next token, or the piece of the prompt that
+    is being read, and waits for that.
 
     Raises:
         Exception: whatever `generate` raised.
