@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 from tiny import awake, text_config, tiny_vlm
 
 from visualrwkv_hf import VisualRWKVForCausalLM, accelerate_on_cpu, dispatch, kernel_backend, wkv6, wkv7
@@ -316,7 +317,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_child_of_a_fork_computes(filled):
     """OpenMP's threads do not survive a fork, and a child that waits for them hangs."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(FORK)], timeout=120, capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(FORK)], timeout=PATIENCE, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from patience import PATIENCE, wait_until
 from serving import data_url, running, served_apart, user
 from tiny_training import save_tiny_model
 
@@ -21,8 +22,6 @@ from visualrwkv_hf.inference.server import Limits, build_app
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 CHAT = "/v1/chat/completions"
-TOO_LONG = 120
-"""Seconds after which something is taken to wait forever."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def connected(port, *, buffer=None):
     with socket.socket() as connection:
         if buffer:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        connection.settimeout(TOO_LONG)
+        connection.settimeout(PATIENCE)
         connection.connect(("127.0.0.1", port))
         yield connection
 
@@ -79,16 +78,13 @@ def endless(text="Hello", **fields):
 
 
 def is_well(url):
-    return httpx.post(url + CHAT, json=chat(), timeout=TOO_LONG).json()["usage"]["completion_tokens"] <= 2
+    return httpx.post(url + CHAT, json=chat(), timeout=PATIENCE).json()["usage"]["completion_tokens"] <= 2
 
 
 def is_idle(served):
-    """Wait until the model is called no more."""
-    deadline, seen = time.monotonic() + TOO_LONG, -1
-    while seen != len(served.calls):
-        assert time.monotonic() < deadline, "the model still works"
-        seen = len(served.calls)
-        time.sleep(0.5)
+    """Wait until no request waits for the model or is answered."""
+    line = served.app.state.line
+    wait_until(lambda: not line._waiting and line._current is None, "the end of all answers")
     return True
 
 
@@ -105,7 +101,7 @@ def test_a_head_that_does_not_come_ends_the_connection(served, said):
 def test_a_head_that_drips_ends_the_connection(served):
     with connected(served.port) as connection, pytest.raises(OSError):
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n")
-        for number in range(TOO_LONG * 10):
+        for number in range(PATIENCE * 10):
             connection.sendall(b"X-%d: y\r\n" % number)
             time.sleep(0.1)
         pytest.fail("it may drip forever")
@@ -115,7 +111,7 @@ def test_a_head_that_drips_after_an_answer_ends_the_connection(served):
     with connected(served.port) as connection, pytest.raises(OSError):
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         assert connection.recv(2**16).startswith(b"HTTP/1.1 200")
-        for number in range(TOO_LONG * 10):
+        for number in range(PATIENCE * 10):
             connection.sendall(b"G" if not number else b"E")
             time.sleep(0.1)
         pytest.fail("it may drip forever")
@@ -144,7 +140,7 @@ def test_a_refused_body_is_not_read_forever(served):
     with connected(served.port) as connection, pytest.raises(OSError):
         connection.sendall(head)
         assert connection.recv(2**16).startswith(b"HTTP/1.1 403")
-        for _ in range(TOO_LONG * 10):
+        for _ in range(PATIENCE * 10):
             connection.sendall(b"1000\r\n" + b"x" * 4096 + b"\r\n")
             time.sleep(0.1)
         pytest.fail("it is read forever")
@@ -164,9 +160,7 @@ def test_connections_that_are_too_many_are_told_so_and_the_others_go_on(served):
     finally:
         for connection in held:
             connection.close()
-    deadline = time.monotonic() + TOO_LONG
-    while httpx.get(f"{served.url}/health").status_code != 200:
-        assert time.monotonic() < deadline
+    wait_until(lambda: httpx.get(f"{served.url}/health").status_code == 200, "a free connection")
     assert is_well(served.url)
 
 
@@ -211,10 +205,7 @@ def test_an_abandoned_request_frees_the_model(served, stream, path):
     served.calls.clear()
     with connected(served.port) as connection:
         connection.sendall(request_of(body, path))
-        deadline = time.monotonic() + TOO_LONG
-        while len(served.calls) < 5:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: len(served.calls) >= 5, "the beginning of an answer")
     assert is_idle(served) and len(served.calls) < 3500
     assert is_well(served.url)
 
@@ -230,7 +221,7 @@ def held_at_first_piece(app):
 
     def hold(*_):
         reading.set()
-        assert go_on.wait(TOO_LONG)
+        assert go_on.wait(PATIENCE)
 
     hook = app.state.model.model.language_model.register_forward_hook(hold)
     try:
@@ -243,7 +234,7 @@ def held_at_first_piece(app):
 def test_a_long_prompt_is_read_in_pieces(served):
     is_idle(served)
     served.calls.clear()
-    answer = httpx.post(served.url + "/v1/completions", json=LONG_PROMPT, timeout=TOO_LONG)
+    answer = httpx.post(served.url + "/v1/completions", json=LONG_PROMPT, timeout=PATIENCE)
     assert answer.status_code == 200 and len(served.calls) >= 10
 
 
@@ -254,8 +245,8 @@ def test_an_abandoned_prompt_is_not_read_to_its_end(served):
     with held_at_first_piece(served.app) as (reading, _):
         with connected(served.port) as connection:
             connection.sendall(request_of(LONG_PROMPT | {"user": "leaves"}, "/v1/completions"))
-            assert reading.wait(TOO_LONG)
-        assert line._current.cancelled.wait(TOO_LONG)
+            assert reading.wait(PATIENCE)
+        assert line._current.cancelled.wait(PATIENCE)
     assert (
         is_idle(served) and len(served.calls) == 2
     )  # the second piece was not read: its hook comes before ours
@@ -270,10 +261,10 @@ def test_a_server_that_is_stopped_does_not_read_a_prompt_to_its_end(folder):
         port = int(url.rpartition(":")[2])
         with connected(port) as connection:
             connection.sendall(request_of(LONG_PROMPT, "/v1/completions"))
-            assert reading.wait(TOO_LONG)
+            assert reading.wait(PATIENCE)
             line.close()
             go_on.set()
-            line.thread.join(TOO_LONG)
+            line.thread.join(PATIENCE)
             assert not line.thread.is_alive() and len(calls) == 2
 
 
@@ -281,7 +272,7 @@ def test_a_prompt_that_takes_too_long_is_refused(folder):
     app, calls = build_app(folder, limits=Limits(answer_seconds=1e-9)), []
     app.state.model.model.language_model.register_forward_pre_hook(lambda *_: calls.append(1))
     with running(app) as url:
-        answer = httpx.post(url + "/v1/completions", json=LONG_PROMPT, timeout=TOO_LONG)
+        answer = httpx.post(url + "/v1/completions", json=LONG_PROMPT, timeout=PATIENCE)
     assert answer.status_code == 503 and "could not be read within 1e-09 s" in answer.text and len(calls) == 1
 
 
@@ -294,10 +285,7 @@ def test_a_request_that_leaves_before_its_turn_is_never_answered(served):
             with connected(served.port) as waiting:
                 waiting.sendall(request_of(endless("Another?")))
                 time.sleep(0.1)
-        deadline = time.monotonic() + TOO_LONG
-        while served.app.state.line._waiting:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: not served.app.state.line._waiting, "the leaving of those who wait")
     assert is_idle(served) and is_well(served.url)
 
 
@@ -335,7 +323,7 @@ def test_a_client_that_reads_nothing_is_disconnected_after_a_time():
         connected(int(url.rpartition(":")[2]), buffer=1024) as mute,
     ):
         mute.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert ended.wait(TOO_LONG)
+        assert ended.wait(PATIENCE)
 
 
 def test_answers_have_a_longest_time(folder, monkeypatch):
@@ -344,7 +332,7 @@ def test_answers_have_a_longest_time(folder, monkeypatch):
     monkeypatch.setattr(server_generation, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     app = build_app(folder, limits=Limits(answer_seconds=50))
     with running(app) as url:
-        answer = httpx.post(url + CHAT, json=endless(), timeout=TOO_LONG).json()
+        answer = httpx.post(url + CHAT, json=endless(), timeout=PATIENCE).json()
         assert answer["choices"][0]["finish_reason"] == "length"
         assert 0 < answer["usage"]["completion_tokens"] <= 50
 
@@ -363,7 +351,7 @@ def test_a_signal_ends_the_server_while_streams_are_open(folder, tmp_path, sent,
                 connection.sendall(request_of(endless(stream=True)))
             time.sleep(1)
             process.send_signal(sent)
-            assert process.wait(TOO_LONG) == code
+            assert process.wait(PATIENCE) == code
             told = everything_of(one)
             assert not told or b"The server is stopping." in told
         assert "Traceback" not in (tmp_path / "log").read_text()
@@ -376,4 +364,4 @@ def test_a_server_that_is_stuck_ends_all_the_same(folder, tmp_path):
         connection.sendall(request_of({"prompt": "word " * 600_000, "max_tokens": 5}, "/v1/completions"))
         time.sleep(2)
         process.send_signal(signal.SIGINT)
-        assert process.wait(TOO_LONG) in (0, 128 + signal.SIGINT)
+        assert process.wait(PATIENCE) in (0, 128 + signal.SIGINT)

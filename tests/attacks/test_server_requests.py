@@ -12,6 +12,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE
 from PIL import Image
 from serving import data_url, running, user
 from tiny_training import save_tiny_model
@@ -35,7 +36,7 @@ def app(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(app):
-    with running(app) as url, httpx.Client(base_url=url, timeout=300) as client:
+    with running(app) as url, httpx.Client(base_url=url, timeout=PATIENCE) as client:
         yield client
 
 

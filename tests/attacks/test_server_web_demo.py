@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from browser import DEMO, running_demo
+from patience import PATIENCE
 from serving import png
 from tiny_training import save_tiny_model
 
@@ -74,7 +75,7 @@ def page(tmp_path_factory):
     folder = save_tiny_model(tmp_path_factory.mktemp("attacked") / "visualrwkv-tiny")
     log = tmp_path_factory.mktemp("log") / "log"
     demo = running_demo(log, "--model", str(folder), "--max-new-tokens", "3")
-    with demo as url, httpx.Client(base_url=url, timeout=300) as client:
+    with demo as url, httpx.Client(base_url=url, timeout=PATIENCE) as client:
         yield Page(client)
 
 

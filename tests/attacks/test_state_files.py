@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from chats import MODELS, user
+from patience import PATIENCE
 from safetensors.torch import load, save
 from tiny_training import tiny_model, tiny_processor
 
@@ -317,6 +318,6 @@ print(killed_inside)
 def test_a_save_that_is_killed_leaves_a_whole_file(tmp_path):
     """kill -9 at 20 random moments of saves that run: the file is the old one or the new one."""
     command = [sys.executable, "-c", KILLER, str(tmp_path), "20"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) >= 5, "most of the kills hit a save that had begun and had not ended"

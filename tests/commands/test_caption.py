@@ -12,6 +12,7 @@ import tracemalloc
 import pytest
 import torch
 from filelock import FileLock
+from patience import PATIENCE, wait_until
 from PIL import Image
 from tiny_training import save_tiny_model
 from transformers import BatchFeature
@@ -264,6 +265,7 @@ def test_the_next_item_is_made_while_one_is_in_use():
 
     ahead = one_ahead(items())
     assert next(ahead) == 0
+    wait_until(lambda: len(made) > 1, "the making of the next item")
     time.sleep(0.3)
     assert made == [0, 1]
     with pytest.raises(KeyError, match="the end"):
@@ -373,6 +375,6 @@ def test_control_c_says_how_to_go_on(folder, model_folder, tmp_path):
     while not size_of(output):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in errors, errors
     assert f"Stopped. Run the same command again to continue {output}." in errors

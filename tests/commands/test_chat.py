@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 from PIL import Image
 from tiny_training import save_tiny_model, tiny_model, tiny_processor
 from typer.testing import CliRunner
@@ -161,7 +162,7 @@ def test_an_answer_can_be_left_while_its_prompt_is_read(chat, monkeypatch):
 
     def slow(**kwargs):
         busy.set()
-        assert free.wait(60)
+        assert free.wait(PATIENCE)
         return generate(**kwargs)
 
     before = list(chat.messages)
@@ -454,7 +455,7 @@ class Person:
                 return self.sees(wanted, seconds=1)
         return self.sees(wanted)
 
-    def sees(self, wanted, seconds=120):
+    def sees(self, wanted, seconds=PATIENCE):
         """Reads on until `wanted` stands there, and gives what stands before it."""
         end = time.monotonic() + seconds
         while wanted not in self.seen:
@@ -480,7 +481,7 @@ def test_lines_that_are_pasted_at_once_are_one_question(folder, tmp_path):
         person.sees("Saved.")
         person.sees("> ")
         person.type("\x04")
-        assert person.process.wait(60) == 0
+        assert person.process.wait(PATIENCE) == 0
     finally:
         person.process.poll() is None and person.process.send_signal(signal.SIGKILL)
         os.close(person.terminal)
@@ -506,7 +507,7 @@ def test_control_c_stops_an_answer_and_the_chat_goes_on(folder, picture):
         person.sees("* main: ")
         person.sees("> ")
         person.type("\x04")
-        assert person.process.wait(60) == 0
+        assert person.process.wait(PATIENCE) == 0
     finally:
         person.process.poll() is None and person.process.send_signal(signal.SIGKILL)
         os.close(person.terminal)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hub_client import convert, hub_environment
 from paths import ROOT
+from patience import PATIENCE
 from released_shapes import RELEASES as RELEASED_SHAPES
 from safetensors.torch import load_file
 from tiny_checkpoint import write_checkpoint
@@ -302,7 +303,9 @@ def test_wrong_options_are_refused(checkpoint, options, sentence, tmp_path):
 def test_without_network_there_is_one_sentence_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "visualrwkv_hf.cli", "convert", "hf://ann/model/a.pth", "model"]
     environment = hub_environment(NOWHERE, tmp_path / "cache")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 1 and done.stdout == ""
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"Error: The connection to the Hub at {NOWHERE} failed (")

@@ -17,6 +17,7 @@ import pytest
 import typer
 from openpyxl import load_workbook
 from paths import EXAMPLES
+from patience import PATIENCE
 from PIL import Image
 from tiny_training import COLOURS, save_tiny_model, tiny_model, tiny_processor
 
@@ -458,7 +459,7 @@ def test_two_processes_give_what_one_gives(model, many, in_one_go, tmp_path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "answers.jsonl").read_text() == in_one_go

@@ -853,9 +853,10 @@ def test_panels_are_for_inference_only(without_units, panels):
     assert panels
 
 
-def test_layers_with_hooks_keep_them():
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_layers_with_hooks_keep_them(hook):
     model, seen = causal_lm(7), []
-    model.model.layers[0].att.key.register_forward_hook(lambda *_: seen.append(1))
+    getattr(model.model.layers[0].att.key, hook)(lambda *_: seen.append(1))
     native_layers.accelerate_on_cpu(model)
     with torch.no_grad():
         model(torch.ones(1, 3, dtype=torch.long))

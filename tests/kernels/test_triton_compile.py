@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from paths import ROOT, TESTS
+from patience import PATIENCE
 
 pytest.importorskip("triton")
 
@@ -20,7 +21,11 @@ def compile_kernels(*arguments):
     """Runs the script where Triton compiles: this process has it interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=900
+        [sys.executable, SCRIPT, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
 
 

@@ -9,6 +9,7 @@ from threading import Thread
 import pytest
 import torch
 from paths import EXAMPLES, GOLDEN
+from patience import PATIENCE
 from PIL import Image
 from tiny import tiny_vlm
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer, pipeline
@@ -123,7 +124,9 @@ def test_a_stream_is_the_text(pipe, pictures):
     inputs = pipe.processor.apply_chat_template(
         conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    streamer = TextIteratorStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    streamer = TextIteratorStreamer(
+        pipe.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=PATIENCE
+    )
     thread = Thread(target=pipe.model.generate, kwargs={**inputs, **GREEDY, "streamer": streamer})
     thread.start()
     pieces = list(streamer)

@@ -5,6 +5,7 @@ from threading import Event, Thread
 
 import pytest
 import torch
+from patience import PATIENCE
 from PIL import Image
 from tiny_training import tiny_model, tiny_processor
 from transformers import TextIteratorStreamer
@@ -13,7 +14,7 @@ from visualrwkv_hf import StateStore, VisualRWKVCache
 
 COLOURS = ("teal", "red", "white", "navy")
 GREEDY = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
-WAIT = 60
+WAIT = PATIENCE
 """Seconds after which a test that hangs fails."""
 
 

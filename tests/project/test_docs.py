@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 from hub_server import Hub
+from patience import PATIENCE
 from workplace import ROOT, TOKEN, USER, Workplace
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("*/*.md"))]
@@ -52,8 +53,6 @@ SERVERS = ("visualrwkv serve", "python examples/web_demo.py")
 """Commands that run until their page ends."""
 PORT = "8000"
 """As the pages have it: a free one takes its place."""
-LONGEST_COMMAND, LONGEST_START, LONGEST_STOP = 600, 300, 20
-"""In seconds."""
 
 
 class Block(NamedTuple):
@@ -126,7 +125,7 @@ class Run:
         options = dict(cwd=self.place.folder, env=self.place.environment(), text=True)
         if block.code.startswith(SERVERS):
             return self.serve(command, options)
-        done = subprocess.run(command, capture_output=True, timeout=LONGEST_COMMAND, **options)
+        done = subprocess.run(command, capture_output=True, timeout=PATIENCE, **options)
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -136,9 +135,9 @@ class Run:
         server = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, **options
         )
-        self.cleanup.callback(server.wait, LONGEST_STOP)
+        self.cleanup.callback(server.wait, PATIENCE)
         self.cleanup.callback(os.killpg, server.pid, signal.SIGTERM)
-        end = time.monotonic() + LONGEST_START
+        end = time.monotonic() + PATIENCE
         while not is_open(self.port):
             log.seek(0)
             assert server.poll() is None and time.monotonic() < end, log.read()

@@ -7,6 +7,7 @@ import pytest
 from hub_client import hub_environment
 from hub_server import Hub
 from paths import EXAMPLES
+from patience import PATIENCE
 from tiny_training import save_tiny_model
 
 pytest.importorskip("ipykernel")
@@ -19,7 +20,7 @@ NOTEBOOKS = {
     "finetune_lora_and_push.ipynb": "on the Hub: me/colours",
 }
 """Name -> what it prints."""
-SECONDS = 300
+SECONDS = PATIENCE
 """For a cell."""
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE
 from PIL import Image
 from tiny_training import tiny_model, tiny_processor
 from transformers import StoppingCriteria
@@ -33,7 +34,6 @@ fuzz = settings.get_profile("fuzz")
 
 CLEAR = (ValueError, TypeError, jinja2.TemplateError)
 SPEAKERS = ("visualrwkv_hf", "transformers", "huggingface_hub")
-SECONDS = 60
 
 
 class Hang(Exception):
@@ -45,12 +45,12 @@ def a_clear_end() -> Iterator[None]:
     """Passes errors that were raised on purpose and say something; fails for all others, and for what hangs."""
 
     def give_up(*_):
-        raise Hang(f"No end within {SECONDS} s.")
+        raise Hang(f"No end within {PATIENCE} s.")
 
     has_alarm = hasattr(signal, "SIGALRM")
     if has_alarm:
         before = signal.signal(signal.SIGALRM, give_up)
-        signal.alarm(SECONDS)
+        signal.alarm(PATIENCE)
     try:
         yield
     except CLEAR as error:

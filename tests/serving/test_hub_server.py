@@ -15,6 +15,7 @@ import torch
 from hub_client import Client, client_process, hub_environment
 from hub_server import Hub
 from paths import EXAMPLES
+from patience import PATIENCE
 from tiny_checkpoint import write_checkpoint
 
 from visualrwkv_hf.conversion import to_hf
@@ -213,7 +214,9 @@ print(model.generate(**inputs.to(dtype=model.dtype), max_new_tokens=2).shape[1] 
 """
     environment = hub_environment(hub.url, tmp_path / "cache")
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True"]
     assert any("/resolve/" in request for request in hub.requests)
@@ -282,7 +285,7 @@ def test_server_shows_no_private_repository_without_a_token(hub):
     hub.add("ann/hidden", {"a.pth": b"secret"}, private=True)
     for path in ("api/models/ann/hidden", "api/models/ann/hidden/tree/main", "ann/hidden/resolve/main/a.pth"):
         with pytest.raises(urllib.error.HTTPError) as caught:
-            urllib.request.urlopen(f"{hub.url}/{path}", timeout=5)
+            urllib.request.urlopen(f"{hub.url}/{path}", timeout=PATIENCE)
         assert caught.value.code == 401
         assert json.loads(caught.value.read()) == {"error": "Repository not found"}
 
@@ -296,5 +299,5 @@ def test_storage_refuses_a_token_and_a_wrong_name(hub):
             f"{hub.store.url}/{'0' * 64}", data=b"x", headers=headers, method="PUT"
         )
         with pytest.raises(urllib.error.HTTPError) as caught:
-            urllib.request.urlopen(request, timeout=5)
+            urllib.request.urlopen(request, timeout=PATIENCE)
         assert caught.value.code == 400 and message in caught.value.headers["X-Error-Message"]

@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 from paths import ROOT
+from patience import PATIENCE
 
 from visualrwkv_hf.inference.server_generation import AnswerText, Job, Line, Sampler
 from visualrwkv_hf.inference.server_limits import Access, Budget, Limits, Refusal
@@ -140,7 +141,7 @@ def line_of(jobs, waiting=8):
         finally:
             held.set()
             line.close()
-            line.thread.join(10)
+            line.thread.join(PATIENCE)
 
     asyncio.run(run())
     return done[1:]

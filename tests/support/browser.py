@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from paths import EXAMPLES
+from patience import PATIENCE
 
 DEMO = EXAMPLES / "web_demo.py"
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -35,7 +36,7 @@ new MutationObserver(() => window.shown.push([...document.querySelectorAll(argum
     .observe(document.body, {subtree: true, childList: true, characterData: true});
 """
 """From now on the page notes what can be read of its answers whenever something in it changes."""
-SECONDS = 300
+SECONDS = PATIENCE
 """The longest wait for anything."""
 
 

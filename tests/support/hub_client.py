@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-SECONDS = 60
+from patience import PATIENCE
+
+SECONDS = PATIENCE
 LONGEST_WAIT = 0.05
 """In seconds. The client waits for up to 8 s between tries."""
 

@@ -11,6 +11,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from paths import SUPPORT
+from patience import PATIENCE
 from safetensors.torch import load_file
 from tiny_training import (
     SCRIPT,
@@ -48,7 +49,7 @@ def in_two_processes(config: str, *arguments: object) -> None:
     options = ["--num_processes", 2, "--mixed_precision", "no", "--main_process_port", 0]
     script = [SCRIPT] if config == "ddp.yaml" else [FSDP_ON_CPU, SCRIPT]
     command = [str(part) for part in (*launch, *options, *script, *arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -19,6 +19,7 @@ import transformers
 import yaml
 from hub_client import client_process, weights_of
 from hub_server import Hub
+from patience import PATIENCE
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_training import (
@@ -322,7 +323,7 @@ def killed(command: list, folder: Path, prepare) -> None:
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    process.join(600)
+    process.join(PATIENCE)
     assert process.exitcode == 9
 
 
@@ -388,7 +389,7 @@ def killed_while_running(command: list, folder: Path, chance: random.Random) -> 
         if all(os.read(told, 1) for _ in range(steps)):  # nothing is read when the process has ended
             time.sleep(chance.random() * 0.1)
             process.kill()
-        process.join(600)
+        process.join(PATIENCE)
     finally:
         os.close(told)
     assert process.exitcode in (0, -signal.SIGKILL)

@@ -12,6 +12,7 @@ from random import Random
 import pytest
 import torch
 from paths import SUPPORT
+from patience import PATIENCE
 from PIL import Image, ImageDraw
 from two_colors import colored_square, tiny_data, train_tiny, trained_on, two_colors, vocabulary_of
 
@@ -52,7 +53,7 @@ def test_two_processes_share_batches_and_questions(trained, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, script, tmp_path], env=environment, capture_output=True, text=True, timeout=1200
+        [*launch, script, tmp_path], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "processes: 2, right: 1.0" in done.stdout and done.stdout.count("right:") == 1
