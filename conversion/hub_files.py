@@ -19,7 +19,7 @@ def local_file(source: str, say: Callable[[str], None] = lambda sentence: None) 
 
     Args:
         source: a path or `hf://owner/repo/file[@revision]`.
-        say: told that a download is a published file, bit for bit, where that is known.
+        say: told whether a download is the published file, bit for bit, or that this is not known.
 
     Raises:
         ConversionError: in one sentence; also if a download is not the file that was published.
@@ -30,6 +30,8 @@ def local_file(source: str, say: Callable[[str], None] = lambda sentence: None) 
     path = download(file)
     if refuse_other_contents(file, path):
         say(f"{file}: its sha256 is that of the published file.")
+    else:
+        say(f"{file}: no sha256 of the published file is known, so this download was compared with none.")
     return path
 
 

@@ -155,6 +155,22 @@ def test_stream_answer_gives_the_text_of_generate(folder, model, processor):
     assert "".join(pieces) == by_hand(folder, processor, messages) and len(pieces) > 1
 
 
+def test_a_prompt_that_is_left_is_not_read_to_its_end(chat):
+    before, stopped, left, pieces = list(chat.messages), threading.Event(), threading.Event(), []
+
+    def hold(*_):
+        pieces.append(1)
+        stopped.set()
+        assert left.wait(PATIENCE)
+
+    with chat.model.model.language_model.register_forward_hook(hold):
+        assert list(chat.ask("ab " * 4000, stopped.is_set)) == []
+        left.set()
+        chat.wait()
+    assert len(pieces) == 1 and chat.messages == before
+    assert "".join(chat.ask("What is it?"))
+
+
 def test_an_answer_can_be_left_while_its_prompt_is_read(chat, monkeypatch):
     """At once, although `generate` is still busy; the next question waits until the model is free."""
     busy, free = threading.Event(), threading.Event()

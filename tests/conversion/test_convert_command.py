@@ -242,6 +242,7 @@ def test_a_download_is_compared_with_the_published_file(is_same, checkpoint, tmp
     assert f"is not the released file: {expected}" in answer.err
     other = convert("hf://ann/dummy/dummy.pth@v1", tmp_path / "model")
     assert other.code == 0  # another revision is another file
+    assert "dummy.pth@v1: no sha256 of the published file is known" in other.err
 
 
 # Addresses.

@@ -251,3 +251,10 @@ def test_api_keys_can_be_sent():
     for key in ("", "two words", "schlüssel", "a\n"):
         with pytest.raises(ValueError, match="printable ASCII"):
             Access(api_keys=(key,))
+
+
+def test_the_variables_of_a_strangers_template_are_read_or_left_out():
+    template = (
+        "{% set a = a | default('x') %}{% set b = b | default %}{% set c = c | default(d) %}{% set e = 1 %}"
+    )
+    assert template_variables(template) == {"a": str}

@@ -154,6 +154,21 @@ def test_messages_are_the_same_samples_as_conversations(processor):
         assert all(torch.equal(batch[name], batches[0][name]) for name in batches[0])
 
 
+def test_parts_with_none_keys_are_what_the_processor_reads(processor):
+    """Rows of a data set have all columns in all parts; both leave out those that are None."""
+    picture = {"type": "image", "image": Image.new("RGB", (30, 20), "red"), "text": None, "url": None}
+    question = {"type": "text", "text": "What?", "image": None, "path": None}
+    answer = {"type": "text", "text": "A dot.", "image": None}
+    messages = [
+        {"role": "user", "content": [picture, question]},
+        {"role": "assistant", "content": [answer]},
+    ]
+    batch = VisualRWKVDataCollator(processor)([{"messages": messages}])
+    expected = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    for name in ("input_ids", "pixel_values"):
+        assert torch.equal(batch[name], expected[name])
+
+
 def test_a_system_message_stands_in_front_of_the_first_question():
     turns, images = messages_to_conversation(
         [

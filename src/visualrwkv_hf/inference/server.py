@@ -1,8 +1,8 @@
 """`visualrwkv serve`: one VisualRWKV model for clients of OpenAI's API.
 
-The parts: `server_limits` says what is allowed, `server_connections` holds uvicorn to it, `server_requests` reads what
-is asked, `server_fetch` gets pictures, `server_generation` answers, and `server_replies` words the answer. Here they
-come together as an ASGI application.
+The parts: `server_limits` says what is allowed, `server_connections` holds uvicorn to it, `server_requests` and
+`server_messages` read what is asked, `server_fetch` gets pictures, `server_generation` answers, and `server_replies`
+words the answer. Here they come together as an ASGI application.
 """
 
 from collections.abc import AsyncIterator

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Any
+from weakref import WeakValueDictionary
 
 from .server_limits import Access, Limits, Refusal
 
@@ -19,13 +20,17 @@ MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_FETCHES = 16
 """Pictures that are fetched at the same time."""
+MAX_FETCHES_OF_A_CLIENT = 4
+"""Of them, those of one client: whose pictures come slowly, or never, leaves the other places to the others."""
+
+GLOBAL_UNICAST = IPv6Network("2000::/3")
+"""RFC 4291: what the public internet uses of IPv6. Python counts more as global, for example site-local addresses."""
 
 IPV4_IN_IPV6 = {
     IPv6Network("::/96"): 0,  # IPv4-compatible, RFC 4291
     IPv6Network("::ffff:0:0/96"): 0,  # IPv4-mapped, RFC 4291
     IPv6Network("::ffff:0:0:0/96"): 0,  # IPv4-translated, RFC 2765
     IPv6Network("64:ff9b::/96"): 0,  # NAT64, RFC 6052
-    IPv6Network("64:ff9b:1::/48"): 0,  # NAT64 of a network's own, RFC 8215
     IPv6Network("2002::/16"): 80,  # 6to4, RFC 3056
 }
 """Networks whose addresses hold an IPv4 address -> how many bits stand after it."""
@@ -49,6 +54,7 @@ def is_public(address: str) -> bool:
         for network, shift in IPV4_IN_IPV6.items():
             if ip in network:
                 return is_public(str(IPv4Address(int(ip) >> shift & 0xFFFFFFFF)))
+        return ip in GLOBAL_UNICAST
     return True
 
 
@@ -64,17 +70,24 @@ class Fetcher:
         self.limits, self.access = limits, access
         self.domains = {domain.lower() for domain in access.media_domains}
         self.slots = asyncio.Semaphore(MAX_FETCHES)
+        self.slots_of_clients: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         # Their own threads: a resolver that does not answer must not hold what else runs in threads.
         self.resolvers = ThreadPoolExecutor(MAX_FETCHES, "resolver")
 
-    async def fetch_all(self, pictures: Sequence[str | bytes]) -> list[bytes]:
+    async def fetch_all(self, pictures: Sequence[str | bytes], client: str = "") -> list[bytes]:
         """Return the bytes of all pictures of a request, those at URLs fetched.
+
+        Args:
+            pictures: URLs, or the bytes of files.
+            client: who asks, since a client can only have so many fetched at a time.
 
         Raises:
             Refusal: one cannot be fetched, or they take more bytes than a request may; it says which one it is.
         """
+        own = self.slots_of_clients.setdefault(client, asyncio.Semaphore(MAX_FETCHES_OF_A_CLIENT))
         tasks = [
-            asyncio.ensure_future(self._bytes_of(picture, n)) for n, picture in enumerate(pictures, start=1)
+            asyncio.ensure_future(self._bytes_of(picture, n, own))
+            for n, picture in enumerate(pictures, start=1)
         ]
         try:
             files = list(await asyncio.gather(*tasks))
@@ -85,22 +98,22 @@ class Fetcher:
             raise Refusal(f"The pictures of a request may take {self.limits.body_bytes} bytes together.", 413)
         return files
 
-    async def _bytes_of(self, picture: str | bytes, number: int) -> bytes:
+    async def _bytes_of(self, picture: str | bytes, number: int, own: asyncio.Semaphore) -> bytes:
         if isinstance(picture, bytes):
             if len(picture) > self.limits.picture_bytes:
                 raise Refusal(f"Picture {number}: it has more than {self.limits.picture_bytes} bytes.", 413)
             return picture
         try:
-            return await asyncio.wait_for(self._fetch(picture), self.limits.fetch_seconds)
+            return await asyncio.wait_for(self._fetch(picture, own), self.limits.fetch_seconds)
         except (Unfetchable, asyncio.TimeoutError) as error:
             raise Refusal(f"Picture {number}: there is no picture that can be fetched at its URL.") from error
 
-    async def _fetch(self, url: str) -> bytes:
+    async def _fetch(self, url: str, own: asyncio.Semaphore) -> bytes:
         import httpx
 
         # trust_env would take proxies from the environment, which connect to whatever they like, and passwords.
         client = httpx.AsyncClient(trust_env=False, timeout=self.limits.fetch_seconds)
-        async with self.slots, client:
+        async with own, self.slots, client:
             try:
                 for _ in range(MAX_REDIRECTS + 1):
                     async with await self._open(client, httpx.URL(url)) as response:

@@ -1,8 +1,10 @@
 """What the server allows: the limits of a request and of a connection, who may ask, and how a request is refused."""
 
+import re
+import reprlib
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
-from typing import TypeVar
+from typing import Any, TypeVar
 
 
 class Refusal(ValueError):
@@ -11,6 +13,16 @@ class Refusal(ValueError):
     def __init__(self, message: str, status: int = 400):
         super().__init__(message)
         self.status = status
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error may quote it: short, and nothing of a picture."""
+    return _DATA.sub("data:...", _SHORT.repr(value))
+
+
+_DATA = re.compile(r"data:[^'\"]+", re.IGNORECASE)
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 60, 60, 40
 
 
 Number = TypeVar("Number", int, float)
@@ -146,4 +158,4 @@ class Budget:
         self.left += count
 
 
-__all__ = ["Access", "Budget", "Limits", "Refusal"]
+__all__ = ["Access", "Budget", "Limits", "Refusal", "shown"]

@@ -159,10 +159,11 @@ class Answering:
             asked = await self._read(request, spend)
             gone = asyncio.ensure_future(_leaving(receive))
             try:
-                files = await _unless(gone, self.service.fetcher.fetch_all(asked.pictures))
+                client = self.service.client_of(request)
+                files = await _unless(gone, self.service.fetcher.fetch_all(asked.pictures, client))
                 spend(sum(len(file) for file, given in zip(files, asked.pictures) if isinstance(given, str)))
                 asked.pictures.clear()
-                job = Job(asked, files, self.service.client_of(request))
+                job = Job(asked, files, client)
                 del files
                 await self._answer(job, gone, send)
             finally:
