@@ -172,8 +172,14 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(client):
     is_well(client)
     before = process.memory_info().rss
     picture = as_url(bomb(9000, 9000))  # 243 MB
-    for _ in range(3):
-        refused(client.post(CHAT, json=chat(user("?", picture))), "Picture 1: ", "9000 x 9000")
+    part = {"type": "input_image", "image_url": picture}
+    asked = {
+        CHAT: chat(user("?", picture)),
+        "/v1/responses": {"input": [{"role": "user", "content": [part]}]},
+    }
+    for path, body in asked.items():
+        for stream in (False, True):
+            refused(client.post(path, json=body | {"stream": stream}), "Picture 1: ", "9000 x 9000")
     assert process.memory_info().rss - before < 100 * MEBI
     assert is_well(client)
 

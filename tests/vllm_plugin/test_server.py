@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from patience import PATIENCE
 from serving import data_url, user
 
 from visualrwkv_hf import bundled_model
@@ -39,10 +40,10 @@ def client(tmp_path_factory):
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.2)
-        yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600)
+        yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(PATIENCE)
 
 
 def ask(client, *messages, **options):
