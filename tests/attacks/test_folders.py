@@ -5,15 +5,13 @@ from pathlib import Path
 
 import pytest
 from hostile_folders import HOSTILE, MARKER, make_hostile
+from patience import PATIENCE
 from PIL import Image
 from tiny_training import save_tiny_model
 from typer.testing import CliRunner
 
 from visualrwkv_hf.cli.app import app
 from visualrwkv_hf.inference.loading import model_source
-
-LONGEST = 240
-"""Seconds after which a command counts as hanging. The slowest takes a few on an idle machine."""
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +55,10 @@ def commands(pictures, tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def nothing_hangs():
     def hangs(number, frame):
-        raise TimeoutError(f"nothing came in {LONGEST} s")
+        raise TimeoutError(f"nothing came in {PATIENCE} s")
 
     before = signal.signal(signal.SIGALRM, hangs)
-    signal.alarm(LONGEST)
+    signal.alarm(PATIENCE)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

@@ -266,6 +266,10 @@ HOSTILE = {
     "generation-no-json": Hostile(written("generation_config.json", "{"), MODEL),
     "generation-many-beams": Hostile(changed("generation_config.json", num_beams=10**6), MODEL),
     "generation-strange-end": Hostile(changed("generation_config.json", eos_token_id="stop"), MODEL),
+    "generation-strange-suppressed": Hostile(changed("generation_config.json", suppress_tokens="abc"), MODEL),
+    "generation-by-code-of-the-hub": Hostile(
+        changed("generation_config.json", penalty_alpha=0.6, top_k=4, do_sample=False), MODEL
+    ),
 }
 
 

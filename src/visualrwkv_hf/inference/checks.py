@@ -144,14 +144,31 @@ def _sides_of(fields: Mapping[str, Any], where: str = "") -> Iterator[tuple[str,
             yield from _sides_of(value, f"{where}{name}.")
 
 
+OPTIONS_OF_HUB_CODE = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "num_beam_groups")
+"""Options with which `generate` loads code from the Hub, or asks whether it may."""
+
+TOKEN_OPTIONS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
+
+
 def refuse_strange_generation(config: Any, folder: Path) -> None:
-    """Raise `ValueError` for default options of `generate` that multiply the work without end, or are no token ids."""
+    """Raise `ValueError` for default options of `generate` that multiply the work, need code, or are no token ids."""
     path = folder / "generation_config.json"
+    for name in OPTIONS_OF_HUB_CODE:
+        if getattr(config, name, None) not in (None, 1, False):
+            raise ValueError(f"{name} in {path} asks for a way to generate whose code is on the Hub.")
     for name in ("num_beams", "num_return_sequences"):
         number = getattr(config, name, None)
         if number is not None and not (isinstance(number, int) and 1 <= number <= MAX_BEAMS):
             raise ValueError(f"{name} in {path} must be from 1 to {MAX_BEAMS}, got {number!r}.")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in TOKEN_OPTIONS:
         value = getattr(config, name, None)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(token) is int and token >= 0 for token in ids):
