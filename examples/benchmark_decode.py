@@ -1,6 +1,6 @@
-"""How fast one token follows another, beside the package `rwkv` on the same random weights. One run, one table.
+"""How fast one token follows another, beside llama.cpp and the package `rwkv` on the same weights. One run, one table.
 
-    pip install rwkv
+    pip install rwkv llama-cpp-python gguf
     python examples/benchmark_decode.py                      # RWKV-7 0.1B; the GPU if there is one
     python examples/benchmark_decode.py --shape 7B --device cuda --dtype bfloat16
 
@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import typer
 from benchmarking import chosen_device, report
-from engines import SHAPES, Engine, compared
+from engines import ROUNDED, SHAPES, Engine, compared
 
 
 def stepping(engine: Engine, prompt: torch.Tensor) -> Callable[[], object]:
@@ -36,7 +36,7 @@ def main(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "0.1B",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="float32, bfloat16 and, on a CPU, int8 if not given.")
+        list[str] | None, typer.Option(help="float32, bfloat16 and, on a CPU, int8 and int4 if not given.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Of the prompt.")] = 64,
     seconds: Annotated[float, typer.Option(help="To measure each engine.")] = 5.0,
@@ -46,7 +46,7 @@ def main(
 ) -> None:
     """How fast one token follows another."""
     device = chosen_device(device, threads)
-    precisions = dtype or ["float32", "bfloat16", *(["int8"] if device == "cpu" else [])]
+    precisions = dtype or ["float32", "bfloat16", *(ROUNDED if device == "cpu" else [])]
     try:
         text, numbers = compared(shape, device, precisions, tokens, seconds, stepping, 1)
     except ArithmeticError as error:

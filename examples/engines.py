@@ -30,8 +30,29 @@ OURS = "visualrwkv-hf"
 STEPS = 4
 """Number of tokens read one by one after the prompt when an engine is checked."""
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 5e-2}
-"""Limits on the relative norm error of the logits. Rounding all weights costs about 1e-2 in twelve layers."""
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 5e-2, "int4": 0.5}
+"""Limits on the relative norm error of the logits. Rounding all weights to 8 bits costs about 1e-2 in twelve layers, to
+4 bits some sixteen times as much: random weights have no redundancy."""
+
+ROUNDED = ("int8", "int4")
+"""Precisions of weights that `accelerate_on_cpu` rounds."""
+
+LLAMA_CPP = "llama.cpp"
+"""On a CPU, engines are compared with it in the same precision, where it is installed."""
+
+SIMD = (
+    "avx2",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "i8mm",
+)
+"""Flags of a CPU that the times depend on."""
 
 
 class Engine(NamedTuple):
@@ -89,11 +110,12 @@ def our_engines(model: VisualRWKVForCausalLM, device: str, precisions: Sequence[
     """This package's ways. The first is the plain one in float32, by which all are judged."""
     yield ours("plain torch", "float32", model.float(), "torch")
     for precision in precisions:
-        dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
+        weights = precision if precision in ROUNDED else None
+        dtype = torch.float32 if weights else getattr(torch, precision)
         if device == "cpu":
             if precision == "bfloat16":
                 yield ours("plain torch", precision, copy.deepcopy(model).to(dtype), "torch")
-            native = accelerate_on_cpu(copy.deepcopy(model).to(dtype), int8=precision == "int8")
+            native = accelerate_on_cpu(copy.deepcopy(model).to(dtype), weights=weights)
             yield ours("native", precision, native)
         else:
             on_device = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
@@ -123,7 +145,7 @@ def llama_cpp_engines(model: VisualRWKVForCausalLM, precisions: Sequence[str]) -
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "model.gguf"
             write_gguf(path, weights, model.config, precision)
-            yield Engine("llama.cpp", precision, reader(path, model.config.vocab_size), 0)
+            yield Engine(LLAMA_CPP, precision, reader(path, model.config.vocab_size), 0)
 
 
 def original_weights(model: VisualRWKVForCausalLM) -> dict[str, torch.Tensor]:
@@ -232,11 +254,18 @@ def compared(
     engines, errors = checked([*engines, *peers], prompt)
     functions = {each: prepare(each, prompt) for each in engines}
     functions |= {each: captured(function) for each, function in functions.items() if each.is_graph}
-    timings = interleaved(functions, device, seconds, least=5 if shape == "tiny" else 10)
+    timings = interleaved(functions, device, seconds, least=5)
     bandwidth = copy_bandwidth(device, 2**20 if shape == "tiny" else 2**28)
-    peer = next((each for each in engines if each.name == peers[0].name), None)
     rows = [
-        row(each, timings[each], timings.get(peer), errors[each], tokens_timed, bandwidth) for each in engines
+        row(
+            each,
+            timings[each],
+            timings.get(peer_of(each, engines, peers)),
+            errors[each],
+            tokens_timed,
+            bandwidth,
+        )
+        for each in engines
     ]
     about = machine(device) | {
         "shape": shape,
@@ -248,10 +277,26 @@ def compared(
     }
     head = (
         f"RWKV-7 {shape}, {about['parameters'] / 1e6:,.0f} M parameters, random weights; {about['device']}, "
-        f"{about['threads']} threads, torch {about['torch']}, rwkv {about['rwkv']}; "
+        f"{about['threads']} threads, torch {about['torch']}, rwkv {about['rwkv']}, "
+        f"llama-cpp-python {_version('llama-cpp-python')}; flags {' '.join(simd_flags(device)) or 'unknown'}; "
         f"a copy {bandwidth / 1e9:,.0f} GB/s; load {about['load']:.1f}\n\n"
     )
     return head + markdown_table([readable_row(each) for each in rows]), {"about": about, "rows": rows}
+
+
+def peer_of(engine: Engine, engines: Sequence[Engine], peers: Sequence[Engine]) -> Engine | None:
+    """Return what an engine is compared with: llama.cpp in its precision, else the first peer, if it was right."""
+    same = (each for each in engines if each[:2] == (LLAMA_CPP, engine.precision))
+    return next(same, next((each for each in engines if each.name == peers[0].name), None))
+
+
+def simd_flags(device: str) -> list[str]:
+    """Return which of `SIMD` this CPU has; none for a GPU, or where the system does not say."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if device != "cpu" or not cpuinfo.exists():
+        return []
+    lines = (line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features")))
+    return [flag for flag in next(lines, "").split() if flag in SIMD]
 
 
 def row(

@@ -514,7 +514,8 @@ def test_saved_model_is_a_plain_one(weights, tmp_path, without_int8_products):
     model.save_pretrained(tmp_path)
     loaded = VisualRWKVForCausalLM.from_pretrained(tmp_path)
     assert type(loaded.lm_head) is nn.Linear
-    assert error(step_by_step(loaded, *inputs), step_by_step(model, *inputs)) < TOLERANCE
+    limit = 3e-4 if weights == "int4" else TOLERANCE  # a token's inputs are rounded to 16 bits
+    assert error(step_by_step(loaded, *inputs), step_by_step(model, *inputs)) < limit
 
 
 def test_weights_move_to_huge_pages_and_stay_what_they_are():
@@ -579,7 +580,34 @@ def test_int4_linear_rounds_the_weight_only(dtype):
     for rows in (1, native.MAX_ROWS, native.MAX_ROWS + 1):
         x = torch.randn(rows, 96).to(dtype)
         with torch.no_grad(), kernel_backend("auto" if rows <= native.MAX_ROWS else "torch"):
-            assert error(rounded(x), x.double() @ weight.double().T) < max(TOLERANCE, torch.finfo(dtype).eps)
+            # x is rounded to 16 bits as well, so by 1/65534 of its largest number.
+            assert error(rounded(x), x.double() @ weight.double().T) < max(1e-4, torch.finfo(dtype).eps)
+
+
+@torch.no_grad()
+def test_int4_with_numbers_that_have_no_16_bits():
+    """Zeros, denormals, infinity and NaN: as plain torch, each in its row."""
+    torch.manual_seed(0)
+    layer, x = native_layers.Int4Linear(nn.Linear(288, 40, bias=False)), torch.randn(5, 288)
+    expected = native.linear(x, layer.weight, layer.scale)
+    x[1] = 0
+    x[2] *= 1e-42
+    found = native.linear(x, layer.weight, layer.scale)
+    assert torch.equal(found[[0, 3, 4]], expected[[0, 3, 4]]) and found[1:3].abs().max() < 1e-38
+    x[3, 100], x[4, 200] = float("nan"), float("inf")
+    found = native.linear(x, layer.weight, layer.scale)
+    assert error(found[0], expected[0]) < 1e-4
+    assert found[3].isnan().all() and not found[4].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8])
+def test_rows_at_once_are_the_rows_alone(rows, dtype):
+    """Four rows share the reading of a weight."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 208), torch.randn(12, 208).to(dtype)
+    expected = torch.cat([native.linear(row[None], weight) for row in x])
+    assert error(native.linear(x, weight), expected) < TOLERANCE
 
 
 def test_int4_rounds_what_it_can_hold_to_itself():

@@ -270,7 +270,7 @@ class PackedBlocks(NamedTuple):
     """Some blocks, one after the other, as ops.c takes them: of one generation, with the same B, C, A and eps."""
 
     first: ReadyBlock
-    count: int
+    number: int
     sizes: ctypes.Array
     weights: ctypes.Array
 
@@ -305,7 +305,7 @@ def call_blocks(
     )
     library().call(
         "blocks",
-        *(blocks.count, *first.eps, DECAY_SCALE),
+        *(blocks.number, *first.eps, DECAY_SCALE),
         *(blocks.sizes, blocks.weights, (ctypes.c_void_p * len(states))(*states)),
         *(mask, v_first, x),
     )

@@ -42,7 +42,7 @@ def decode_blocks(
     if blocks is None:
         return None
     addresses: list[int] = []
-    if len(states) != blocks.count:
+    if len(states) != blocks.number:
         return None
     for state in states:
         found = state_addresses(blocks.first.sizes, state, hidden_states.dtype)
@@ -107,7 +107,7 @@ class _Found(NamedTuple):
         """Return whether looking again would find the same."""
         sizes = self.blocks.first.sizes
         return (
-            len(layers) == self.blocks.count
+            len(layers) == self.blocks.number
             and hidden_states.shape == (sizes.B, 1, sizes.C)
             and FORMAT_OF.get(hidden_states.dtype) == sizes.format
             and list(map(type, self.modules)) == self.kinds

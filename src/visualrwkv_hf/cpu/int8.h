@@ -83,7 +83,7 @@ enum { BLOCK = 256, CHUNK = 64, PIECE = 480, MOST = 127 };
         float x[BLOCK], largest = 0;                                                                            \
         for (int64_t i = 0; i < n; i += LANES) store_lanes(x + i, lanes_##TAG((const TAG##_t *)from + i));       \
         for (int64_t i = 0; i < n; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;                \
-        float inverse = largest > 0 ? MOST / largest : 0;                                                       \
+        float inverse = largest > LEAST ? MOST / largest : 0;                                                   \
         int32_t rounded[BLOCK];                                                                                 \
         for (int64_t i = 0; i < n; i++) rounded[i] = nearest(x[i] * inverse);                                   \
         Narrow narrow[BLOCK];                                                                                   \

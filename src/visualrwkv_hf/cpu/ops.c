@@ -21,7 +21,7 @@ int visualrwkv_linear(int threads, int64_t count, int64_t in, int64_t out, int64
     Linear w = {weight, scale, format};
     if (!is_readable(w, in)) return FORMAT_UNKNOWN;
     if (count < 1 || out < 1) return OK;
-    Products products = {1, {{w, 0, itself, count, in, out, in, x, y}}};
+    Products products = {1, {{w, 0, itself, count, in, out, in, x, y, NULL}}};
     Team team = begin_team(threads);
     share_products(team, &products);
     end_team(team);
@@ -207,12 +207,12 @@ static void shift(const Block *l, int64_t n, int name, const float *dynamic, flo
 /* Add a linear layer, or a half of a low-rank map, to the products of a phase, if the block has it. */
 static void product(Products *to, const Block *l, int name, Function f, int64_t in, int64_t out, const float *x, float *y) {
     Linear w = l->weights->linear[name];
-    if (w.weight) to->list[to->count++] = (Product){w, 0, f, l->s.B, in, out, in, x, y};
+    if (w.weight) to->list[to->count++] = (Product){w, 0, f, l->s.B, in, out, in, x, y, NULL};
 }
 
 static void low_rank(Products *to, const Block *l, const void *half, Function f, int64_t in, int64_t out, int64_t stride,
                      const float *x, float *y) {
-    if (half) to->list[to->count++] = (Product){{half, NULL, l->s.format}, 1, f, l->s.B, in, out, stride, x, y};
+    if (half) to->list[to->count++] = (Product){{half, NULL, l->s.format}, 1, f, l->s.B, in, out, stride, x, y, NULL};
 }
 
 static void down(Products *to, const Block *l, int name, Function f, const float *x) {

@@ -205,6 +205,8 @@ def _state(r: Tensor, v: Tensor, begin: Tensor, initial_state: Tensor | None) ->
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """Compute scale * (x W^T) for a few rows x, in float32 whatever the format of W.
 
+    With int4 weights a CPU with AVX2 rounds each row of x to 16 bits, so by at most 1/65534 of its largest number.
+
     Args:
         x: [..., in], of at most a few rows: the time grows with each of them.
         weight: W [out, in], contiguous, in a dtype of `formats.FORMATS`; `in` is a multiple of 16. int4 weights are

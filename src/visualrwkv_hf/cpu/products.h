@@ -52,8 +52,113 @@ static float dot_INT4(int64_t n, const void *row, const void *scale, const float
     }
     return sum((y[0] + y[1]) + (y[2] + y[3]));
 }
+/* The products of a row of weights with ROWS_AT_ONCE rows of x, `stride` apart: each weight is read and widened once. */
+enum { ROWS_AT_ONCE = 4 };
+typedef void Dots(int64_t n, const void *row, const void *scale, const float *x, int64_t stride, float *y);
+#define DOTS(TAG)                                                                                               \
+    static void dots_##TAG(int64_t n, const void *row, const void *scale, const float *x, int64_t stride, float *y) { \
+        const TAG##_t *w = row;                                                                                 \
+        const float *x_b = x + stride, *x_c = x_b + stride, *x_d = x_c + stride;                                \
+        Lanes a = {0}, b = {0}, c = {0}, d = {0};                                                               \
+        for (int64_t i = 0; i < n; i += LANES) {                                                                \
+            Lanes w_i = lanes_##TAG(w + i);                                                                     \
+            prefetch(w + i, LANES * sizeof(TAG##_t));                                                           \
+            a += w_i * lanes_F32(x + i), b += w_i * lanes_F32(x_b + i);                                         \
+            c += w_i * lanes_F32(x_c + i), d += w_i * lanes_F32(x_d + i);                                       \
+        }                                                                                                       \
+        float factor = scale ? *(const float *)scale : 1;                                                       \
+        y[0] = factor * sum(a), y[1] = factor * sum(b), y[2] = factor * sum(c), y[3] = factor * sum(d);         \
+    }
+FLOAT_FORMATS(DOTS)
+DOTS(INT8)
+
+/* --- INT4 times x in 16 bits ---------------------------------------------------------------------------- */
+
+/* A row of x in 16 bits, x = scale X, so that two products of a weight are summed by one instruction. The rounding is that
+   of 1/65534 of the largest number. */
+typedef struct {
+    const int16_t *x;      /* [in], each group's first half before its second as in a row of weights */
+    const float *sums;     /* [in / GROUP], 8 times the sum of X in each group */
+    float scale;
+} Row16;
+
+/* Below this all numbers count as zero: its reciprocal times 32767 is still finite. */
+#define LEAST 1e-30f
+
+static float round_to_16(int64_t n, const float *from, int16_t *to, float *sums) {
+    float largest = 0;
+    int is_nan = 0;
+    for (int64_t i = 0; i < n; i++) {
+        largest = fabsf(from[i]) > largest ? fabsf(from[i]) : largest;
+        is_nan |= from[i] != from[i];
+    }
+    if (is_nan || largest > 3e38f) return INFINITY; /* nothing can be rounded to it */
+    float inverse = largest > LEAST ? 32767 / largest : 0;
+    for (int64_t g = 0; g < n / GROUP; g++) {
+        int32_t total = 0;
+        for (int64_t i = g * GROUP; i < (g + 1) * GROUP; i++) {
+            float x = from[i] * inverse;
+            to[i] = (int16_t)(int32_t)(x + (x < 0 ? -0.5f : 0.5f));
+            total += to[i];
+        }
+        sums[g] = 8 * (float)total;
+    }
+    return largest / 32767;
+}
+
+#if defined(__AVX2__) && defined(__FMA__)
+enum { MULTIPLIES_16 = 1 };
+/* 8 scales of a row in float32. */
+static inline __m256 scales_of(const BF16_t *scales) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)scales)), 16));
+}
+
+/* The products of a group of a row with x, without those that `sums` holds. */
+static inline __m256 products_of_group(const uint8_t *w, const int16_t *x) {
+    __m256i both = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)w));
+    __m256i first = _mm256_and_si256(both, _mm256_set1_epi16(15)), second = _mm256_srli_epi16(both, 4);
+    first = _mm256_madd_epi16(first, _mm256_loadu_si256((const void *)x));
+    second = _mm256_madd_epi16(second, _mm256_loadu_si256((const void *)(x + GROUP / 2)));
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(first, second));
+}
+
+static float dot_16(int64_t n, const void *row, const void *scale, const Row16 *x) {
+    const uint8_t *w = row;
+    const BF16_t *scales = scale;
+    const int16_t *x_g = x->x;
+    __m256 y[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, less = _mm256_setzero_ps();
+    float all[8], total = 0;
+    int64_t g = 0;
+    for (; g + 8 <= n / GROUP; g += 8) {
+        __m256 some = scales_of(scales + g);
+        _mm256_storeu_ps(all, some);
+        less = _mm256_fmadd_ps(some, _mm256_loadu_ps(x->sums + g), less);
+        prefetch(w, 8 * GROUP / 2);
+        _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++, w += GROUP / 2, x_g += GROUP)
+            y[i % 2] = _mm256_fmadd_ps(products_of_group(w, x_g), _mm256_broadcast_ss(all + i), y[i % 2]);
+    }
+    for (; g < n / GROUP; g++, w += GROUP / 2, x_g += GROUP) {
+        float one = value_BF16(scales[g]);
+        total -= one * x->sums[g];
+        y[0] = _mm256_fmadd_ps(products_of_group(w, x_g), _mm256_set1_ps(one), y[0]);
+    }
+    float lanes[8];
+    _mm256_storeu_ps(lanes, _mm256_sub_ps(_mm256_add_ps(y[0], y[1]), less));
+    for (int i = 0; i < 8; i++) total += lanes[i];
+    return x->scale * total;
+}
+#else
+enum { MULTIPLIES_16 = 0 };
+static float dot_16(int64_t n, const void *row, const void *scale, const Row16 *x) {
+    (void)n, (void)row, (void)scale, (void)x;
+    return 0;
+}
+#endif
+
 #define AS_DOT(TAG) dot_##TAG,
-static Dot *const DOTS[] = {FORMATS(AS_DOT)};
+static Dot *const DOT_OF[] = {FORMATS(AS_DOT)};
+#define AS_DOTS(TAG) dots_##TAG,
+static Dots *const DOTS_OF[] = {FLOAT_FORMATS(AS_DOTS) dots_INT8, NULL};
 
 /* Arrays of a float format <-> arrays of float32. */
 typedef void Widen(int64_t n, const void *from, float *to);
@@ -127,6 +232,7 @@ typedef struct {
     int64_t count, in, out, stride;
     const float *x;
     float *y;
+    const Row16 *rows; /* [count], x in 16 bits for a weight of INT4, or null */
 } Product;
 
 /* A task is UNIT rows of a weight, or TILE columns of a low-rank map. */
@@ -136,12 +242,22 @@ static int64_t tasks_of(const Product *p) {
 }
 
 static void multiply(const Product *p, int64_t first, int64_t last) {
-    Dot *dot = DOTS[p->w.format];
-    int64_t bytes = p->in * BITS[p->w.format] / 8, scales = scale_bytes(p->w.format, p->in);
+    int64_t bytes = p->in * BITS[p->w.format] / 8, scales = scale_bytes(p->w.format, p->in), format = p->w.format;
     for (int64_t o = first * UNIT; o < at_most(p->out, last * UNIT); o++) {
         const char *row = (const char *)p->w.weight + o * bytes;
         const char *scale = scales ? (const char *)p->w.scale + o * scales : NULL;
-        for (int64_t n = 0; n < p->count; n++) p->y[n * p->out + o] = p->f(dot(p->in, row, scale, p->x + n * p->stride));
+        for (int64_t n = 0; n < p->count;) {
+            const float *x = p->x + n * p->stride;
+            float y[ROWS_AT_ONCE];
+            int64_t some = DOTS_OF[format] && n + ROWS_AT_ONCE <= p->count ? ROWS_AT_ONCE : 1;
+            if (p->rows)
+                y[0] = dot_16(p->in, row, scale, &p->rows[n]);
+            else if (some == 1)
+                y[0] = DOT_OF[format](p->in, row, scale, x);
+            else
+                DOTS_OF[format](p->in, row, scale, x, p->stride, y);
+            for (int64_t i = 0; i < some; i++, n++) p->y[n * p->out + o] = p->f(y[i]);
+        }
     }
 }
 
@@ -174,8 +290,36 @@ static void multiply_all(const void *phase, int64_t first, int64_t last) {
     }
 }
 
-static void share_products(Team team, const Products *products) {
+/* Round x of the products with INT4 to 16 bits, in memory that is returned. Without memory they multiply it as it is. */
+static void *round_inputs(Products *products) {
+    int64_t rows = 0, numbers = 0;
+    for (int64_t i = 0; i < products->count; i++) {
+        Product *p = &products->list[i];
+        if (p->w.format != INT4 || !MULTIPLIES_16) continue;
+        rows += p->count, numbers += p->count * p->in;
+    }
+    if (!rows) return NULL;
+    Row16 *row = malloc(rows * sizeof(Row16) + numbers / GROUP * sizeof(float) + numbers * sizeof(int16_t));
+    if (!row) return NULL;
+    float *sums = (float *)(row + rows);
+    int16_t *x = (int16_t *)(sums + numbers / GROUP);
+    void *memory = row;
+    for (int64_t i = 0; i < products->count; i++) {
+        Product *p = &products->list[i];
+        if (p->w.format != INT4) continue;
+        p->rows = row;
+        for (int64_t n = 0; n < p->count; n++, row++, x += p->in, sums += p->in / GROUP) {
+            *row = (Row16){x, sums, round_to_16(p->in, p->x + n * p->stride, x, sums)};
+            if (row->scale == INFINITY) p->rows = NULL;
+        }
+    }
+    return memory;
+}
+
+static void share_products(Team team, Products *products) {
     int64_t tasks = 0;
+    void *memory = round_inputs(products);
     for (int64_t i = 0; i < products->count; i++) tasks += tasks_of(&products->list[i]);
     share(team, tasks, multiply_all, products);
+    free(memory);
 }
