@@ -45,6 +45,7 @@ NOT_RUN = {
     "docs/serving.md": ["installs packages", "tested in a browser"],
     "docs/start.md": ["installs packages"],
     "docs/testing.md": ["needs a GPU", "sets up what runs this"],
+    "docs/vllm.md": ["installs packages"],
 }
 """Page -> why blocks of it are only shown."""
 
