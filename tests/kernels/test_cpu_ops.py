@@ -865,6 +865,33 @@ def test_towers_and_projectors_multiply_in_panels(without_units, panels):
     assert error(model(**inputs).logits, exact) < 1.2 * plain
 
 
+@torch.no_grad()
+def test_convolutions_without_units_round_the_result_only(without_units, monkeypatch):
+    """A tower's patches: computed in float32, and by torch where torch is asked for."""
+    torch.manual_seed(0)
+    tower = nn.Sequential(
+        nn.Conv2d(3, 40, 4, stride=4), nn.Conv2d(40, 8, 3, padding=1, bias=False)
+    ).bfloat16()
+    exact, x = copy.deepcopy(tower).double(), torch.randn(2, 3, 16, 16).bfloat16()
+    native_layers._accelerate_layers(tower, None)
+    assert all(type(layer) is native_layers.NativeConv2d for layer in tower)
+    for layer, same in zip(tower, exact):
+        found, expected = layer(x), same(x.double())
+        assert found.dtype == torch.bfloat16
+        assert error(found, expected) < 2**-8
+        x = found
+    before, conv = [], nn.Conv2d._conv_forward
+    monkeypatch.setattr(
+        nn.Conv2d,
+        "_conv_forward",
+        lambda self, x, *weights: (before.append(x.dtype), conv(self, x, *weights))[1],
+    )
+    tower(torch.randn(1, 3, 8, 8).bfloat16())
+    with kernel_backend("torch"):
+        tower(torch.randn(1, 3, 8, 8).bfloat16())
+    assert before == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
 def test_panels_are_for_inference_only(without_units, panels):
     """With a gradient, traced, under autocast or with the torch backend, torch multiplies."""
     layer = native_layers.accelerated_linear(nn.Linear(64, 32).bfloat16(), None)

@@ -60,6 +60,22 @@ class NativeLinear(nn.Linear):
         return super().forward(input)  # torch refuses to multiply two dtypes
 
 
+class NativeConv2d(nn.Conv2d):
+    """A convolution, such as of a picture's patches, in float32 where the CPU has no unit for the weight's dtype.
+
+    torch's convolution in bfloat16 there is many times slower. The weight is widened for each picture: it is small.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in, height, width] -> [N, out, height, width]."""
+        weight, bias = self.weight, self.bias
+        dtype = compute_dtype(weight.dtype)
+        if dtype == weight.dtype or not (weight.dtype == input.dtype and may_use_panels(input)):
+            return super().forward(input)
+        bias = None if bias is None else bias.to(dtype)
+        return self._conv_forward(input.to(dtype), weight.to(dtype), bias).to(input.dtype)
+
+
 class RoundedLinear(nn.Module):
     """A linear layer whose weight is stored in few bits.
 
@@ -222,22 +238,24 @@ def accelerate_on_cpu(
         warnings.warn(f"The model computes with plain torch. {reason}", RuntimeWarning, stacklevel=2)
     for block in blocks:
         block.accelerated = not reason
-        _accelerate_linears(block, weights)
+        _accelerate_layers(block, weights)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         head = accelerated_linear(head, weights and "int8")
         model.set_output_embeddings(head)
-    _accelerate_linears(model, None)  # of the towers and the projector
+    _accelerate_layers(model, None)  # of the towers and the projector
     move_to_huge_pages(nn.ModuleList([*blocks, *([] if head is None else [head])]))
     return model
 
 
-def _accelerate_linears(module: nn.Module, weights: str | None) -> None:
-    """Replace all layers in a module that are nn.Linear, and no class derived from it."""
+def _accelerate_layers(module: nn.Module, weights: str | None) -> None:
+    """Replace all layers in a module that are nn.Linear or nn.Conv2d, and no class derived from them."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
                 setattr(parent, name, accelerated_linear(child, weights))
+            elif type(child) is nn.Conv2d and is_plain(child.weight) and "forward" not in child.__dict__:
+                child.__class__ = NativeConv2d  # the same layer, with its weights and hooks
 
 
 def accelerated_linear(linear: nn.Linear, weights: str | None) -> nn.Module:
