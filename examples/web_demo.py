@@ -5,12 +5,16 @@
 
 The page sends the whole conversation each time. The model keeps the states of what it has read, for each visitor
 apart, so that a follow-up reads only its own words. The page loads nothing from elsewhere and works without a network.
+It fits a phone, follows the system's dark mode, and says what is being done until the first word comes.
 """
 
 import html
 import inspect
 import os
+import queue
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,10 +31,36 @@ from visualrwkv_hf import Chat, StateStore, bundled_model
 from visualrwkv_hf.inference import load_model, load_processor, reading_figure
 
 TITLE = "VisualRWKV"
-DESCRIPTION = """
-A visual language model that reads a line: its memory does not grow, and a follow-up question reads its own words only.
-Add one picture or several with the clip, or take an example.
+BUNDLED = (
+    "**The small model inside the package answers.** It knows one coloured shape, a handwritten digit or an emoji. "
+    "Photographs need a released model: `--model v6-1.6b`."
+)
+REFUSED, WORKING = "\u26a0 Not answered: ", "Working: "
+"""How a refusal and a status begin. They stand in the answer's place: after an exception gradio's chat waits for ever."""
+FIGURE_TITLE = "How the model reads this picture"
+STATUS_SECONDS = 0.5
+"""How often the page hears what is being done before the first word."""
+STYLE = """
+.gradio-container { max-width: 860px !important; margin: 0 auto !important; padding: 0 !important; }
+.gradio-container .main.app { padding: 8px !important; }
+.gradio-container .contain { padding: 0 !important; }
+footer { display: none !important; }
+#head { align-items: center; flex-wrap: nowrap; }
+#head h1 { margin: 0; }
+#theme { max-width: 44px; min-width: 44px; min-height: 36px; padding: 0; }
+#chat { height: max(300px, calc(100dvh - 250px)) !important; }
+#chat .examples { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; max-width: 560px; margin: 0 auto; }
+#chat .example { min-width: 0 !important; max-width: none !important; }
+#chat [data-testid=user] img { max-height: 160px; width: auto; }
+#figure { overflow-x: auto; background: white; border-radius: 8px; }
+#figure img { min-width: 680px; max-width: none; width: 100%; }
+@media (max-width: 600px) {
+    #limits * { font-size: 13px !important; }
+    #chat { height: max(300px, calc(100dvh - 290px)) !important; }
+}
 """
+"""One column that a phone shows whole. The figure keeps a size at which it can be read, and scrolls sideways."""
+SWITCH_THEME = "() => { document.body.classList.toggle('dark') }"
 SIDE = 256
 """Height and width of the example pictures, in pixels."""
 
@@ -64,7 +94,9 @@ def main(
         uploads.mkdir()
         examples.mkdir()
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
-        page = build_page(answerer(source, max_new_tokens, (uploads, examples)), save_examples(examples))
+        processor, vlm = load_processor(source), load_model(source)
+        answer = answerer(source, processor, vlm, max_new_tokens, (uploads, examples))
+        page = build_page(answer, save_examples(examples), model_line(model, vlm, max_new_tokens))
         page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
         page.launch(
             server_name=host,
@@ -74,25 +106,48 @@ def main(
             theme=gr.themes.Default(primary_hue="indigo"),
             share=False,
             footer_links=[],
+            css=STYLE,
         )
 
 
-def answerer(source: str, max_new_tokens: int, folders: Sequence[Path]) -> Callable:
-    """Return the function that answers questions of the page with the model of `source`.
+def model_line(name: str | None, vlm: Any, max_new_tokens: int) -> str:
+    """Return which model answers and what to expect of it, in Markdown.
 
     Args:
-        source: a folder or a Hub id.
+        name: what was asked for; None is the model inside the package.
+        vlm: the loaded model.
+        max_new_tokens: the longest answer.
+    """
+    if name is None:
+        return BUNDLED
+    text, dtype = vlm.config.text_config, str(vlm.dtype).removeprefix("torch.")
+    return (
+        f"**{html.escape(Path(name).name)} answers**: RWKV-{text.rwkv_version}, "
+        f"{vlm.num_parameters() / 1e9:.2g} billion parameters in {dtype} on {vlm.device.type}, "
+        f"{vlm.config.num_image_tokens} tokens for a picture, answers of up to {max_new_tokens} tokens. "
+        "It can be wrong."
+    )
+
+
+def answerer(source: str, processor: Any, vlm: Any, max_new_tokens: int, folders: Sequence[Path]) -> Callable:
+    """Return the function that answers questions of the page.
+
+    Args:
+        source: the model's folder or Hub id.
+        processor: the model's.
+        vlm: the loaded model.
         max_new_tokens: the longest answer.
         folders: where pictures may lie.
     """
-    processor = load_processor(source)
-    vlm = load_model(source)
     states = StateStore()
+    stopped: list[Chat] = []  # whose prompt may still be being read
 
     def answer(
         message: Mapping[str, Any], history: Sequence[Mapping[str, Any]], request: gr.Request
-    ) -> Iterator[tuple[dict, Any]]:
+    ) -> Iterator[tuple[dict, Any, Any]]:
         """Yield the answer so far, again and again, and in the end how the model reads the question's first picture.
+
+        Until the first word comes, what is being done stands in the answer's place.
 
         Args:
             message: the `text` of a question and the paths of its `files`.
@@ -101,26 +156,71 @@ def answerer(source: str, max_new_tokens: int, folders: Sequence[Path]) -> Calla
         """
         try:
             question, files = checked_question(message, folders)
-            earlier = [message_of(one, folders) for one in history]
+            earlier = [message_of(one, folders) for one in without_unanswered(history)]
             refuse_too_much([*earlier, message_of_question(question, files)])
         except (ValueError, TypeError, KeyError) as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+            yield refusal_of(error), gr.skip(), gr.skip()
+            return
         visitor = states.scoped(f"visitor {request.session_hash}")
         chat = Chat(vlm, processor, max_new_tokens=max_new_tokens, do_sample=False, state_store=visitor)
         chat.branches[chat.branch] = earlier
         text = ""
         try:
+            while stopped:
+                stopped.pop().wait()
             for file in files:
                 chat.add_picture(file)
-            for piece in chat.ask(question):
+            stopped.append(chat)
+            for piece, status in pieces_or_status(chat, question):
                 text += piece
-                yield reply_of(text), gr.skip()
+                yield reply_of(text) if text else status_of(status), gr.skip(), gr.skip()
+            if not text:
+                yield reply_of("(no answer)"), gr.skip(), gr.skip()
             if files:
-                yield reply_of(text), reading_figure(files[0], question, source)
+                figure = reading_figure(files[0], question, source)
+                yield reply_of(text or "(no answer)"), figure, gr.update(visible=True)
         except (ValueError, TemplateError) as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+            yield refusal_of(error), gr.skip(), gr.skip()
 
     return answer
+
+
+def pieces_or_status(chat: Chat, question: str) -> Iterator[tuple[str, str]]:
+    """Yield the pieces of an answer, each with no status, and before the first one "" with what is being done.
+
+    The model computes in a thread, so that a visitor who presses Stop is let go also while the prompt is read.
+
+    Raises:
+        Exception: whatever asking raised.
+    """
+    news: queue.Queue[tuple[str, Any]] = queue.Queue()
+    is_stopped, doing, began = threading.Event(), ["reading the question"], time.monotonic()
+
+    def run() -> None:
+        try:
+            for piece in chat.ask(question, is_stopped.is_set, lambda words: doing.__setitem__(0, words)):
+                news.put(("piece", piece))
+            news.put(("end", None))
+        except Exception as error:
+            news.put(("error", error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                kind, value = news.get(timeout=STATUS_SECONDS)
+            except queue.Empty:
+                yield "", f"{doing[0]}, {time.monotonic() - began:.0f} s"
+                continue
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value, ""
+    finally:
+        is_stopped.set()
+        thread.join()
 
 
 def checked_question(message: Mapping[str, Any], folders: Sequence[Path]) -> tuple[str, list[str]]:
@@ -172,6 +272,28 @@ def reply_of(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
+def refusal_of(error: Exception) -> dict[str, Any]:
+    """Return why a question is not answered, as a message. The chatbot reads HTML, in which `<image>` would vanish."""
+    return reply_of(f"{REFUSED}{html.escape(str(error), quote=False)}")
+
+
+def status_of(words: str) -> dict[str, Any]:
+    """Return what is being done as a message that the answer will replace."""
+    return reply_of(f"{WORKING}{words} \u2026")
+
+
+def without_unanswered(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the messages without refusals, answers that were stopped before their first word, and their questions."""
+    kept: list[Mapping[str, Any]] = []
+    for one in history:
+        parts = one["content"] if one["role"] == "assistant" else ()
+        if any(str(part.get("text", "")).startswith((REFUSED, WORKING)) for part in parts):
+            del kept[-1:]
+        else:
+            kept.append(one)
+    return kept
+
+
 def message_of(earlier: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, Any]:
     """Return a message of gradio's chatbot as a chat template takes it.
 
@@ -195,37 +317,44 @@ def message_of_question(question: str, files: Sequence[str]) -> dict[str, Any]:
     return {"role": "user", "content": [*pictures, {"type": "text", "text": question}]}
 
 
-def build_page(answer: Callable, examples: Sequence[Mapping[str, Any]]) -> gr.Blocks:
-    """Return the page: a chat on the left, and how the model reads the last picture on the right."""
+def build_page(answer: Callable, examples: Sequence[Mapping[str, Any]], limits: str) -> gr.Blocks:
+    """Return the page: one column with the model, the chat, and below it how the model reads the last picture.
+
+    Args:
+        answer: takes a question and yields its answer, the figure and the state of its fold.
+        examples: questions with pictures that the empty chat offers.
+        limits: which model answers and what it can, in Markdown.
+    """
     seconds = UPLOAD_HOURS * 3600
-    with gr.Blocks(
-        title=TITLE, analytics_enabled=False, fill_height=True, delete_cache=(600, seconds)
-    ) as page:
-        gr.Markdown(f"# {TITLE}\n{DESCRIPTION}")
-        with gr.Row(equal_height=False):
-            figure = gr.Plot(show_label=False, render=False)
-            with gr.Column():
-                gr.ChatInterface(
-                    answer,
-                    multimodal=True,
-                    chatbot=gr.Chatbot(height=480, show_label=False, buttons=["copy"], render_markdown=False),
-                    textbox=gr.MultimodalTextbox(
-                        file_types=["image"],
-                        file_count="multiple",
-                        sources=["upload"],
-                        placeholder="Ask about a picture",
-                        show_label=False,
-                    ),
-                    additional_outputs=[figure],
-                    examples=list(examples),
-                    cache_examples=False,
-                    flagging_mode="never",
-                    analytics_enabled=False,
-                    api_visibility="private",  # the page needs none of it
-                )
-            with gr.Column():
-                gr.Markdown("### How it reads the picture")
-                figure.render()
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, seconds)) as page:
+        with gr.Row(elem_id="head"):
+            gr.Markdown(f"# {TITLE}")
+            gr.Button("\u25d0", elem_id="theme", size="sm").click(None, js=SWITCH_THEME)
+        gr.Markdown(limits, elem_id="limits")
+        fold = gr.Accordion(FIGURE_TITLE, open=False, visible=False, elem_id="fold", render=False)
+        with fold:
+            figure = gr.Plot(show_label=False, elem_id="figure")
+        gr.ChatInterface(
+            answer,
+            multimodal=True,
+            chatbot=gr.Chatbot(elem_id="chat", show_label=False, buttons=["copy"], render_markdown=False),
+            textbox=gr.MultimodalTextbox(
+                file_types=["image"],
+                file_count="multiple",
+                sources=["upload"],
+                placeholder="Add a picture with the clip, then ask about it",
+                show_label=False,
+                stop_btn=True,
+            ),
+            additional_outputs=[figure, fold],
+            examples=list(examples),
+            cache_examples=False,
+            show_progress="hidden",  # the answer's place says what is being done
+            flagging_mode="never",
+            analytics_enabled=False,
+            api_visibility="private",  # the page needs none of it
+        )
+        fold.render()
     return page
 
 

@@ -49,7 +49,7 @@ class Page:
         self.keep_history = next(
             step for step, ins, outs in steps if ins == [chatbot] and outs[:1] == [state]
         )
-        self.answer = next(step for step, ins, outs in steps if outs[-1:] == ["plot"])
+        self.answer = next(step for step, ins, outs in steps if outs[-2:] == ["plot", "accordion"])
 
     def send(self, route, step, data, session):
         body = {"data": data, "fn_index": step, "session_hash": session}
@@ -64,7 +64,7 @@ class Page:
         self.send("queue/join", self.answer, [None, None], session)
         said += self.client.get("/gradio_api/queue/data", params={"session_hash": session}).text
         last = said.rpartition('"process_completed"')[2]
-        return '"success":true' in last, said
+        return '"success":true' in last and "Not answered: " not in said, said
 
     def upload(self, data):
         return self.client.post("/gradio_api/upload", files={"files": ("a.png", data)})

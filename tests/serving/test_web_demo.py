@@ -1,6 +1,8 @@
 """The web demo in a real browser: pictures, answers as they come, examples, and nothing from elsewhere."""
 
 import importlib.util
+import threading
+import time
 from types import ModuleType
 
 import pytest
@@ -10,7 +12,7 @@ from serving import png
 from tiny_training import save_tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from visualrwkv_hf import Chat
+from visualrwkv_hf import Chat, bundled_model
 
 for module in ("gradio", "matplotlib", "selenium"):
     pytest.importorskip(module, reason="needs the extras demo and browser")
@@ -63,7 +65,9 @@ def test_a_conversation_about_pictures(page, chat, pictures):
     assert shown(seen[-1]) == shown("".join(chat.ask("Which colour\nis it?")))
     lengths = [len(text) for text in seen]
     assert lengths == sorted(lengths) and len({*lengths}) > 2  # it came in pieces
-    assert len(page.find("[data-testid=matplotlib] img")) == 1
+    assert page.texts("#fold button") == ["How the model reads this picture\n\u25bc"]
+    page.find("#fold button")[0].click()
+    wait_for(lambda: len(page.find("[data-testid=matplotlib] img")) == 1)
 
     # A follow-up with two pictures: what was said before goes back to the model as it was.
     page.attach(*pictures)
@@ -84,15 +88,47 @@ def test_a_click_on_an_example_asks_it(page):
     page.find("button.example")[0].click()
     assert page.watch(0)[-1].strip()
     assert "what color is the shape?" in "".join(page.texts("[data-testid=user]"))
-    assert len(page.find("[data-testid=matplotlib] img")) == 1
+    wait_for(lambda: page.find("#fold button"))
 
 
 @needs_chromium
 def test_a_question_that_cannot_be_asked_says_why(page):
     page.open()
-    page.find("textarea")[0].send_keys("An <image>")
-    page.find("[data-testid=submit-button]")[0].click()
-    wait_for(lambda: "'<image>', which is reserved" in "".join(page.texts("[data-testid=toast-body]")))
+    assert "'<image>', which is reserved" in page.ask("An <image>")[-1]
+    # The page goes on, and the model is not told of what it did not answer.
+    assert page.ask("Are you well?")[-1].strip()
+
+
+@needs_chromium
+def test_the_page_says_which_model_answers(page):
+    page.open()
+    (limits,) = page.texts("#limits")
+    assert limits.startswith("visualrwkv-tiny answers: RWKV-") and "in float32 on cpu" in limits
+
+
+@needs_chromium
+def test_a_phone_shows_the_whole_page(page, pictures):
+    """Nothing is wider than the screen, and the question can be typed without scrolling."""
+    size = dict(width=390, height=780, deviceScaleFactor=1, mobile=True)
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        page.open()
+        script = "return [document.documentElement.scrollWidth, arguments[0].getBoundingClientRect().bottom]"
+        width, bottom = page.browser.execute_script(script, page.find("textarea")[0])
+        assert width <= 390 and bottom <= 780
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@needs_chromium
+def test_the_dark_button_changes_the_colours(page):
+    page.open()
+    script = "return getComputedStyle(document.querySelector('#chat')).backgroundColor"
+    before = page.browser.execute_script(script)
+    page.find("#theme")[0].click()
+    wait_for(lambda: page.browser.execute_script(script) != before)
+    page.find("#theme")[0].click()
+    wait_for(lambda: page.browser.execute_script(script) == before)
 
 
 # --- without a browser --------------------------------------------------------------------------------
@@ -115,6 +151,65 @@ def test_examples_are_pictures_with_questions(demo, tmp_path):
             assert picture.size == (demo.SIDE, demo.SIDE)
             assert len(picture.getcolors(demo.SIDE**2)) > 1
         assert example["text"].endswith("?")
+
+
+def test_questions_without_an_answer_are_not_part_of_the_conversation(demo):
+    def said(role, text):
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    talk = [said("user", "One?"), said("assistant", "Yes."), said("user", f"{demo.REFUSED}is what I see")]
+    refused = [said("user", "An <image>"), said("assistant", f"{demo.REFUSED}it is reserved.")]
+    stopped = [said("user", "Two?"), demo.status_of("reading the prompt")]
+    assert demo.without_unanswered([*talk[:2], *refused, *stopped, talk[2]]) == talk
+
+
+def test_what_is_done_is_said_until_the_first_word(demo, monkeypatch):
+    class Slow:
+        def ask(self, question, is_stopped, report):
+            report("reading the prompt: 0 of 9 tokens are read")
+            assert told.wait(60)
+            yield "Red"
+            yield "."
+
+    told = threading.Event()
+    monkeypatch.setattr(demo, "STATUS_SECONDS", 0.01)
+    news = demo.pieces_or_status(Slow(), "Which?")
+    assert [next(news), next(news)][1][1].startswith("reading the prompt: 0 of 9 tokens are read, ")
+    told.set()
+    assert [piece for piece, _ in news if piece] == ["Red", "."]
+
+
+def test_a_visitor_who_stops_is_let_go_while_the_prompt_is_read(demo, monkeypatch):
+    class Endless:
+        def ask(self, question, is_stopped, report):
+            while not is_stopped():
+                time.sleep(0.01)
+            left.append(question)
+            yield from ()
+
+    left = []
+    monkeypatch.setattr(demo, "STATUS_SECONDS", 0.01)
+    news = demo.pieces_or_status(Endless(), "Which?")
+    next(news)
+    news.close()
+    assert left == ["Which?"]
+
+
+def test_an_error_of_the_model_reaches_the_page(demo):
+    class Broken:
+        def ask(self, question, is_stopped, report):
+            raise ValueError("no")
+            yield
+
+    with pytest.raises(ValueError, match="no"):
+        list(demo.pieces_or_status(Broken(), "Which?"))
+
+
+def test_the_line_about_the_model(demo):
+    model = AutoModelForImageTextToText.from_pretrained(bundled_model())
+    assert "It knows one coloured shape" in demo.model_line(None, model, 9)
+    line = demo.model_line("my/<b>", model, 9)
+    assert line.startswith("**&lt;b&gt; answers**: RWKV-") and "answers of up to 9 tokens" in line
 
 
 def test_a_message_of_the_chatbot_in_the_words_of_a_chat_template(demo, tmp_path):
