@@ -36,7 +36,7 @@ BUNDLED = (
     "Photographs need a released model: `--model v6-1.6b`."
 )
 REFUSED, WORKING = "\u26a0 Not answered: ", "Working: "
-"""How a refusal and a status begin. They stand in the answer's place: after an exception gradio's chat waits for ever."""
+"""How a refusal and a status begin. They stand in the answer's place: after an exception gradio's chat would hang."""
 FIGURE_TITLE = "How the model reads this picture"
 STATUS_SECONDS = 0.5
 """How often the page hears what is being done before the first word."""
@@ -373,7 +373,7 @@ def save_examples(folder: Path) -> list[dict[str, Any]]:
 
 
 def draw_circle(draw: ImageDraw.ImageDraw) -> None:
-    draw.ellipse((70, 60, 190, 180), fill="#dc1e1e")
+    draw.ellipse((70, 60, 190, 180), fill="red")
 
 
 def draw_triangle(draw: ImageDraw.ImageDraw) -> None:
