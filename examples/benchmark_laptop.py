@@ -3,7 +3,7 @@
     pip install llama-cpp-python gguf        # the peer, which is left out if it is not installed
     python examples/benchmark_laptop.py models                           # makes full-size models in the folder `models`
     python examples/benchmark_laptop.py models --model v6-1.6b --rounds 1
-    python examples/benchmark_laptop.py /tmp/models --quick              # small shapes, to see that it runs
+    python examples/benchmark_laptop.py models --quick                   # small shapes, to see that it runs
 
 Nothing is downloaded: the models have the shapes of releases and random weights. Every row is measured in a process of
 its own, so its peak memory is its own, and the rows take turns for `--rounds` rounds, so that what disturbs the machine
