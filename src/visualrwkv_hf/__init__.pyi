@@ -22,6 +22,7 @@ from .modeling_vision import VisualRWKVVisionModel as VisualRWKVVisionModel
 from .modeling_visualrwkv import VisualRWKVForConditionalGeneration as VisualRWKVForConditionalGeneration
 from .modeling_visualrwkv import VisualRWKVModel as VisualRWKVModel
 from .processing_visualrwkv import VisualRWKVProcessor as VisualRWKVProcessor
+from .scoring_visualrwkv import AnswerScores as AnswerScores
 from .state_store import StateStore as StateStore
 from .training import VisualRWKVDataCollator as VisualRWKVDataCollator
 from .training import VisualRWKVTrainer as VisualRWKVTrainer

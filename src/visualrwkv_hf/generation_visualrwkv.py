@@ -1,9 +1,10 @@
 """`generate()` over the recurrent state, `read()`, and how both continue from a state that is kept."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -406,6 +407,43 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             if end == last_picture:
                 plan.leave(end)
         return ids, features
+
+    @torch.no_grad()
+    def _read_prompt(
+        self, inputs: Mapping[str, Any], kept: KeptState | None, store: StateStore | None
+    ) -> tuple[Tensor, VisualRWKVCache]:
+        """Read prompts as `generate()` does, with the same states.
+
+        Args:
+            inputs: the model's inputs [B, T], with padding on the left.
+            kept: a state that has read their beginning, or None.
+            store: the store of this call; None takes the model's.
+
+        Returns:
+            The hidden states [B, C] of the last tokens, and a cache that has read everything.
+
+        Raises:
+            ValueError: the inputs were prepared for a whole prompt, or do not fit the state.
+        """
+        if kept is not None and not is_kept(kept):
+            raise ValueError(f"past_key_values must be a KeptState here, got {type(kept).__name__}.")
+        store = self.state_store if store is None else store
+        plan = ReadingPlan.of(self.config, {**inputs, "past_key_values": kept}, (None,), store, None)
+        if plan is None:
+            raise ValueError(f"Answers are scored from input_ids and pictures, got {', '.join(inputs)}.")
+        plan.start(self, inputs.get("attention_mask"), 1, _turn_ends(self.generation_config))
+        ids, mask = plan.rest(inputs["input_ids"], inputs.get("attention_mask"))
+        ids, features = self._read_ahead(plan, ids)
+        pictures = {} if features is None else {"mm_encoder_outputs": _as_encoded(features)}
+        outputs = self.model(
+            input_ids=self._moved(ids),
+            attention_mask=None if mask is None else self._moved(mask),
+            past_key_values=plan.cache,
+            use_cache=True,
+            **pictures,
+        )
+        plan.leave(plan.prompt_length)
+        return outputs.last_hidden_state[:, -1], plan.cache
 
     def _moved(self, tensor: Tensor) -> Tensor:
         """Return a tensor where the model takes its inputs. Hooks move them for a model that is not in memory."""

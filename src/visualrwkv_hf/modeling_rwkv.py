@@ -35,6 +35,7 @@ from .modeling_base import (
     predicts_next_token,
     refuse_output_attentions,
 )
+from .scoring_visualrwkv import VisualRWKVScoringMixin
 from .token_order import IN_ORDER, TokenOrder, token_orders
 
 logger = logging.get_logger(__name__)
@@ -290,7 +291,9 @@ def directions_of_layers(
 
 
 @predicts_next_token
-class VisualRWKVForCausalLM(LanguageModelHead, VisualRWKVPreTrainedModel, VisualRWKVGenerationMixin):
+class VisualRWKVForCausalLM(
+    LanguageModelHead, VisualRWKVPreTrainedModel, VisualRWKVGenerationMixin, VisualRWKVScoringMixin
+):
     """RWKV-5, 6 or 7 with a language-modelling head: what a plain RWKV-World checkpoint becomes."""
 
     input_modalities = ("text",)

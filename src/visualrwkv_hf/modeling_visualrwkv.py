@@ -21,6 +21,7 @@ from .modeling_base import LanguageModelHead, VisualRWKVPreTrainedModel, predict
 from .modeling_rwkv import RwkvBlock, VisualRWKVTextModel
 from .modeling_vision import PROJECTORS, VisualRWKVVisionModel, pool_patches
 from .scan_orders import is_identity, num_directions, sequence_orders
+from .scoring_visualrwkv import VisualRWKVScoringMixin
 
 COMPRESSOR_MULTIPLE = 16
 """Zero vectors are put before the compressor's input up to a multiple of this length, as in training."""
@@ -299,7 +300,7 @@ def is_trivial(scan: str) -> bool:
 
 @predicts_next_token
 class VisualRWKVForConditionalGeneration(
-    LanguageModelHead, VisualRWKVPreTrainedModel, VisualRWKVGenerationMixin
+    LanguageModelHead, VisualRWKVPreTrainedModel, VisualRWKVGenerationMixin, VisualRWKVScoringMixin
 ):
     """VisualRWKV with its language-modelling head: pictures and text in, text out.
 
