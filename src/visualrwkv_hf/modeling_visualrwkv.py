@@ -369,8 +369,24 @@ class VisualRWKVForConditionalGeneration(
 
         Args: see [`VisualRWKVModel.forward`] for the inputs, and [`VisualRWKVForCausalLM.forward`] for `labels`,
         `logits_to_keep`, `skip_logits` and the options of the loss: a training step whose logits would exceed 256 MiB
-        returns `logits=None` by default.
+        returns `logits=None` by default. With a `state_store` a call for the last logits alone (`use_cache=False`, a
+        tensor `logits_to_keep`, no gradients) reads only what no stored state has read.
         """
+        pictures = {"pixel_values": pixel_values, "num_tiles": num_tiles}
+        pictures |= {name: kwargs[name] for name in kwargs if name.startswith("pixel_values")}
+        others = {name: kwargs[name] for name in kwargs if not name.startswith("pixel_values")}
+        last_logits = self._last_logits_by_store(
+            {"input_ids": input_ids, "attention_mask": attention_mask, **pictures},
+            logits_to_keep,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            scan_orders=scan_orders,
+            labels=labels,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **others,
+        )
+        if last_logits is not None:
+            return VisualRWKVCausalLMOutputWithPast(logits=last_logits)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -59,6 +59,7 @@ class VisualRWKVScoringMixin:
     config: Any
     device: torch.device
     model: Any
+    state_store: StateStore | None
     lm_head: nn.Linear
     get_image_features: Callable
     _read_prompt: Callable[..., tuple[Tensor, VisualRWKVCache]]
@@ -113,6 +114,30 @@ class VisualRWKVScoringMixin:
             return self._differentiable_scores(inputs, ids)
         with torch.no_grad():
             return self._scores(inputs, ids, past_key_values, state_store)
+
+    def _last_logits_by_store(
+        self, inputs: Mapping[str, Any], logits_to_keep: int | Tensor, **others: Any
+    ) -> Tensor | None:
+        """Return the logits [1, 1, vocab_size] of the last token, by way of `state_store`; None if that cannot be.
+
+        It is for a call that wants these logits and nothing else, as transformers' pipeline "decision" makes it for
+        each of several questions about one picture: `use_cache=False` and a tensor `logits_to_keep`.
+        """
+        ids = inputs.get("input_ids")
+        if self.state_store is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if (
+            ids is None
+            or len(ids) != 1
+            or not isinstance(logits_to_keep, Tensor)
+            or logits_to_keep.numel() != 1
+        ):
+            return None
+        is_asked = others.pop("use_cache", None) is False and int(logits_to_keep) == ids.shape[1] - 1
+        if not is_asked or any(value is not None and value is not False for value in others.values()):
+            return None
+        hidden, _ = self._read_prompt(_left_padded(inputs), None, None)
+        return self.lm_head(hidden)[:, None]
 
     def _scores(
         self,

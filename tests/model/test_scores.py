@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from chats import FIRST, MODELS, assistant, counted_tokens, inputs_of, user
+from chats import FIRST, MODELS, assistant, counted_tokens, inputs_of, picture, user
 from tiny_training import tiny_model, tiny_processor
+from transformers import pipeline
+from transformers.decision import DecisionConfig
 
 from visualrwkv_hf import StateStore, VisualRWKVForCausalLM
 from visualrwkv_hf.scoring_visualrwkv import answer_ids
@@ -213,3 +215,71 @@ def test_refusals(rwkv7, rwkv7_processor):
         rwkv7.score({**inputs, "pixel_values": pixels}, [[1]], past_key_values=state)
     with pytest.raises(ValueError, match="picture 1 is another one"):
         rwkv7.score(inputs_of(rwkv7_processor, user("What?", "blue")), [[1]], past_key_values=state)
+
+
+# --- transformers' pipeline "decision" ----------------------------------------------------------------
+
+
+def decide(model, processor, store):
+    """Answers to three questions about one picture, and how many tokens were read for each."""
+    decision = pipeline(
+        "decision",
+        model=model,
+        processor=processor,
+        tokenizer=processor.tokenizer,
+        decision_config=DecisionConfig(labels={"noul": ["Y", "N"]}),
+    )
+    request = {
+        "state": "A picture: photo-1",
+        "assets": {"photo-1": picture("red")},
+        "questions": {
+            "red": {"type": "noul", "instructions": "Is it red?"},
+            "kind": {
+                "type": "choice",
+                "instructions": "What is it?",
+                "criteria": {"dot": None, "line": "Long"},
+            },
+            "size": {"type": "score", "instructions": "How big is it?", "criteria": ["small", "big"]},
+        },
+    }
+    model.state_store = store
+    try:
+        with counted_tokens(model) as read:
+            return decision(request), read
+    finally:
+        model.state_store = None
+
+
+def test_decisions_with_a_store_read_the_picture_once(rwkv7):
+    processor = tiny_processor(rwkv7)  # of its own: the pipeline adds tokens to its tokenizer
+    plain, all_tokens = decide(rwkv7, processor, None)
+    store = StateStore()
+    kept, read = decide(rwkv7, processor, store)
+    picture_tokens = rwkv7.config.num_image_tokens
+    assert sum(count >= picture_tokens for count in all_tokens) == 3
+    assert store.hits == 2 and sum(all_tokens) - sum(read) >= 2 * picture_tokens
+    assert kept["red"]["noul"] == pytest.approx(plain["red"]["noul"], abs=1e-5)
+    for question in ("kind", "size"):
+        assert kept[question]["probabilities"] == pytest.approx(plain[question]["probabilities"], abs=1e-5)
+
+
+def test_only_a_call_for_the_last_logits_looks_into_the_store(rwkv7, rwkv7_processor):
+    inputs = inputs_of(rwkv7_processor, user("What?", "red"))
+    last = torch.tensor([inputs["input_ids"].shape[1] - 1])
+    plain = rwkv7(**inputs, use_cache=False, logits_to_keep=last)
+    rwkv7.state_store = store = StateStore()
+    try:
+        rwkv7(**inputs, use_cache=False, logits_to_keep=last)  # with gradients
+        with torch.no_grad():
+            rwkv7(**inputs, use_cache=False, logits_to_keep=1)
+            rwkv7(**inputs, use_cache=False, logits_to_keep=last - 1)
+            rwkv7(**inputs, logits_to_keep=last)
+            rwkv7(
+                **inputs, use_cache=False, logits_to_keep=last, labels=inputs["input_ids"], skip_logits=False
+            )
+            assert not len(store)
+            kept = rwkv7(**inputs, use_cache=False, logits_to_keep=last)
+    finally:
+        rwkv7.state_store = None
+    assert len(store)
+    torch.testing.assert_close(kept.logits, plain.logits, **EXACT)

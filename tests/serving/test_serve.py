@@ -1,5 +1,6 @@
 """The server, asked by the `openai` client: its answers are those of `generate`, whatever else happens."""
 
+import json
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -229,6 +230,29 @@ def test_fields_as_clients_send_them_are_taken(client, expected, fields):
     assert ask(client, [QUESTION], **fields) == expected([QUESTION])
 
 
+ANSWER_SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "grey"]}, "sure": {"type": "boolean"}},
+    "required": ["colour", "sure"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("options", [{}, dict(temperature=1.5, seed=3, frequency_penalty=2, top_p=0.9)])
+def test_an_answer_fits_the_schema_whole_and_streamed(client, options):
+    pytest.importorskip("llguidance", reason="needs the extra structured")
+    options = options | dict(tokens=100, response_format=schema_format(ANSWER_SCHEMA))
+    whole = ask(client, [QUESTION], **options)
+    answer = json.loads(whole)
+    assert answer["colour"] in ("red", "grey") and type(answer["sure"]) is bool and len(answer) == 2
+    assert "".join(pieces(stream(client, [QUESTION], **options))) == whole
+    text = {"format": {"type": "json_schema", "name": "answer", "schema": ANSWER_SCHEMA}}
+    reply = client.responses.create(
+        model="visualrwkv-tiny", input="Hello", text=text, max_output_tokens=100, temperature=0
+    )
+    assert json.loads(reply.output_text).keys() == answer.keys()
+
+
 NOTHING = {"role": "assistant", "content": ""}
 CHATS_OF_CLIENTS = {
     "developer": (
@@ -284,6 +308,15 @@ def test_usage_of_a_stream_comes_when_it_is_asked_for(client):
     assert all(chunk.usage is None for chunk in stream(client, [QUESTION], tokens=5))
 
 
+NESTED: dict = {}
+for _ in range(70):
+    NESTED = {"items": NESTED}
+
+
+def schema_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+
+
 REFUSALS = {
     "no message": (dict(messages=[]), "messages must be a list of at least one message"),
     "no list": (dict(messages="Hello"), "messages must be a list"),
@@ -336,7 +369,17 @@ REFUSALS = {
     "seed": (dict(seed=2**70), "seed must be an integer from"),
     "choices": (dict(n=2), "n can only be 1 or null here, got 2"),
     "tools": (dict(tools=[{"type": "function"}]), r"tools can only be \[\] or null here"),
-    "format": (dict(response_format={"type": "json_object"}), "response_format can only be .*text"),
+    "format": (dict(response_format={"type": "xml"}), "type is text, json_object or json_schema"),
+    "no schema": (
+        dict(response_format={"type": "json_schema", "json_schema": {"name": "a"}}),
+        "response_format.json_schema must be an object of description, name, schema, strict",
+    ),
+    "deep schema": (dict(response_format=schema_format(NESTED)), "nested 64 levels deep"),
+    "schema": (dict(response_format=schema_format({"type": "colour"})), "Invalid type: colour"),
+    "schema that nothing fits": (
+        dict(response_format=schema_format({"type": "integer", "minimum": 2, "maximum": 1})),
+        "No text fits what the answer must look like",
+    ),
     "bias list": (dict(extra_body={"logit_bias": [5]}), "logit_bias must be an object"),
     "bias key": (
         dict(logit_bias={"word": 1}),
@@ -377,7 +420,7 @@ def test_a_response_that_asks_for_what_is_not_there_is_refused(client, served):
     for fields, message in (
         (dict(input=openai.omit), "input must be a text or a list"),
         (dict(previous_response_id="resp_1"), "previous_response_id can only be null here"),
-        (dict(text={"format": {"type": "json_object"}}), "text.format can only be .*text"),
+        (dict(text={"format": {"type": "xml"}}), "type is text, json_object or json_schema"),
         (dict(input=[{"type": "function_call", "name": "f"}]), "must be an object with role and content"),
     ):
         with pytest.raises(openai.BadRequestError, match=message):

@@ -1,6 +1,7 @@
 """`visualrwkv ask`: one question about one picture or film."""
 
-from typing import Annotated, Any
+import json
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -12,13 +13,16 @@ from .options import (
     DtypeOption,
     FpsOption,
     ImagePositionOption,
+    JsonSchemaOption,
     MaxNewTokensOption,
     ModelOption,
     NumFramesOption,
     VerboseOption,
     answering_source,
     errors_in_a_sentence,
+    schema_text,
     show_answer,
+    structured,
 )
 from .steps import leave_at_once, say, say_backend, speed_report, steps
 
@@ -38,6 +42,15 @@ def ask(
     image_position: ImagePositionOption = None,
     num_frames: NumFramesOption = None,
     fps: FpsOption = None,
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            "--choices",
+            help="Answers with commas between them: print how probable each is, and generate nothing.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --choices: print JSON.")] = False,
+    json_schema: JsonSchemaOption = None,
     accelerate: AccelerateOption = True,
     verbose: VerboseOption = False,
 ) -> None:
@@ -45,28 +58,51 @@ def ask(
     with errors_in_a_sentence(verbose):
         refuse_missing_picture(picture)
         refuse_unknown_dtype(dtype)
+        if as_json and choices is None:
+            raise ValueError("--json prints the probabilities of --choices, which are missing.")
+        if choices is not None and json_schema is not None:
+            raise ValueError("Give either --choices or --json-schema, not both.")
+        answers = None if choices is None else listed(choices)
+        schema = None if json_schema is None else schema_text(json_schema)
         source = answering_source(model)
-        options = dict(max_new_tokens=max_new_tokens, do_sample=False)
+        sampling = dict(num_frames=num_frames, fps=fps)
         try:
-            sampling = dict(num_frames=num_frames, fps=fps)
-            answer(
-                picture,
-                question,
-                source,
-                device,
-                dtype,
-                image_position,
-                sampling,
-                accelerate,
-                verbose,
-                options,
+            asked = read(
+                picture, question, source, device, dtype, image_position, sampling, accelerate, schema
             )
+            if answers is not None:
+                choose(asked, answers, as_json)
+            else:
+                answer(asked, verbose, max_new_tokens)
         except KeyboardInterrupt:
             show_answer("\n")
             leave_at_once(INTERRUPTED)
 
 
-def answer(
+def listed(choices: str) -> list[str]:
+    """Return the answers of `--choices`.
+
+    Raises:
+        ValueError: one is empty or given twice.
+    """
+    answers = [choice.strip() for choice in choices.split(",")]
+    if not all(answers):
+        raise ValueError(f"--choices needs answers with commas between them, got {choices!r}.")
+    if len(set(answers)) < len(answers):
+        raise ValueError(f"--choices names an answer twice: {choices!r}.")
+    return answers
+
+
+class Asked(NamedTuple):
+    """A question that is ready for the model. `processors` restrict the answer."""
+
+    model: Any
+    processor: Any
+    inputs: Any
+    processors: list[Any]
+
+
+def read(
     picture: str,
     question: str,
     source: str,
@@ -75,24 +111,37 @@ def answer(
     image_position: str | None,
     sampling: dict[str, Any],
     accelerate: bool,
-    verbose: bool,
-    options: dict[str, Any],
-) -> None:
-    """Load the model and stream its answer to standard output."""
+    schema: str | None,
+) -> Asked:
+    """Load the model and make its inputs."""
     with steps("loading libraries") as step:
         from ..inference.chat import chat_inputs
-        from ..inference.streaming import Generation
 
         step("reading the picture")
         processor = load_processor(source)
         content = [*content_parts(picture, **sampling), {"type": "text", "text": question}]
         # The inputs come before the weights, so that what is wrong with them is said without a wait.
         inputs = chat_inputs(processor, [{"role": "user", "content": content}], image_position)
+        processors = [] if schema is None else [structured(processor, schema)]
         vlm = load_model(source, device, dtype, accelerate, report=step)
     say_backend(vlm)
+    return Asked(vlm, processor, inputs.to(vlm.device, dtype=vlm.dtype), processors)
+
+
+def answer(asked: Asked, verbose: bool, max_new_tokens: int) -> None:
+    """Stream the answer to standard output."""
+    from ..inference.streaming import Generation
+
     with steps("reading the prompt") as step:
-        inputs = inputs.to(vlm.device, dtype=vlm.dtype)
-        generation = Generation(vlm, processor.tokenizer, inputs, report=step, **options)
+        generation = Generation(
+            asked.model,
+            asked.processor.tokenizer,
+            asked.inputs,
+            report=step,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=asked.processors,
+        )
         pieces = generation.pieces()
         piece = next(pieces, None)
     while piece is not None:
@@ -100,4 +149,31 @@ def answer(
         piece = next(pieces, None)
     show_answer("\n")
     if verbose:
-        say(speed_report(generation, vlm))
+        say(speed_report(generation, asked.model))
+
+
+def choose(asked: Asked, answers: list[str], as_json: bool) -> None:
+    """Print how probable each answer is, the most probable one first."""
+    with steps("reading the prompt"):
+        scores = asked.model.score(asked.inputs, answers, tokenizer=asked.processor, end_of_turn=True)
+    rows = [
+        {
+            "answer": answer,
+            "probability": probability,
+            "log_probability": log_probability,
+            "tokens": tokens[0].tolist(),
+        }
+        for answer, probability, log_probability, tokens in zip(
+            answers,
+            scores.probabilities[0].tolist(),
+            scores.log_probs[0].tolist(),
+            scores.token_log_probs,
+        )
+    ]
+    rows.sort(key=lambda row: -row["log_probability"])
+    if as_json:
+        show_answer(json.dumps({"answer": rows[0]["answer"], "choices": rows}, ensure_ascii=False), "\n")
+        return
+    width = max(len(answer) for answer in answers)
+    for row in rows:
+        show_answer(f"{row['answer']:{width}}  {row['probability']:7.2%}", "\n")

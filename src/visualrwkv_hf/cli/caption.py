@@ -16,12 +16,15 @@ from .options import (
     DtypeOption,
     FpsOption,
     ImagePositionOption,
+    JsonSchemaOption,
     MaxNewTokensOption,
     ModelOption,
     NumFramesOption,
     VerboseOption,
     answering_source,
     errors_in_a_sentence,
+    schema_text,
+    structured,
 )
 from .steps import say_backend
 
@@ -48,6 +51,7 @@ def caption(
     films: Annotated[bool, typer.Option("--films", help="Ask about films in the folder as well.")] = False,
     num_frames: NumFramesOption = None,
     fps: FpsOption = None,
+    json_schema: JsonSchemaOption = None,
     accelerate: AccelerateOption = True,
     verbose: VerboseOption = False,
 ) -> None:
@@ -58,6 +62,7 @@ def caption(
     """
     with errors_in_a_sentence(verbose):
         refuse_unknown_dtype(dtype)
+        schema = None if json_schema is None else schema_text(json_schema)
         source = answering_source(model)
 
         from ..inference.captioning import Captioning
@@ -67,10 +72,14 @@ def caption(
         )
         if films:
             settings |= dict(films=True, num_frames=num_frames, fps=fps)
+        if schema is not None:
+            settings["json_schema"] = schema
         work = Captioning(folder, output, settings)
         with work.locked():
             if work.todo():
                 processor = asked_processor(source, prompt, image_position)
+                if schema is not None:
+                    structured(processor, schema)  # refuses a wrong schema before the weights are read
                 vlm = load_model(source, device, dtype, accelerate)
                 say_backend(vlm)
                 caption_all(work, vlm, processor, batch_size)

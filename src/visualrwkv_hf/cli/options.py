@@ -1,9 +1,11 @@
 """What the commands share: options, and errors in one sentence. Quick to import."""
 
 import contextlib
+import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +48,10 @@ NumFramesOption = Annotated[
 FpsOption = Annotated[
     float | None,
     typer.Option("--fps", help="Frames a second that are taken of a film, instead of their number."),
+]
+JsonSchemaOption = Annotated[
+    Path | None,
+    typer.Option("--json-schema", help="File of a JSON schema: the answer is JSON that fits it."),
 ]
 AccelerateOption = Annotated[
     bool,
@@ -108,6 +114,32 @@ EXPECTED = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
 def is_of_jinja(error: BaseException) -> bool:
     """Return whether a chat template refused the messages, without importing jinja2."""
     return any(cls.__name__ == "TemplateError" for cls in type(error).__mro__)
+
+
+def schema_text(path: Path) -> str:
+    """Return the text of a JSON schema's file, before anything slow is imported.
+
+    Raises:
+        ValueError, OSError: it cannot be read, or is no JSON.
+    """
+    if path.stat().st_size > MAX_SCHEMA_BYTES:
+        raise ValueError(f"{path} has more than {MAX_SCHEMA_BYTES} bytes.")
+    try:
+        text = path.read_text("utf-8")
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    return text
+
+
+MAX_SCHEMA_BYTES = 2**20
+
+
+def structured(processor: Any, schema: str) -> Any:
+    """Return the logits processor that lets only JSON pass that fits a schema."""
+    from ..inference.structured import structured_output
+
+    return structured_output(processor, json_schema=schema)
 
 
 def show_answer(text: str, end: str = "") -> None:

@@ -12,3 +12,5 @@ from .server import Access as Access
 from .server import Limits as Limits
 from .server import serve as serve
 from .streaming import stream_answer as stream_answer
+from .structured import StructuredOutput as StructuredOutput
+from .structured import structured_output as structured_output

@@ -17,6 +17,7 @@ from ..film_formats import FILM_SUFFIXES
 from ..image_processing_visualrwkv import open_picture
 from .chat import chat_inputs
 from .pictures import content_parts
+from .structured import structured_output
 
 PICTURE_SUFFIXES = frozenset(
     (
@@ -60,7 +61,8 @@ class Captioning:
         output: the JSON Lines file.
         settings: `prompt`, `max_new_tokens`, `image_position` and whatever else the answers depend on, as JSON
             values. A file that was begun with other settings is not continued. If `films` is true, films are asked
-            about as well, and `num_frames` or `fps` say which of their frames are taken.
+            about as well, and `num_frames` or `fps` say which of their frames are taken. `json_schema` is the text of
+            a JSON schema that the answers fit.
 
     Attributes:
         names: the pictures, sorted.
@@ -212,7 +214,14 @@ class Captioning:
 
     def _answers(self, model, processor, inputs: BatchFeature) -> list[str]:
         inputs = inputs.to(model.device, dtype=model.dtype)
-        output = model.generate(**inputs, max_new_tokens=self.settings["max_new_tokens"], do_sample=False)
+        schema = self.settings.get("json_schema")
+        fits = [] if schema is None else [structured_output(processor, json_schema=schema)]
+        output = model.generate(
+            **inputs,
+            max_new_tokens=self.settings["max_new_tokens"],
+            do_sample=False,
+            logits_processor=fits,
+        )
         return processor.post_process_image_text_to_text(output, prompt_length=inputs["input_ids"].shape[1])
 
 

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from ..state_store import StateStore
 from .progress import Left, Watch
 from .server_limits import Access, Limits, Refusal
 from .server_requests import Asked
+from .structured import structured_output
 
 logger = logging.getLogger(__name__)
 
@@ -363,6 +364,10 @@ class Answerer:
             [*asked.stop, TURN_END] if is_chat else asked.stop,
             strip=is_chat,
         )
+        fits: list[LogitsProcessor] = []
+        if asked.json_schema is not None:
+            fits.append(_structured(tokenizer, asked.json_schema))
+        fits.append(Sampler(asked, length, temperature, top_p))  # chooses among the tokens that are left
         writer = Writer(job, text, _ends_of(config), self.limits.answer_seconds)
         if asked.echo and asked.prompt:
             job.put(asked.prompt)
@@ -371,7 +376,7 @@ class Answerer:
             self.model.generate(
                 **inputs,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([Sampler(asked, length, temperature, top_p)]),
+                logits_processor=LogitsProcessorList(fits),
                 stopping_criteria=StoppingCriteriaList([writer]),
                 state_store=self._store_of(job),
             )
@@ -424,6 +429,13 @@ def _with_pictures(content: Any, pictures: Sequence[Any]) -> Any:
     return [
         part | {"image": pictures[part["image"]]} if part["type"] == "image" else part for part in content
     ]
+
+
+def _structured(tokenizer: Any, schema: Mapping[str, Any]) -> LogitsProcessor:
+    try:
+        return structured_output(tokenizer, json_schema=schema)
+    except ImportError as error:
+        raise Refusal(f"This server cannot write JSON by a schema. {error}", 501) from error
 
 
 def _ends_of(config: GenerationConfig) -> list[int]:

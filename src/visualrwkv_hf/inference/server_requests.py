@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from .server_formats import answer_schema
 from .server_limits import Limits, Refusal, shown
 from .server_messages import read_messages, refuse_long_text
 
@@ -37,6 +38,7 @@ class Asked:
         temperature, top_p: None: as the model's generation_config says.
         stop: texts that end an answer.
         bias: token -> what is added to its logit.
+        json_schema: what the answer must fit as JSON.
     """
 
     kind: str
@@ -56,6 +58,7 @@ class Asked:
     include_usage: bool = False
     echo: bool = False
     scope: str = ""
+    json_schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def read_request(kind: str, body: Mapping[str, Any], rules: Rules) -> Asked:
     asked.template = values.get("chat_template_kwargs", {})
     asked.include_usage = values.get("stream_options", False)
     asked.scope = values.get("prompt_cache_key", "")
+    asked.json_schema = values.get("response_format" if kind == "chat" else "text")
     if kind == "completion":
         asked.prompt = values.get("prompt")
         if asked.prompt is None:
@@ -288,13 +292,16 @@ def _stream_options(name: str, value: Any, rules: Rules) -> bool:
     return value.get("include_usage") is not None and _flag(name, value["include_usage"], rules)
 
 
-def _text_options(name: str, value: Any, rules: Rules) -> None:
+def _format(name: str, value: Any, rules: Rules) -> Mapping[str, Any] | None:
+    return answer_schema(name, value)
+
+
+def _text_options(name: str, value: Any, rules: Rules) -> Mapping[str, Any] | None:
     if not isinstance(value, dict) or value.keys() - {"format", "verbosity"}:
         raise _refuse(name, "an object of format and verbosity", value)
-    if value.get("format") is not None:
-        _only({"type": "text"})("text.format", value["format"], rules)
     if value.get("verbosity") is not None:
         _only("medium")("text.verbosity", value["verbosity"], rules)
+    return None if value.get("format") is None else answer_schema("text.format", value["format"])
 
 
 def _reasoning(name: str, value: Any, rules: Rules) -> None:
@@ -342,7 +349,7 @@ FIELDS: dict[str, dict[str, Check]] = {
         "messages": _anything,
         "max_completion_tokens": _new_tokens,
         "logprobs": _only(False),
-        "response_format": _only({"type": "text"}),
+        "response_format": _format,
         "functions": _only([]),
         "function_call": _only("none", "auto"),
         "modalities": _only(["text"]),

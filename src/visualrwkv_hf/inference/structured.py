@@ -27,8 +27,8 @@ LIMITS = dict(step_max_items=20_000, max_grammar_size=100_000, max_lexer_states=
 """Of llguidance: the work for one token, the symbols of a grammar, and the memory of its lexer."""
 JSON_SPACE = r"(\n?[ \t]{0,32})?"
 """White space between the parts of JSON: no blank line, which would end the turn, and not without end."""
-START = 'start: {space}{body} "\\n\\n"?\n'
-"""An answer follows "Assistant:" after a space, and its turn ends with a blank line."""
+START = "start: {space}{body}\n"
+"""An answer follows "Assistant:" after a space. The blank line that ends its turn is a token that ends an answer."""
 SPACE = '" "? '
 
 
@@ -121,7 +121,7 @@ class Grammar:
             LLMatcher(vocabulary, self.text(space), log_level=0, limits=limits) for space in ("", SPACE)
         )
         _refuse_error(without_space)
-        _allowed(without_space, vocabulary.vocab_size)
+        _allowed(without_space, vocabulary.vocab_size, vocabulary.eos_tokens)
         return matcher
 
 
@@ -177,7 +177,9 @@ class StructuredOutput(LogitsProcessor):
     """
 
     def __init__(self, grammar: Grammar, tokenizer: Any):
-        self._first = grammar.matcher(getattr(tokenizer, "tokenizer", tokenizer))
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self._first = grammar.matcher(tokenizer)
+        self._ends = _byte_tokenizer(tokenizer).eos_tokens
         self._prompt: Tensor | None = None
         self._length = 0
         self._followed: dict[tuple[int, ...], Any] = {}
@@ -197,7 +199,12 @@ class StructuredOutput(LogitsProcessor):
         for answer in answers:
             if answer not in self._followed:
                 self._followed[answer] = self._after(answer, before)
-            masks.append(_allowed(self._followed[answer], scores.shape[1]))
+            is_ended = any(end in answer for end in self._ends)  # what follows is padding
+            masks.append(
+                torch.ones(scores.shape[1], dtype=torch.bool)
+                if is_ended or self._followed[answer] is None
+                else _allowed(self._followed[answer], scores.shape[1], self._ends)
+            )
         allowed = torch.stack(masks).to(scores.device)  # bool [R, vocab]
         return scores.masked_fill(~allowed, float("-inf"))
 
@@ -212,23 +219,31 @@ class StructuredOutput(LogitsProcessor):
         return torch.equal(input_ids[:, :length], prompt)
 
     def _after(self, answer: tuple[int, ...], before: Mapping[tuple[int, ...], Any]) -> Any:
-        """Return a matcher that has followed `answer`, if possible from one that lacks only the last token."""
+        """Return a matcher that has followed `answer`, if possible from one that lacks only the last token.
+
+        None for an answer that does not fit: a beam of probability 0, where fewer tokens fit than there are beams.
+        """
+        if answer and answer[:-1] in before and before[answer[:-1]] is None:
+            return None
         known = before.get(answer[:-1]) if answer else None
         matcher, tokens = (self._first, answer) if known is None else (known, answer[-1:])
         matcher = matcher.deep_copy()
         for token in tokens:
-            if matcher.is_stopped():  # what follows the end of an answer is padding
+            if token in self._ends:
                 break
-            matcher.consume_token(token)
-            _refuse_error(matcher)
+            if not matcher.try_consume_tokens([token]):
+                _refuse_error(matcher)
+                return None
         return matcher
 
 
-def _allowed(matcher: Any, vocab_size: int) -> Tensor:
-    """Return which tokens can come next, bool [vocab_size]; all of them after the end."""
+def _allowed(matcher: Any, vocab_size: int, ends: Sequence[int]) -> Tensor:
+    """Return which tokens can come next, bool [vocab_size]: only `ends` where nothing more fits."""
     if matcher.is_stopped():
         _refuse_error(matcher)
-        return torch.ones(vocab_size, dtype=torch.bool)
+        allowed = torch.zeros(vocab_size, dtype=torch.bool)
+        allowed[list(ends)] = True
+        return allowed
     bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
     _refuse_error(matcher)
     allowed = torch.zeros(vocab_size, dtype=torch.bool)

@@ -1,0 +1,134 @@
+"""`visualrwkv ask --choices` and `--json-schema`, and `caption --json-schema`: they print what the model says."""
+
+import json
+
+import pytest
+from chats import picture
+from tiny_training import save_tiny_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
+
+from visualrwkv_hf.cli.app import app
+
+QUESTION = "Which colour is it?"
+CHOICES = ["red", "a red dot", "no"]
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}},
+    "required": ["colour"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def red(tmp_path):
+    picture("red").save(tmp_path / "red.png")
+    return tmp_path / "red.png"
+
+
+@pytest.fixture
+def schema(tmp_path):
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    return tmp_path / "schema.json"
+
+
+def run(command, *arguments):
+    return CliRunner().invoke(app, [command, *map(str, arguments), "--device", "cpu"])
+
+
+def assert_refused(result, sentence):
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.startswith("Error: ") and sentence in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_choices_are_printed_with_their_probabilities(folder, red):
+    result = run("ask", "--model", folder, red, QUESTION, "--choices", ", ".join(CHOICES), "--json")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(folder),
+        AutoProcessor.from_pretrained(folder),
+    )
+    content = [{"type": "image", "url": str(red)}, {"type": "text", "text": QUESTION}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    scores = model.score(inputs, CHOICES, tokenizer=processor, end_of_turn=True)
+    found = {row["answer"]: row for row in printed["choices"]}
+    assert list(found) == sorted(CHOICES, key=lambda answer: -found[answer]["probability"])
+    assert printed["answer"] == next(iter(found))
+    for i, answer in enumerate(CHOICES):
+        assert found[answer]["probability"] == pytest.approx(float(scores.probabilities[0, i]), abs=1e-4)
+        assert found[answer]["log_probability"] == pytest.approx(float(scores.log_probs[0, i]), abs=1e-3)
+        assert sum(found[answer]["tokens"]) == pytest.approx(found[answer]["log_probability"], abs=1e-4)
+    lines = run("ask", "--model", folder, red, QUESTION, "--choices", ",".join(CHOICES)).stdout.splitlines()
+    assert [line.rsplit(None, 1)[0].strip() for line in lines] == list(found)
+    assert [float(line.split()[-1].rstrip("%")) for line in lines] == pytest.approx(
+        [100 * row["probability"] for row in found.values()], abs=0.01
+    )
+
+
+def test_an_answer_fits_the_schema(folder, red, schema):
+    pytest.importorskip("llguidance", reason="needs the extra structured")
+    result = run("ask", "--model", folder, red, QUESTION, "--json-schema", schema)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["colour"] in ("red", "blue")
+
+
+def test_captions_fit_the_schema(folder, red, schema, tmp_path):
+    pytest.importorskip("llguidance", reason="needs the extra structured")
+    (pictures := tmp_path / "pictures").mkdir()
+    for name in ("red", "green", "blue"):
+        picture(name).save(pictures / f"{name}.png")
+    output = tmp_path / "out.jsonl"
+    arguments = ["--model", folder, "--prompt", QUESTION, "--output", output, pictures, "--batch-size", 2]
+    result = run("caption", *arguments, "--json-schema", schema, "--max-new-tokens", 60)
+    assert result.exit_code == 0, result.stderr
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(rows) == 3
+    assert all(json.loads(row["text"])["colour"] in ("red", "blue") for row in rows)
+    schema.write_text(json.dumps({"type": "object"}))
+    result = run("caption", *arguments, "--json-schema", schema, "--max-new-tokens", 60)
+    assert_refused(result, "was begun with json_schema")
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--choices", ""], "--choices needs answers with commas between them, got ''."),
+        (["--choices", "yes,,no"], "--choices needs answers with commas between them"),
+        (["--choices", "yes, yes"], "--choices names an answer twice"),
+        (["--json"], "--json prints the probabilities of --choices, which are missing."),
+        (["--choices", "yes", "--json-schema", "none.json"], "Give either --choices or --json-schema"),
+        (["--json-schema", "none.json"], "none.json"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(folder, red, options, sentence):
+    assert_refused(run("ask", "--model", folder, red, QUESTION, *options), sentence)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("{", "is no JSON"),
+        ("[1]", "must be an object"),
+        ('{"type": "integer", "minimum": 2, "maximum": 1}', "No text fits what the answer must look like"),
+        ('{"type": "colour"}', "Invalid type: colour"),
+    ],
+)
+def test_a_schema_that_no_answer_fits_is_refused_before_the_weights_are_read(
+    folder, red, schema, text, sentence
+):
+    pytest.importorskip("llguidance", reason="needs the extra structured")
+    schema.write_text(text)
+    assert_refused(run("ask", "--model", folder, red, QUESTION, "--json-schema", schema), sentence)
