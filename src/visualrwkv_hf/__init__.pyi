@@ -30,6 +30,7 @@ from .training import VisualRWKVTrainingArguments as VisualRWKVTrainingArguments
 from .training import load_conversations as load_conversations
 from .training import lora_config as lora_config
 from .training import train_only as train_only
+from .tuned_state import TunedState as TunedState
 from .wkv import wkv6 as wkv6
 from .wkv import wkv7 as wkv7
 

@@ -26,6 +26,7 @@ from .prompt_identity import (
 )
 from .reading_plan import ReadingPlan
 from .state_store import StateStore
+from .tuned_state import TunedState
 
 CACHES: dict[str | None, Callable] = {
     None: VisualRWKVCache,
@@ -200,6 +201,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         *args,
         state_store: StateStore | None = None,
         reading_plan: ReadingPlan | None = None,
+        initial_state: TunedState | Sequence[TunedState | None] | None = None,
         **kwargs,
     ):
         """Generate as [`~transformers.GenerationMixin.generate`], with states instead of key-value caches.
@@ -213,6 +215,8 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             *args: likewise, in its order.
             state_store: where to look for a state and to leave states in this call, in place of `model.state_store`.
             reading_plan: what a model that this one assists hands over; not for users.
+            initial_state: a [`TunedState`] with which the prompts begin in place of zeros, or one for each row; None in
+                the list stands for zeros.
             **kwargs: all other arguments of the stock method, and the model's inputs. `past_key_values` may be a
                 [`KeptState`], which stays as it is, or a [`VisualRWKVCache`], which is advanced in place.
                 `cache_implementation` may be "dynamic" or "static" (for `torch.compile`).
@@ -229,7 +233,12 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             (generation_config, self.generation_config),
             self.state_store if state_store is None else state_store,  # an empty one is false
             reading_plan,
+            initial_state,
         )
+        if plan is None and initial_state is not None:
+            raise ValueError(
+                "initial_state needs input_ids that generate() reads itself, by no option for a whole prompt."
+            )
         if plan is not None:
             kwargs = self._without_pictures(kwargs) | {"past_key_values": plan}
         elif not kwargs.get("mm_encoder_outputs") and (pictures := Pictures.of(kwargs, self.config)).tiles:

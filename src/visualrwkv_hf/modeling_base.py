@@ -17,6 +17,7 @@ from .configuration_visualrwkv import VisualRWKVTextConfig
 from .generations import GENERATIONS
 from .loss_visualrwkv import is_worth_slicing, sliced_loss, visualrwkv_loss
 from .remote_code import push_saved, ship_remote_code
+from .tuned_state import attached
 
 HUB_ARGUMENTS = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 """Arguments of `save_pretrained(push_to_hub=True)` that are for the upload."""
@@ -86,8 +87,12 @@ class VisualRWKVPreTrainedModel(PreTrainedModel):
         """Save the model like [`~transformers.PreTrainedModel.save_pretrained`], with the code that loads it.
 
         A model with adapters (`add_adapter`, `load_adapter`) saves these alone, as transformers does: their folder
-        has no `config.json` and needs no code.
+        has no `config.json` and needs no code. So does a model with a [`TunedState`] attached.
         """
+        if (tuned := attached(self)) is not None:
+            if is_main_process:
+                tuned.save_pretrained(save_directory)
+            return
         upload = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         before = self._get_files_timestamps(save_directory) if Path(save_directory).is_dir() else {}

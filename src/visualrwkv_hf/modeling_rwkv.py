@@ -37,6 +37,7 @@ from .modeling_base import (
 )
 from .scoring_visualrwkv import VisualRWKVScoringMixin
 from .token_order import IN_ORDER, TokenOrder, token_orders
+from .tuned_state import TunedState
 
 logger = logging.get_logger(__name__)
 
@@ -126,7 +127,11 @@ class RwkvBlock(GradientCheckpointingLayer):
 
 
 class VisualRWKVTextModel(VisualRWKVPreTrainedModel):
-    """The blocks between embedding and head. The norm after the embedding (ln0) is for text and pictures alike."""
+    """The blocks between embedding and head. The norm after the embedding (ln0) is for text and pictures alike.
+
+    Attributes:
+        tuned_state: what every text begins with instead of zeros, see [`TunedState.attach`].
+    """
 
     input_modalities = ("text",)
     _can_record_outputs = {"hidden_states": RwkvBlock}
@@ -140,6 +145,7 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel):
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
+        self.tuned_state: TunedState | None = None
         self.post_init()
 
     @merge_with_config_defaults
@@ -203,6 +209,17 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel):
             cu_seqlens,
         )
         holders = None if past_key_values is None else past_key_values.layers
+        if self.tuned_state is not None and (holders is None or past_key_values.is_empty):
+            if cu_seqlens is not None:
+                raise ValueError("Packed sequences (cu_seq_lens_q) cannot begin with a tuned state.")
+            begun = self.tuned_state.holders(len(inputs_embeds), inputs_embeds.dtype)
+            if holders is None:
+                holders = begun
+            else:
+                for layer, holder in zip(holders, begun):
+                    layer.update(
+                        0, {name: StateUpdate(t.detach()) for name, t in holder.state().tensors.items()}
+                    )
         hidden_states = self.run_blocks(inputs_embeds, orders, holders)
         if past_key_values is not None:
             past_key_values.advance(length)

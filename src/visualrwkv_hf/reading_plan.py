@@ -21,6 +21,7 @@ from .prompt_identity import (
     refuse_other_beginning,
 )
 from .state_store import StateStore
+from .tuned_state import TunedState, identity_of, initial_cache
 
 PREPARED_INPUTS = ("inputs_embeds", "scan_orders", "mm_encoder_outputs")
 """Model inputs that were computed for a whole prompt."""
@@ -39,6 +40,7 @@ class ReadingPlan:
         store: where a state may be found, and where states are left.
         user_cache: the user's own empty cache, which is advanced; None to make one.
         for_assistant: whether a model that assists another one reads.
+        initial: what the rows begin with in place of zeros, one for all or one for each.
         prompts: the identity of each row; empty if nobody asks for it.
         pixel_dtype: the dtype in which pixels are compared.
         ends: the lengths at which the only row is cut into pieces; none if the rest is read at once.
@@ -53,6 +55,7 @@ class ReadingPlan:
     store: StateStore | None = None
     user_cache: VisualRWKVCache | None = None
     for_assistant: bool = False
+    initial: TunedState | Sequence[TunedState | None] | None = None
     prompts: Sequence[PromptIdentity] = ()
     pixel_dtype: torch.dtype = torch.float32
     ends: Sequence[int] = ()
@@ -69,6 +72,7 @@ class ReadingPlan:
         generation_config: Sequence[GenerationConfig | None],
         store: StateStore | None,
         carried: "ReadingPlan | None",
+        initial: TunedState | Sequence[TunedState | None] | None = None,
     ) -> "ReadingPlan | None":
         """Return a plan for these arguments of `generate()`; None if the stock method reads them.
 
@@ -78,6 +82,7 @@ class ReadingPlan:
             generation_config: the caller's and the model's, in which options are looked up in this order.
             store: the store of this call.
             carried: the plan of the model that this one assists, which has its pictures.
+            initial: what the rows begin with in place of zeros.
 
         Raises:
             ValueError: a kept state cannot continue with these options, or the pictures are not whole.
@@ -92,6 +97,12 @@ class ReadingPlan:
         )
         if hindrances or continues or not isinstance(ids, Tensor):
             return None
+        if initial is not None and past is not None:
+            raise ValueError(
+                "initial_state is for prompts that are read from their start, without past_key_values."
+            )
+        if initial is not None and store is not None:
+            store = store.scoped(identity_of(initial))
         for_assistant = bool(_option("is_assistant", {}, generation_config))
         return cls(
             input_ids=ids,
@@ -100,6 +111,7 @@ class ReadingPlan:
             store=store if past is None and len(ids) == 1 and not for_assistant else None,
             user_cache=past if kept is None else None,
             for_assistant=for_assistant,
+            initial=initial,
         )
 
     def __deepcopy__(self, memo: dict) -> "ReadingPlan":
@@ -149,7 +161,10 @@ class ReadingPlan:
         """
         rows = len(self.input_ids)
         if kept is None:
-            self.cache = VisualRWKVCache(model.config) if self.user_cache is None else self.user_cache
+            if self.initial is not None:
+                self.cache = initial_cache(self.initial, model, rows)
+            else:
+                self.cache = VisualRWKVCache(model.config) if self.user_cache is None else self.user_cache
             self.num_read, self.unread = [0] * rows, self.pictures
             return
         if kept.batch_size not in (1, rows):

@@ -288,6 +288,8 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
 def _weights_hash(model: nn.Module) -> str:
     digest, samples = hashlib.sha256(), []
     for name, weight in model.named_parameters():
+        if ".tuned_state." in f".{name}":  # is trained, and no weight of the model
+            continue
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         if type(weight.detach()) is Tensor and not weight.is_meta and weight.numel():
             flat = weight.detach().reshape(-1)

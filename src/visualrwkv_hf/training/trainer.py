@@ -15,6 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..modeling_base import make_base_paths_absolute
+from ..tuned_state import TunedState, attached
 from .arguments import VisualRWKVTrainingArguments
 from .card import training_card
 from .files import UNFINISHED, checkpoints_to_discard, discard, move_into
@@ -210,8 +211,11 @@ class VisualRWKVTrainer(Trainer):
         move_into(unfinished, target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load a checkpoint; for adapters of `model.add_adapter`, which Trainer saves but does not load, by PEFT."""
+        """Load a checkpoint; Trainer itself loads no tuned state, and no adapters of `model.add_adapter`."""
         loaded = self.model if model is None else model
+        if (tuned := attached(loaded)) is not None:
+            tuned.load_state_dict(TunedState.from_pretrained(resume_from_checkpoint, loaded).state_dict())
+            return
         if not _has_own_adapters(loaded):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         from peft import set_peft_model_state_dict

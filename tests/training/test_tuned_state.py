@@ -1,0 +1,230 @@
+"""State tuning: gradients reach the initial state alone, and a model begins with it whatever the way it reads."""
+
+import json
+
+import pytest
+import torch
+from chats import GREEDY, MODELS, inputs_of, user
+from safetensors.torch import load_file, save_file
+from tiny_training import rows_with_pictures, tiny_model, tiny_processor, write_data
+
+from visualrwkv_hf import (
+    StateStore,
+    TunedState,
+    VisualRWKVDataCollator,
+    VisualRWKVTrainer,
+    VisualRWKVTrainingArguments,
+    load_conversations,
+)
+
+LOGITS = dict(**GREEDY, output_logits=True, return_dict_in_generate=True)
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return tiny_model(**MODELS[request.param])
+
+
+@pytest.fixture
+def rwkv7():
+    return tiny_model(**MODELS["rwkv7"])
+
+
+def random_state(model, seed=0, **options) -> TunedState:
+    state = TunedState.of(model, **options)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in state.parameters():
+        weight.data.normal_(generator=generator)
+    return state
+
+
+def logits_of(model, inputs, **options) -> torch.Tensor:
+    return torch.stack(model.generate(**inputs, **LOGITS, **options).logits)
+
+
+def test_zeros_change_nothing_and_others_do(model):
+    inputs = inputs_of(tiny_processor(model), user("What is it?", "red"))
+    plain = logits_of(model, inputs)
+    assert torch.equal(logits_of(model, inputs, initial_state=TunedState.of(model)), plain)
+    assert not torch.allclose(logits_of(model, inputs, initial_state=random_state(model)), plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("options", [{}, dict(train_tokens=False), dict(layers=[1])])
+def test_generate_and_forward_begin_alike(model, options):
+    """An initial state of `generate`, an attached one in a training forward, and one with a cache."""
+    inputs = inputs_of(tiny_processor(model), user("What is it?", "red"))
+    state = random_state(model, **options)
+    generated = logits_of(model, inputs, initial_state=state)[0, 0]
+    TunedState.attach(model, state)
+    for use_cache in (False, True):
+        logits = model(**inputs, use_cache=use_cache).logits[0, -1]
+        torch.testing.assert_close(logits, generated, rtol=0, atol=1e-4)  # float32, read in pieces
+    torch.testing.assert_close(logits_of(model, inputs)[0, 0], generated, rtol=0, atol=1e-4)
+    state.detach(model)
+    assert not torch.allclose(model(**inputs).logits[0, -1], generated, atol=1e-2)
+
+
+def test_gradients_are_the_slope_and_reach_the_state_alone(model):
+    inputs = inputs_of(tiny_processor(model), user("What is it?", "red"))
+    model = model.double()
+    state = TunedState.attach(model, random_state(model))
+    assert {n for n, w in model.named_parameters() if w.requires_grad} == {
+        n for n, _ in model.named_parameters() if ".tuned_state." in n
+    }
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+
+    def loss():
+        return model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+
+    loss().backward()
+    weights = list(state.parameters())
+    assert all(weight.grad.abs().max() > 0 for weight in weights)
+    step = [torch.randn_like(weight) * 1e-3 for weight in weights]
+    slope = sum(float((weight.grad * s).sum()) for weight, s in zip(weights, step))
+    ends = []
+    for sign in (1, -2):
+        for weight, s in zip(weights, step):
+            weight.data += sign * s
+        ends.append(float(loss().detach()))
+    assert slope == pytest.approx((ends[0] - ends[1]) / 2, rel=0.05, abs=1e-6)
+
+
+def test_rows_of_a_batch_begin_each_with_its_own(rwkv7):
+    processor = tiny_processor(rwkv7)
+    chats = [[user(text, "red")] for text in ("What is it?", "Is it a dot, or a line?", "What?")]
+    states = [random_state(rwkv7, 1), None, random_state(rwkv7, 2)]
+    inputs = processor.apply_chat_template(
+        chats,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )
+    together = logits_of(rwkv7, inputs, initial_state=states)
+    beams = rwkv7.generate(**inputs, **GREEDY, num_beams=2, initial_state=states)
+    for row, (chat, state) in enumerate(zip(chats, states)):
+        own = inputs_of(processor, *chat)
+        options = {} if state is None else dict(initial_state=state)
+        torch.testing.assert_close(
+            together[0, row], logits_of(rwkv7, own, **options)[0, 0], rtol=0, atol=1e-4
+        )
+        alone = rwkv7.generate(**own, **GREEDY, num_beams=2, **options)[0, own["input_ids"].shape[1] :]
+        found = beams[row, inputs["input_ids"].shape[1] :]
+        assert torch.equal(found[: len(alone)], alone[: len(found)])
+
+
+def test_a_store_keeps_states_of_other_beginnings_apart(rwkv7):
+    inputs = inputs_of(tiny_processor(rwkv7), user("What is it?", "red"))
+    store, state = StateStore(), random_state(rwkv7)
+    plain, tuned = logits_of(rwkv7, inputs), logits_of(rwkv7, inputs, initial_state=state)
+    for _ in range(2):
+        torch.testing.assert_close(logits_of(rwkv7, inputs, state_store=store), plain, rtol=0, atol=1e-4)
+        found = logits_of(rwkv7, inputs, state_store=store, initial_state=state)
+        torch.testing.assert_close(found, tuned, rtol=0, atol=1e-4)
+    assert store.hits == 2
+
+
+def test_a_saved_state_is_the_same_and_small(rwkv7, tmp_path):
+    state = random_state(rwkv7, layers=[0])
+    state.save_pretrained(tmp_path)
+    loaded = TunedState.from_pretrained(tmp_path, rwkv7)
+    assert loaded.identity == state.identity
+    inputs = inputs_of(tiny_processor(rwkv7), user("What?", "red"))
+    assert torch.equal(
+        logits_of(rwkv7, inputs, initial_state=loaded), logits_of(rwkv7, inputs, initial_state=state)
+    )
+    cache = loaded.to_cache(rwkv7, 3)
+    assert cache.batch_size == 3 and cache.get_seq_length() == 0
+
+
+def test_the_trainer_learns_saves_and_resumes_a_state(rwkv7, tmp_path):
+    data = load_conversations(write_data(tmp_path / "data", rows_with_pictures(tmp_path / "data", 4)))
+    collator = VisualRWKVDataCollator(tiny_processor(rwkv7))
+    before = {name: weight.clone() for name, weight in rwkv7.named_parameters()}
+
+    def train(model, steps, **options):
+        arguments = VisualRWKVTrainingArguments(
+            str(tmp_path / "out"),
+            max_steps=steps,
+            save_steps=2,
+            per_device_train_batch_size=4,
+            learning_rate=0.05,
+            learning_rate_final=0.05,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+        )
+        trainer = VisualRWKVTrainer(model, arguments, train_dataset=data, data_collator=collator)
+        trainer.train(**options)
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    state = TunedState.attach(rwkv7)
+    losses = train(rwkv7, 4)
+    assert losses[-1] < losses[0] - 0.1
+    after = {name: weight for name, weight in rwkv7.named_parameters() if ".tuned_state." not in name}
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    assert (checkpoint / "tuned_state.safetensors").exists() and not list(checkpoint.glob("model*"))
+    assert TunedState.from_pretrained(checkpoint).identity == state.identity
+
+    again = tiny_model(**MODELS["rwkv7"])
+    resumed = TunedState.attach(again)
+    assert train(again, 6, resume_from_checkpoint=True)[:4] == losses
+    assert resumed.identity != state.identity
+    train(rwkv7, 6, resume_from_checkpoint=str(checkpoint))
+    torch.testing.assert_close(resumed.state_dict(), state.state_dict())
+
+
+# --- refusals -----------------------------------------------------------------------------------------
+
+
+def test_states_that_do_not_fit_are_refused(rwkv7, tmp_path):
+    state = random_state(rwkv7)
+    state.save_pretrained(tmp_path)
+    other = tiny_model(**MODELS["rwkv7"])
+    other.lm_head.weight.data += 1
+    inputs = inputs_of(tiny_processor(rwkv7), user("What?", "red"))
+    for attempt in (
+        lambda: other.generate(**inputs, **GREEDY, initial_state=state),
+        lambda: TunedState.from_pretrained(tmp_path, other),
+        lambda: TunedState.attach(other, state),
+    ):
+        with pytest.raises(ValueError, match="The tuned state was read by another model: weights"):
+            attempt()
+    with pytest.raises(ValueError, match="rwkv_version 7 there, 6 here"):
+        TunedState.from_pretrained(tmp_path, tiny_model(version=6))
+    with pytest.raises(ValueError, match="has 2 states, the inputs are of 1 samples"):
+        rwkv7.generate(**inputs, **GREEDY, initial_state=[state, None])
+    with pytest.raises(ValueError, match="without past_key_values"):
+        kept = rwkv7.read(tiny_processor(rwkv7), [user(None, "red")])
+        rwkv7.generate(**inputs, **GREEDY, initial_state=state, past_key_values=kept)
+    with pytest.raises(ValueError, match="no option with which a prompt is read at once"):
+        rwkv7.generate(**inputs, **GREEDY, initial_state=state, use_cache=False)
+    with pytest.raises(ValueError, match="layers must be some of 0 to 1"):
+        TunedState.of(rwkv7, layers=[2])
+    TunedState.attach(rwkv7)
+    with pytest.raises(ValueError, match="has a tuned state already"):
+        TunedState.attach(rwkv7)
+
+
+def test_damaged_files_are_refused(rwkv7, tmp_path):
+    path = tmp_path / "tuned_state.safetensors"
+    random_state(rwkv7).save_pretrained(tmp_path)
+    data, tensors = path.read_bytes(), load_file(path)
+    about = {
+        "format": "visualrwkv_hf.tuned_state",
+        "about": json.dumps({"base_model": "", "fingerprint": {}}),
+    }
+    for write in (
+        lambda: path.write_bytes(data[: len(data) // 2]),
+        lambda: path.write_bytes(b""),
+        lambda: save_file(tensors, path),
+        lambda: save_file(tensors, path, about),
+        lambda: path.write_bytes(data.replace(b"layers.0.wkv", b"layers.9.wkv")),
+        lambda: path.write_bytes(data.replace(b"layers.0.wkv", b"layers.0.wkx")),
+        lambda: path.write_bytes(data[:-4] + b"\x00\x00\xc0\x7f"),
+    ):
+        write()
+        with pytest.raises(ValueError, match="is not a tuned state"):
+            TunedState.from_pretrained(tmp_path)
