@@ -5,7 +5,6 @@ import torch
 from chats import FIRST, MODELS, assistant, counted_tokens, inputs_of, picture, user
 from tiny_training import tiny_model, tiny_processor
 from transformers import pipeline
-from transformers.decision import DecisionConfig
 
 from visualrwkv_hf import StateStore, VisualRWKVForCausalLM
 from visualrwkv_hf.scoring_visualrwkv import answer_ids
@@ -222,12 +221,15 @@ def test_refusals(rwkv7, rwkv7_processor):
 
 def decide(model, processor, store):
     """Answers to three questions about one picture, and how many tokens were read for each."""
+    config = pytest.importorskip(
+        "transformers.decision", reason="came with a later transformers"
+    ).DecisionConfig
     decision = pipeline(
         "decision",
         model=model,
         processor=processor,
         tokenizer=processor.tokenizer,
-        decision_config=DecisionConfig(labels={"noul": ["Y", "N"]}),
+        decision_config=config(labels={"noul": ["Y", "N"]}),
     )
     request = {
         "state": "A picture: photo-1",
