@@ -5,6 +5,7 @@ import itertools
 import json
 import signal
 import socket
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(folder):
     """The model in a server with short limits, and how often it was called."""
-    limits = dict(head_seconds=1, body_seconds=1, write_seconds=2, connections=12)
+    limits = dict(head_seconds=1, body_seconds=1, write_seconds=2, connections=24)
     app = build_app(folder, limits=Limits(**limits))
     calls = []
     app.state.model.model.language_model.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -162,6 +163,21 @@ def test_connections_that_are_too_many_are_told_so_and_the_others_go_on(served):
             connection.close()
     wait_until(lambda: httpx.get(f"{served.url}/health").status_code == 200, "a free connection")
     assert is_well(served.url)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a second address of this machine")
+def test_one_address_leaves_connections_to_the_others(served):
+    held = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(40)]
+    try:
+        with socket.create_connection(
+            ("127.0.0.1", served.port), PATIENCE, source_address=("127.0.0.2", 0)
+        ) as other:
+            other.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+            assert everything_of(other).startswith(b"HTTP/1.1 200")
+    finally:
+        for connection in held:
+            connection.close()
+    wait_until(lambda: httpx.get(f"{served.url}/health").status_code == 200, "a free connection")
 
 
 @pytest.mark.parametrize(

@@ -225,12 +225,24 @@ def test_names_of_the_server(host, allowed):
 
 def test_a_budget_is_taken_and_given_back():
     budget = Budget(10)
-    budget.take(7)
+    budget.take(5, "one")
+    budget.take(3, "other")
     with pytest.raises(Refusal, match="busy") as refused:
-        budget.take(4)
+        budget.take(3, "third")
     assert refused.value.status == 503
-    budget.give_back(7)
-    assert budget.take(10) == 10
+    budget.give_back(5, "one")
+    assert budget.take(5, "one") == 5
+
+
+def test_a_client_can_have_half_of_the_budget():
+    budget = Budget(10)
+    budget.take(4, "one")
+    with pytest.raises(Refusal, match="Your other requests are large") as refused:
+        budget.take(2, "one")
+    assert refused.value.status == 503
+    assert budget.take(5, "other") == 5
+    budget.give_back(4, "one")
+    assert budget.take(5, "one") == 5 and budget.taken == {"one": 5, "other": 5}
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "9", None, True])

@@ -88,7 +88,7 @@ def make_server(app: Any, limits: Limits, access: Access, on_start: Callable[[],
     return Server(
         uvicorn.Config(
             app,
-            http=_protocol(limits),
+            http=_protocol(limits, access),
             ws="none",
             log_level="warning",
             server_header=False,
@@ -99,9 +99,17 @@ def make_server(app: Any, limits: Limits, access: Access, on_start: Callable[[],
     )
 
 
-def _protocol(limits: Limits) -> type:
-    """uvicorn's HTTP protocol with limits that it does not have."""
+def _protocol(limits: Limits, access: Access) -> type:
+    """Return uvicorn's HTTP protocol with limits that it does not have."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    def most_of(address: str | None) -> int:
+        """Return how many connections an address can have; behind a trusted proxy are many clients."""
+        is_proxy = address in access.trusted_proxies or "*" in access.trusted_proxies
+        return limits.connections if is_proxy else max(limits.connections // 2, 1)
+
+    def address_of(protocol: Any) -> str | None:
+        return protocol.client[0] if protocol.client else None
 
     class Protocol(H11Protocol):
         """Closes connections that are too many, that send no head, or that do not read what they are sent."""
@@ -110,7 +118,9 @@ def _protocol(limits: Limits) -> type:
             super().connection_made(transport)
             self.quiet_since = self.read_since = self.loop.time()
             self.unread = 0
-            self.is_surplus = len(self.connections) > limits.connections
+            own = address_of(self)
+            count = sum(address_of(other) == own for other in self.connections)
+            self.is_surplus = len(self.connections) > limits.connections or count > most_of(own)
             if self.is_surplus:
                 transport.write(BUSY)
                 transport.close()

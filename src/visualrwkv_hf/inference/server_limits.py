@@ -2,6 +2,7 @@
 
 import re
 import reprlib
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 from typing import Any, TypeVar
@@ -55,7 +56,10 @@ class Limits:
     write_seconds: float = _limit(
         30.0, "How long a client may leave what it was sent unread, in seconds; then it is disconnected."
     )
-    connections: int = _limit(512, "The most connections at the same time; further ones are answered 503.")
+    connections: int = _limit(
+        512,
+        "The most connections at the same time, half of them of one address; further ones are answered 503.",
+    )
     waiting: int = _limit(
         128, "The most requests that wait for the model, half of them of one client; further ones get 503."
     )
@@ -137,25 +141,36 @@ def is_address(host: str) -> bool:
 
 
 class Budget:
-    """How many bytes are left to all requests together."""
+    """How many bytes are left to all requests together. One client can have half of them.
+
+    Args:
+        total: bytes.
+    """
 
     def __init__(self, total: int):
-        self.left = total
+        self.left, self.most_of_a_client = total, total // 2
+        self.taken: Counter[str] = Counter()
 
-    def take(self, count: int) -> int:
-        """Take `count` bytes and return them.
+    def take(self, count: int, client: str) -> int:
+        """Take `count` bytes for a client and return them.
 
         Raises:
-            Refusal: 503 if there are not so many.
+            Refusal: 503 if there are not so many, or the client would have more than its half.
         """
+        if self.taken[client] + count > self.most_of_a_client:
+            raise Refusal("Your other requests are large. Send this one when they are answered.", 503)
         if count > self.left:
             raise Refusal("The server is busy with other large requests. Try again later.", 503)
         self.left -= count
+        self.taken[client] += count
         return count
 
-    def give_back(self, count: int) -> None:
-        """Return `count` bytes that were taken."""
+    def give_back(self, count: int, client: str) -> None:
+        """Return `count` bytes that were taken for a client."""
         self.left += count
+        self.taken[client] -= count
+        if not self.taken[client]:
+            del self.taken[client]
 
 
 __all__ = ["Access", "Budget", "Limits", "Refusal", "shown"]

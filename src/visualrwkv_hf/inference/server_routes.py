@@ -123,18 +123,18 @@ class Service:
         return f"address {request.client.host if request.client else None}"
 
     @contextmanager
-    def spending(self) -> Iterator[Callable[[int], None]]:
-        """Give a function that takes bytes out of the budget of all requests, to which they return in the end."""
+    def spending(self, client: str) -> Iterator[Callable[[int], None]]:
+        """Give a function that takes bytes of a client out of the budget of all, to which they return in the end."""
         taken = 0
 
         def spend(count: int) -> None:
             nonlocal taken
-            taken += self.budget.take(count)
+            taken += self.budget.take(count, client)
 
         try:
             yield spend
         finally:
-            self.budget.give_back(taken)
+            self.budget.give_back(taken, client)
 
 
 class Answering:
@@ -154,12 +154,12 @@ class Answering:
         Raises:
             Refusal: it cannot be answered, and no part of an answer has been sent.
         """
-        with suppress(Gone), self.service.spending() as spend:
-            request = Request(scope, receive)
+        request = Request(scope, receive)
+        client = self.service.client_of(request)
+        with suppress(Gone), self.service.spending(client) as spend:
             asked = await self._read(request, spend)
             gone = asyncio.ensure_future(_leaving(receive))
             try:
-                client = self.service.client_of(request)
                 files = await _unless(gone, self.service.fetcher.fetch_all(asked.pictures, client))
                 spend(sum(len(file) for file, given in zip(files, asked.pictures) if isinstance(given, str)))
                 asked.pictures.clear()
