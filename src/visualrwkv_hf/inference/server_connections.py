@@ -114,13 +114,16 @@ def _protocol(limits: Limits, access: Access) -> type:
     class Protocol(H11Protocol):
         """Closes connections that are too many, that send no head, or that do not read what they are sent."""
 
+        is_surplus = False
+
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.quiet_since = self.read_since = self.loop.time()
             self.unread = 0
             own = address_of(self)
-            count = sum(address_of(other) == own for other in self.connections)
-            self.is_surplus = len(self.connections) > limits.connections or count > most_of(own)
+            kept = [other for other in self.connections if other is not self and not other.is_surplus]
+            own_count = sum(address_of(other) == own for other in kept)
+            self.is_surplus = len(kept) >= limits.connections or own_count >= most_of(own)
             if self.is_surplus:
                 transport.write(BUSY)
                 transport.close()
