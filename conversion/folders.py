@@ -31,6 +31,9 @@ UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
 SPARE_BYTES = 64 * 2**20
 """Room for everything beside the shards."""
 
+VERIFYING = "verifying"
+"""What progress is called with while the files are read back, in place of a file's name."""
+
 UNFINISHED = "unfinished-"
 """Part of the name of a folder that is being written, `.{target}.unfinished-*`, beside its target."""
 
@@ -49,7 +52,8 @@ class WriteOptions:
         keep_unused: whether to keep the tensors that our model does not hold, for the way back (`EXTRAS_FILE`).
         verify: whether to read everything that was written once more and compare it bit for bit.
         tiling: how the image processor cuts pictures into tiles; None: as the checkpoint's family does.
-        progress: called with a file's name and the bytes written since the last call.
+        progress: called with a file's name and the bytes written since the last call, and then with `VERIFYING` and the
+            bytes compared.
     """
 
     dtype: str | torch.dtype | None = None

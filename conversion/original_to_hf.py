@@ -25,7 +25,9 @@ from .errors import ConversionError
 from .folders import (
     EXTRAS_FILE,
     INDEX_FILE,
+    VERIFYING,
     Config,
+    Progress,
     WriteOptions,
     locked,
     open_folder,
@@ -106,7 +108,7 @@ def write_folder(
             tensors = ((name, checkpoint[name]) for name in unused)
             write_safetensors(folder / EXTRAS_FILE, extras, tensors, options.progress)
         if options.verify:
-            verify_model(folder, checkpoint, rows, dtype)
+            verify_model(folder, checkpoint, rows, dtype, options.progress)
         describe(config, family, infos, dict(zip(checkpoint.paths, digests())), unused)
         write_companions(folder, config, processor)
     return output_dir
@@ -211,13 +213,22 @@ def write_model(
 
 
 def verify_model(
-    folder: Path, original: Mapping[str, Tensor], rows: Sequence[Row], dtype: torch.dtype | None
+    folder: Path,
+    original: Mapping[str, Tensor],
+    rows: Sequence[Row],
+    dtype: torch.dtype | None,
+    progress: Progress | None = None,
 ) -> None:
-    """Read what was written and compare every tensor with the source's, bit for bit."""
+    """Read what was written and compare every tensor with the source's, bit for bit.
+
+    `progress` is called with `VERIFYING` in place of a file's name, and the bytes that are found to be right.
+    """
     written = open_folder(folder)
     for name, tensor in converted(original, rows, dtype):
         if name not in written or not same_bits(written[name], tensor):
             raise ConversionError(f"Tensor {name} was not written as it was read: is the disk in order?")
+        if progress is not None:
+            progress(VERIFYING, tensor.nbytes)
 
 
 def describe(

@@ -394,8 +394,10 @@ def test_progress_counts_every_byte(tmp_path):
     torch.save(original, tmp_path / "x.pth")
     seen = []
     to_hf(tmp_path / "x.pth", tmp_path / "model", progress=lambda file, count: seen.append((file, count)))
-    assert {file for file, _ in seen} == {"model.safetensors"}
-    assert sum(count for _, count in seen) == sum(t.nbytes for t in original.values())
+    assert list(dict.fromkeys(file for file, _ in seen)) == ["model.safetensors", "verifying"]
+    for step in ("model.safetensors", "verifying"):
+        counted = sum(count for file, count in seen if file == step)
+        assert counted == sum(tensor.nbytes for tensor in original.values())
 
 
 # Refusals: one sentence, nothing written

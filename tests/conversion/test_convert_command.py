@@ -133,8 +133,12 @@ def test_progress_names_the_file_and_counts_to_the_total(checkpoint, monkeypatch
     with bytes_bar(total=2_000_000) as progress:
         progress("model-00001-of-00002.safetensors", 1_500_000)
         progress("model-00002-of-00002.safetensors", 500_000)
-    last = terminal.getvalue().strip().split("\r")[-1]
+        progress("verifying", 2_000_000)
+    written, verified = terminal.getvalue().strip().split("\n")
+    last = written.split("\r")[-1]
     assert last.startswith("model-00002-of-00002.safetensors: 100%") and "2.00M/2.00M" in last
+    last = verified.split("\r")[-1]
+    assert last.startswith("verifying: 100%") and "2.00M/2.00M" in last
 
 
 @pytest.mark.parametrize("dtype, width", [(None, 2), ("float32", 4)])
@@ -142,7 +146,8 @@ def test_bytes_to_write_is_what_is_written(checkpoint, tmp_path, dtype, width):
     from visualrwkv_hf.conversion import to_hf
 
     written = []
-    to_hf(checkpoint, tmp_path / "model", dtype=dtype, progress=lambda file, n: written.append(n))
+    count = lambda file, n: written.append(n)  # noqa: E731
+    to_hf(checkpoint, tmp_path / "model", dtype=dtype, progress=count, verify=False)
     assert sum(written) == cli_convert.bytes_to_write([checkpoint], dtype)
     assert sum(written) == width * sum(tensor.numel() for tensor in torch.load(checkpoint).values())
 

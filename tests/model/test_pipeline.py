@@ -232,7 +232,7 @@ def test_the_example_prints_the_originals_text_twice():
 
 def test_ask_reads_a_picture_from_a_pipe(converted):
     options = ["--model", str(converted), "--max-new-tokens", "12", "--device", "cpu"]
-    command = [sys.executable, "-m", "visualrwkv_hf.cli", "ask", *options, "/dev/stdin", QUESTION]
+    command = [sys.executable, "-m", "visualrwkv_hf.cli", "ask", *options, "-", QUESTION]
     done = subprocess.run(command, input=(CASE / EXPECTED["image"]).read_bytes(), capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode() == EXPECTED["final_text"] + "\n"

@@ -175,3 +175,35 @@ for command in ("ask", "chat", "caption", "serve", "convert", "info", "show"):
     app([command, "--help"], standalone_mode=False)
 """
     assert "convert" in run(code, tmp_path)
+
+
+def test_refusals_and_lists_need_neither_torch_nor_transformers(tmp_path):
+    """A slip of the finger is answered at once."""
+    (tmp_path / "README.md").write_text("No picture.")
+    code = """
+import sys
+for name in ("torch", "transformers", "numpy"):
+    sys.modules[name] = None
+from visualrwkv_hf.cli.app import app
+from typer.testing import CliRunner
+for arguments in (
+    ["--version"],
+    ["convert", "--list"],
+    ["models"],
+    ["ask", ".", "What?"],
+    ["ask", "README.md", "What?"],
+    ["ask", "missing.png", "What?"],
+    ["ask", "--model", "README.md", "https://example.org/a.png", "What?"],
+    ["ask", "--model", "./folder", "https://example.org/a.png", "What?"],
+    ["chat", "missing.png"],
+    ["serve", "./folder"],
+    ["info", "./folder"],
+):
+    done = CliRunner().invoke(app, arguments)
+    print(done.exit_code, done.output.strip().splitlines()[-1])
+"""
+    said = run(code, tmp_path).splitlines()
+    assert [line[0] for line in said] == [*"000", *"1" * 8], said
+    assert said[3].startswith("1 Error: . is a folder: `visualrwkv caption` asks")
+    assert said[4].startswith("1 Error: 'README.md' cannot be read as a picture")
+    assert "There is no folder ./folder" in said[7]

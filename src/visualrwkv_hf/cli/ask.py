@@ -26,13 +26,14 @@ from .options import (
 )
 from .steps import leave_at_once, say, say_backend, speed_report, steps
 
+STANDARD_INPUT = "/dev/stdin"
 INTERRUPTED = 130
 """Exit code of Ctrl-C, as shells count it."""
 
 
 def ask(
     picture: Annotated[
-        str, typer.Argument(help="Picture or film: a file, a URL, or a pipe such as /dev/stdin.")
+        str, typer.Argument(help="Picture or film: a file, a URL, a pipe, or - for standard input.")
     ],
     question: Annotated[str, typer.Argument(help="Question about it.")],
     model: ModelOption = None,
@@ -56,6 +57,7 @@ def ask(
 ) -> None:
     """Ask one question about one picture or film and print the answer as it is generated."""
     with errors_in_a_sentence(verbose):
+        picture = STANDARD_INPUT if picture == "-" else picture
         refuse_missing_picture(picture)
         refuse_unknown_dtype(dtype)
         if as_json and choices is None:
