@@ -48,10 +48,15 @@ class VisualRWKVCache(DynamicCache):
         cache._start([VisualRWKVCacheLayer.from_tensors(dict(tensors)) for tensors in layers], length)
         return cache
 
+    is_static = False
+    """Whether `torch.compile` may trace what advances this cache."""
+    has_graph = False
+    """Whether `generate()` may record the decoding step as a graph (see `decode_graph.py`): it sets this."""
+
     @property
     def is_compileable(self) -> bool:
-        """Whether `generate()` may compile the decoding step: only with the static cache."""
-        return False
+        """Whether `generate()` lets `get_compiled_call` choose how a decoding step runs."""
+        return self.is_static or self.has_graph
 
     @property
     def is_empty(self) -> bool:
@@ -222,9 +227,7 @@ class VisualRWKVStaticCache(VisualRWKVCache, StaticCache):
     def _counter(length: int) -> torch.Tensor:
         return torch.full((), length, dtype=torch.long)
 
-    @property
-    def is_compileable(self) -> bool:
-        return True
+    is_static = True
 
     def advance(self, num_tokens: int) -> None:
         device = self.layers[0].device

@@ -13,6 +13,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .cache_visualrwkv import VisualRWKVCache, VisualRWKVStaticCache
+from .decode_graph import why_no_graph
 from .film_prompts import around_pictures, has_films, sampling_of, with_frames
 from .kept_state import KeptState, is_kept
 from .prompt_identity import (
@@ -41,6 +42,8 @@ TRANSFORMERS_INTERNALS = {
     "prepare_inputs_for_generation": "Overridden: its first call reads the prompt by the plan.",
     "_validate_model_kwargs": "Relied on: it lets past_key_values pass, whatever that is; so the plan goes in there.",
     "_maybe_prepare_encoder_kwargs_for_generation": "Relied on: without pixels it encodes nothing; the plan has them.",
+    "_valid_auto_compile_criteria": "Relied on: on a GPU, get_compiled_call chooses how a step runs if the cache says "
+    "is_compileable, unless quantisation, offloading or disable_compile forbid it.",
     "_expand_inputs_for_generation": "Relied on: it repeats tensors for beams and samples, and leaves the plan alone.",
     "_prefill": "Relied on: it calls prepare_inputs_for_generation first; for assistants not as the first iteration.",
     "_sample": "Relied on: it reads the tokens that it returns one by one, all but the last.",
@@ -219,7 +222,8 @@ class VisualRWKVGenerationMixin(GenerationMixin):
                 the list stands for zeros.
             **kwargs: all other arguments of the stock method, and the model's inputs. `past_key_values` may be a
                 [`KeptState`], which stays as it is, or a [`VisualRWKVCache`], which is advanced in place.
-                `cache_implementation` may be "dynamic" or "static" (for `torch.compile`).
+                `cache_implementation` may be "dynamic" or "static" (for `torch.compile`). If it is not given, a GPU
+                records the decoding step as a CUDA graph where it can (see `decode_graph.why_no_graph`).
 
         Raises:
             ValueError: the prompt does not begin with what the kept state has read, or the state is another model's;
@@ -265,8 +269,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         given = model_kwargs.get("past_key_values")
         if isinstance(given, ReadingPlan):
             self._start_plan(given, generation_config, model_kwargs, generation_mode)
-            return
-        if given is not None:
+        elif given is not None:
             if not hasattr(given, "advance"):
                 raise ValueError(
                     f"past_key_values must be a KeptState or a VisualRWKVCache, got {type(given).__name__}: a "
@@ -276,18 +279,24 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, *args, **kwargs
             )
-            return
-        if generation_config.use_cache is False:
-            return
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self._new_cache(generation_config)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, VisualRWKVCache):
+            cache.has_graph = not why_no_graph(self, generation_config, cache)
+
+    def _new_cache(self, generation_config: GenerationConfig) -> VisualRWKVCache:
+        """Return an empty cache of the kind that `generation_config` asks for."""
         implementation = generation_config.cache_implementation
         if implementation not in CACHES:
             raise ValueError(
                 f"cache_implementation={implementation!r} has no meaning for a recurrent state of constant size; "
                 f"use one of {', '.join(map(repr, CACHES))}."
             )
-        model_kwargs["past_key_values"] = cache = CACHES[implementation](self.config)
+        cache = CACHES[implementation](self.config)
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
+        return cache
 
     def _start_plan(
         self, plan: ReadingPlan, generation_config: GenerationConfig, model_kwargs: dict, mode: GenerationMode
@@ -335,6 +344,10 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             reading_plan.leave(reading_plan.prompt_length)
         if past_key_values is not None:
             is_first_iteration = is_first_iteration or past_key_values.is_empty
+            if not is_first_iteration and kwargs.get("next_sequence_length") == 1:
+                attention_mask = (
+                    None  # a new token is no padding; of a mask the stock method makes a larger one
+                )
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,

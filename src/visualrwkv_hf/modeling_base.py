@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.generation.configuration_utils import CompileConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_visualrwkv import VisualRWKVTextConfig
+from .decode_graph import GraphedStep
 from .generations import GENERATIONS
 from .loss_visualrwkv import is_worth_slicing, sliced_loss, visualrwkv_loss
 from .remote_code import push_saved, ship_remote_code
@@ -135,6 +137,16 @@ class LanguageModelHead:
     skip_logits: bool | None = None
     lm_head: nn.Module
     config: Any
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """Return what `generate()` calls for a decoding step on a GPU: with options the stock compiled call, else ours.
+
+        Ours replays a CUDA graph, or compiles the step if the cache is a static one.
+        """
+        compiled = super().get_compiled_call  # type: ignore[misc]
+        return (
+            GraphedStep(self, lambda: compiled(None)) if compile_config is None else compiled(compile_config)
+        )
 
     def logits_and_loss(
         self,

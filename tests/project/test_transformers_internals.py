@@ -15,6 +15,7 @@ CHECKED = {
     "prepare_inputs_for_generation": {"378c9d0cf4aaec04": "5.23.0"},
     "_validate_model_kwargs": {"19d86a7310c152ef": "5.23.0"},
     "_maybe_prepare_encoder_kwargs_for_generation": {"68323d5baf6120c6": "5.23.0"},
+    "_valid_auto_compile_criteria": {"6052ccc63e9281f9": "5.23.0"},
     "_expand_inputs_for_generation": {"542e518cca8974cd": "5.23.0"},
     "_prefill": {"a81b872bfc7223af": "5.23.0"},
     "_sample": {"61160ef8c1211049": "5.23.0"},
