@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from visualrwkv_hf import VisualRWKVForCausalLM, wkv6, wkv7
+from visualrwkv_hf.low_rank import low_rank as model_low_rank  # noqa: F401, for benchmark_launch.py
+from visualrwkv_hf.token_order import token_shift as model_token_shift  # noqa: F401
 from visualrwkv_hf.triton_kernels import launches, low_rank, rwkv7_decode, token_shift
 
 TESTS = Path(__file__).parent

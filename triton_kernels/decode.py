@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import DECODE_WARPS, HEAD_SIZES, needs_gradient, on_device_of
+from .launches import DECODE_WARPS, HEAD_SIZES, call, needs_gradient, on_device_of
 
 DECAY_SCALE = tl.constexpr(0.6065306597126334)
 """e^(-1/2). RWKV-7's log decays lie between -e^(-1/2) and 0."""
@@ -90,7 +90,7 @@ def rwkv7_decode(
     weights |= {"norm_weight": norm_weight, "norm_bias": norm_bias}
     _check("rwkv7_decode", tokens, weights, state, mask, state_indices)
     indices = {"mask": mask, "state_indices": state_indices}
-    return _rwkv7_decode(**_contiguous(tokens | weights | indices), state=state, eps=eps)
+    return call(_rwkv7_decode, **_contiguous(tokens | weights | indices), state=state, eps=eps)
 
 
 def rwkv6_decode(
@@ -144,7 +144,7 @@ def rwkv6_decode(
     weights = {"time_decay": time_decay, "u": u, "norm_weight": norm_weight, "norm_bias": norm_bias}
     _check("rwkv6_decode", tokens, weights, state, mask, state_indices)
     indices = {"mask": mask, "state_indices": state_indices}
-    return _rwkv6_decode(**_contiguous(tokens | weights | indices), state=state, eps=eps)
+    return call(_rwkv6_decode, **_contiguous(tokens | weights | indices), state=state, eps=eps)
 
 
 def _check(

@@ -6,7 +6,7 @@ prints these. Nothing is tuned at first use.
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +72,20 @@ def has_matrix_units(r: Tensor) -> bool:
 def needs_gradient(*inputs: Tensor | None) -> bool:
     """Return whether autograd records what is computed from these inputs."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def call(op: Any, *arguments: Any, **named: Any) -> Any:
+    """Call a custom op; past torch's dispatcher, which takes longer than a launch, where nobody looks on there.
+
+    Those who do are torch.compile, function transforms, and modes such as fake tensors. The caller makes sure that no
+    gradient is needed.
+    """
+    is_watched = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+    return op(*arguments, **named) if is_watched else op._init_fn(*arguments, **named)
 
 
 def serial() -> dict[str, int]:

@@ -18,6 +18,7 @@ from .launches import (
     LOW_RANK_SPLIT,
     LOW_RANK_UP,
     LOW_RANK_WARPS,
+    call,
     needs_gradient,
     on_device_of,
 )
@@ -53,7 +54,7 @@ def low_rank(
     _check(x, down, up, functions)
     names = [FUNCTIONS.index(name) for name in functions]
     x, down, up = ([tensor.contiguous() for tensor in tensors] for tensors in (x, down, up))
-    return _low_rank(x, down, up, names)
+    return call(_low_rank, x, down, up, names)
 
 
 def _check(

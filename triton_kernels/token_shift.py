@@ -16,7 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import DTYPES, SHIFT_BACKWARD, SHIFT_FORWARD, SHIFT_ONE_TOKEN, on_device_of
+from .launches import (
+    DTYPES,
+    SHIFT_BACKWARD,
+    SHIFT_FORWARD,
+    SHIFT_ONE_TOKEN,
+    call,
+    needs_gradient,
+    on_device_of,
+)
 
 
 def token_shift(
@@ -56,7 +64,10 @@ def token_shift(
     mix = [m.contiguous() for m in mix]
     _check(x, carried, mix, previous, following, dynamic)
     options = [t if t is None else t.contiguous() for t in (previous, following, dynamic)]
-    return tuple(_token_shift(x.contiguous(), carried.contiguous(), mix, *options))
+    arguments = x.contiguous(), carried.contiguous(), mix, *options
+    if needs_gradient(x, carried, dynamic, *mix):
+        return tuple(_token_shift(*arguments))
+    return tuple(call(_token_shift, *arguments))
 
 
 def following_of(previous: Tensor, n: int = 1) -> Tensor:

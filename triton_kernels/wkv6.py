@@ -5,7 +5,7 @@ The forward is in `.wkv6_fwd`, the backward in `.wkv6_bwd`, and how they are lau
 
 from torch import Tensor
 
-from .launches import needs_gradient
+from .launches import call, needs_gradient
 from .wkv6_bwd import wkv6_backward
 from .wkv6_fwd import wkv6_forward
 
@@ -63,5 +63,6 @@ def wkv6(
         y [B, T, H, V] in the dtype of r; the final state, like the initial one.
     """
     save = needs_gradient(r, w, k, v, u, initial_state)
-    y, state, *_ = wkv6_forward(r, w, k, v, u, initial_state, order, cu_seqlens, save)
+    arguments = r, w, k, v, u, initial_state, order, cu_seqlens, save
+    y, state, *_ = wkv6_forward(*arguments) if save else call(wkv6_forward, *arguments)
     return y, state

@@ -197,10 +197,13 @@ def _outputs(
     """Return what `wkv6_forward` returns, not written yet."""
     H, K = r.shape[2:]
     sequences, chunks = count(r, cu_seqlens, BT)
-    chunks, dtype = chunks if save else 0, precision_of(r).dtype
+    y, final_state = r.new_empty(r.shape), r.new_empty((sequences, H, K, K), dtype=torch.float32)
+    if not save:
+        return y, final_state, *(r.new_empty(0) for _ in range(4))  # type: ignore[return-value]
+    dtype = precision_of(r).dtype
     return (
-        r.new_empty(r.shape),
-        r.new_empty((sequences, H, K, K), dtype=torch.float32),
+        y,
+        final_state,
         r.new_empty((chunks, H, BT, K), dtype=dtype),
         r.new_empty((chunks, H, K), dtype=torch.float32),
         r.new_empty((chunks, H, BT, BT), dtype=dtype),
@@ -252,7 +255,8 @@ def _forward_in_chunks(
     BT, (sequences, chunks) = config.BT, count(r, cu_seqlens, config.BT)
     chunk_starts, sequence_of = chunk_table(cu_seqlens, T, BT)
     if not save:
-        q, G = q.new_empty((chunks, H, BT, K)), G.new_empty((chunks, H, K))
+        q = r.new_empty((chunks, H, BT, K), dtype=precision_of(r).dtype)
+        G = r.new_empty((chunks, H, K), dtype=torch.float32)
     o0, N = torch.empty_like(q), q.new_empty((chunks, H, K, K))
 
     BV, num_warps, num_stages = config.prepare

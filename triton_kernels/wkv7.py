@@ -6,7 +6,7 @@ The forward is in `.wkv7_fwd`, the backward in `.wkv7_bwd`, and how they are lau
 import torch
 from torch import Tensor
 
-from .launches import needs_gradient
+from .launches import call, needs_gradient
 from .wkv7_bwd import wkv7_backward
 from .wkv7_fwd import wkv7_forward
 
@@ -70,5 +70,6 @@ def wkv7(
     tensors = [x.contiguous() for x in (r, w, k, v, a, b)]
     options = [None if x is None else x.contiguous() for x in (initial_state, order, cu_seqlens)]
     save = needs_gradient(*tensors, initial_state)
-    y, final_state, *_ = wkv7_forward(*tensors, *options, min_log_decay, save)
+    arguments = *tensors, *options, min_log_decay, save
+    y, final_state, *_ = wkv7_forward(*arguments) if save else call(wkv7_forward, *arguments)
     return y, final_state

@@ -306,10 +306,13 @@ def _outputs(
     """Return what `wkv7_forward` returns, not written yet."""
     H, K = r.shape[2:]
     sequences, chunks = count(r, cu_seqlens, BT)
-    chunks, dtype = chunks if save else 0, precision_of(r).dtype
+    y, final_state = torch.empty_like(r), r.new_empty((sequences, H, K, K), dtype=torch.float32)
+    if not save:
+        return y, final_state, *(r.new_empty(0) for _ in range(5))  # type: ignore[return-value]
+    dtype = precision_of(r).dtype
     return (
-        torch.empty_like(r),
-        r.new_empty((sequences, H, K, K), dtype=torch.float32),
+        y,
+        final_state,
         r.new_empty((chunks, H, BT, K), dtype=dtype),
         r.new_empty((chunks, H, K, K), dtype=dtype),
         r.new_empty((chunks, H, K), dtype=torch.float32),
@@ -372,13 +375,14 @@ def _forward_in_chunks(
     inverse,
     states,
 ) -> None:
-    (_, T, H, K), PRECISION = r.shape, precision_of(r).dots
+    (_, T, H, K), (dtype, PRECISION) = r.shape, precision_of(r)
     config, LEVELS = config_of(r, min_log_decay)
     BT, (sequences, chunks) = config.BT, count(r, cu_seqlens, config.BT)
     chunk_starts, sequence_of = chunk_table(cu_seqlens, T, BT)
     if not save:
-        q, P = q.new_empty((chunks, H, BT, K)), P.new_empty((chunks, H, K, K))
-        G = G.new_empty((chunks, H, K))
+        q = r.new_empty((chunks, H, BT, K), dtype=dtype)
+        P = r.new_empty((chunks, H, K, K), dtype=dtype)
+        G = r.new_empty((chunks, H, K), dtype=torch.float32)
     o0, N = torch.empty_like(q), torch.empty_like(P)
 
     BK, num_warps, num_stages = config.prepare

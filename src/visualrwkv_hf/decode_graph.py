@@ -54,8 +54,9 @@ def why_no_graph(model: Any, generation_config: Any, cache: object) -> str:
 
     Transformers itself checks `disable_compile`, quantisation and offloading.
     """
+    if model.device.type not in CAPTURES:
+        return f"nothing is recorded on {model.device.type}"
     reasons = {
-        f"nothing is recorded on {model.device.type}": model.device.type not in CAPTURES,
         "the cache is of another kind, or is compiled": type(cache) is not VisualRWKVCache,
         "a dynamic state was asked for": generation_config.cache_implementation is not None,
         "torch.compile was asked for": generation_config.compile_config is not None,

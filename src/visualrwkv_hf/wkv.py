@@ -188,7 +188,7 @@ def _check(
             )
     if w.dim() > 4 or any(i not in (1, j) for i, j in zip(reversed(w.shape), reversed(r.shape))):
         raise ValueError(f"w must broadcast to [B, T, H, K] = {list(r.shape)} of r, got {list(w.shape)}.")
-    return w.expand(r.shape)
+    return w if w.shape == r.shape else w.expand(r.shape)
 
 
 def refuse_tokens_out_of_range(name: str, order: Tensor, low: int, high: int) -> None:

@@ -44,3 +44,29 @@ def test_kernels_compile(target, tmp_path):
     every = set(re.findall(r"^def (\w+_kernel)\(", written, re.MULTILINE))
     assert set(compiled) == every
     assert all(row["registers"] > 0 for row in compiled.values())
+
+
+def test_ops_go_past_the_dispatcher_only_where_nobody_looks():
+    """A mode sees every op; without one the op's own function is called, and gives the same."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from visualrwkv_hf.triton_kernels import wkv7
+
+    class Seen(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(1, 20, 1, 32, generator=torch.Generator().manual_seed(0))
+    inputs = x, -0.5 * x.abs(), x, x, -0.1 * x, 0.1 * x
+    with torch.no_grad(), Seen() as seen:
+        looked_at = wkv7(*inputs)
+    assert "visualrwkv.wkv7.default" in seen.names
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        directly = wkv7(*inputs)
+    assert "visualrwkv::wkv7" not in {event.name for event in profile.events()}
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(directly, looked_at))
