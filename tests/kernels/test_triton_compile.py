@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from paths import ROOT, TESTS
 from patience import PATIENCE
 

@@ -70,6 +70,7 @@ PROCESSOR_CODE = CONFIG_CODE | {
 MODEL_CODE = CONFIG_CODE | {
     "cache_layer.py",
     "cache_visualrwkv.py",
+    "decode_graph.py",
     "generation_visualrwkv.py",
     "kept_state.py",
     "loss_visualrwkv.py",
