@@ -8,6 +8,7 @@ are wanted are kept.
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from typing import NamedTuple
 
@@ -150,7 +151,7 @@ def _listed(frames, sampling: FrameSampling) -> list[Image.Image]:
         raise ValueError("A film needs at least one frame, got none.")
     if sampling.fps is not None:
         raise ValueError("fps needs a film with times; a list of frames has none. Give num_frames.")
-    wanted = range(len(frames))
+    wanted = [*range(len(frames))]
     if sampling.num_frames is not None:
         wanted = _evenly([float(index) for index in range(len(frames))], sampling.num_frames)
     is_array = isinstance(frames, np.ndarray | torch.Tensor)
@@ -196,8 +197,12 @@ def _animation(file: str | BytesIO, sampling: FrameSampling) -> Iterator[Image.I
 def _timed(animation: Image.Image) -> Iterator[TimedFrame]:
     time = 0.0
     for frame in ImageSequence.Iterator(animation):
-        yield TimedFrame(time, lambda frame=frame: to_rgb(frame).copy())
+        yield TimedFrame(time, partial(_copied, frame))
         time += _shown_for(frame)
+
+
+def _copied(frame: Image.Image) -> Image.Image:
+    return to_rgb(frame).copy()
 
 
 def _shown_for(frame: Image.Image) -> float:

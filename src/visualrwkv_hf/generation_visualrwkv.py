@@ -185,7 +185,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         Raises:
             ValueError: a picture cannot be read.
         """
-        cache = VisualRWKVCache(self.config) if state is None else state
+        cache: Any = VisualRWKVCache(self.config) if state is None else state
         if is_kept(cache):
             cache = cache.to_cache(self.device, self.dtype)
         begin, _ = around_pictures(processor)

@@ -57,7 +57,7 @@ class VisualRWKVProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[
 
     return_scan_orders: bool
     pad_prompt_to_multiple_of: int | None
-    _defaults = {}  # type: ignore[misc]  # transformers up to 5.19 reads it of every processor
+    _defaults: dict = {}  # type: ignore[misc]  # transformers up to 5.19 reads it of every processor
 
 
 class VisualRWKVProcessor(ProcessorMixin):

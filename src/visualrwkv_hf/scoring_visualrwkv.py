@@ -9,7 +9,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .cache_visualrwkv import VisualRWKVCache
@@ -60,7 +60,7 @@ class VisualRWKVScoringMixin:
     device: torch.device
     model: Any
     state_store: StateStore | None
-    lm_head: nn.Linear
+    lm_head: Any
     get_image_features: Callable
     _read_prompt: Callable[..., tuple[Tensor, VisualRWKVCache]]
 

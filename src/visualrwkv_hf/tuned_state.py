@@ -117,12 +117,13 @@ class TunedState(nn.Module):
 
     def _rows(self, count: int) -> list[dict[str, Tensor]]:
         """Return the states of each layer for `count` samples, [count, ...]; what is not trained is zeros."""
-        wkv = next(layer[WKV] for layer in self.layers if len(layer))
+        layers: list[Any] = [*self.layers]
+        wkv = next(layer[WKV] for layer in layers if len(layer))
         token = wkv.new_zeros(self.fingerprint["hidden_size"])
         zeros = {"token_shift0": token, "token_shift1": token, WKV: torch.zeros_like(wkv)}
         return [
             {name: tensor.expand(count, *tensor.shape) for name, tensor in {**zeros, **layer}.items()}
-            for layer in self.layers
+            for layer in layers
         ]
 
     def holders(self, count: int, dtype: torch.dtype) -> list[PlainStateHolder]:

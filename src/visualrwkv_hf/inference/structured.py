@@ -6,7 +6,7 @@ logit -inf. The model's own answer stays as it is if it fits.
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -116,7 +116,8 @@ class Grammar:
         vocabulary = _byte_tokenizer(tokenizer)
         from llguidance import LLMatcher, LLParserLimits
 
-        limits = LLParserLimits(**LIMITS, verbose_errors=False)
+        options: dict[str, Any] = LIMITS | {"verbose_errors": False}
+        limits = LLParserLimits(**options)
         without_space, matcher = (
             LLMatcher(vocabulary, self.text(space), log_level=0, limits=limits) for space in ("", SPACE)
         )
@@ -153,7 +154,7 @@ def structured_output(
         ValueError: not exactly one of them is given, it is wrong or too large, or no text fits it.
         ImportError: llguidance is not installed.
     """
-    given = {
+    given: dict[Callable[[Any], Grammar], Any] = {
         Grammar.of_json_schema: json_schema,
         Grammar.of_regex: regex,
         Grammar.of_choices: choices,

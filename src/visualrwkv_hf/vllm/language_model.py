@@ -52,7 +52,7 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
             for layer in range(text.num_hidden_layers)
         )
         for block in self.blocks.layers:
-            block.accelerated = True  # on a CPU the recurrence of a packed step is one call of C
+            block.accelerated = True  # type: ignore[assignment]  # on a CPU the recurrence of a packed step is one call of C
 
     @property
     def blocks(self) -> VisualRWKVTextModel:
@@ -72,7 +72,10 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         **kwargs: Any,
     ) -> Tensor:
         """Read the tokens of a step, [T] or [T, C], and return the last hidden states [T, C]."""
-        embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds = inputs_embeds
+        if embeds is None:
+            assert input_ids is not None
+            embeds = self.embed_input_ids(input_ids)
         return self.read_step(embeds, text_orders)
 
     def read_step(self, embeds: Tensor, orders: Orders) -> Tensor:
@@ -91,9 +94,8 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         step = steps[0]
         requests, prefilling = step.num_decodes + step.num_prefills, step.num_prefills > 0
         num_tokens = step.num_decode_tokens + step.num_prefill_tokens
-        holders = [
-            states.holder(own.slots[:requests]) for states, own in zip(self.states, steps, strict=True)
-        ]
+        layers: list[BlockStates] = [*self.states]  # type: ignore[list-item]
+        holders = [states.holder(own.slots[:requests]) for states, own in zip(layers, steps, strict=True)]
         tokens, order = embeds[:num_tokens], [IN_ORDER]
         if prefilling:  # all requests packed into one row
             at = torch.arange(num_tokens, device=embeds.device)[None]

@@ -85,7 +85,10 @@ class VisualRWKV(RecurrentModel, SupportsMultiModal):
         **kwargs: Any,
     ) -> Tensor:
         """Read the tokens of a step; see `RecurrentModel.forward`."""
-        embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds = inputs_embeds
+        if embeds is None:
+            assert input_ids is not None
+            embeds = self.embed_input_ids(input_ids)
         return self.read_step(embeds, self._orders)
 
     def _orders(self, num_tokens: int) -> Sequence[Tensor | None]:

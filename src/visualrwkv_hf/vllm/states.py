@@ -6,7 +6,7 @@ Letters: S requests of a step, N slots of the pool, T tokens of a step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class RwkvMetadata(LinearAttentionMetadata):
     `slots`: the slot of each request, int64 [S]. In a replayed CUDA graph they lie where they lay at its capture.
     """
 
-    slots: Tensor | None = None
+    slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 class RwkvMetadataBuilder(LinearAttentionMetadataBuilder):
@@ -76,7 +76,7 @@ class RwkvMetadataBuilder(LinearAttentionMetadataBuilder):
             self.slots = self.slots.new_zeros(len(slots))
         self.slots[: len(slots)].copy_(slots, non_blocking=True)
         self._empty_fresh(common_attn_metadata, slots)
-        values = {field.name: getattr(made, field.name) for field in fields(made)}
+        values = {one.name: getattr(made, one.name) for one in fields(made)}
         return RwkvMetadata(**values, slots=self.slots[: len(slots)])
 
     def _empty_fresh(self, common: Any, slots: Tensor) -> None:
