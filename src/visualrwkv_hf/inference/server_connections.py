@@ -121,7 +121,8 @@ def _protocol(limits: Limits, access: Access) -> type:
             self.quiet_since = self.read_since = self.loop.time()
             self.unread = 0
             own = address_of(self)
-            kept = [other for other in self.connections if other is not self and not other.is_surplus]
+            others: list[Any] = [other for other in self.connections if other is not self]
+            kept = [other for other in others if not other.is_surplus]
             own_count = sum(address_of(other) == own for other in kept)
             self.is_surplus = len(kept) >= limits.connections or own_count >= most_of(own)
             if self.is_surplus:
