@@ -68,7 +68,7 @@ def test_generate_and_forward_begin_alike(model, options):
 def test_gradients_are_the_slope_and_reach_the_state_alone(model):
     inputs = inputs_of(tiny_processor(model), user("What is it?", "red"))
     model = model.double()
-    state = TunedState.attach(model, random_state(model, scale=1.0))
+    state = TunedState.attach(model, random_state(model, scale=1.0)).double()
     assert {n for n, w in model.named_parameters() if w.requires_grad} == {
         n for n, _ in model.named_parameters() if ".tuned_state." in n
     }
