@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from visualrwkv_hf.configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig
+from visualrwkv_hf.cpu.rounding import WEIGHTS
 
 from .checkpoint import Checkpoint, TensorInfo, read_json
 from .errors import ConversionError
@@ -51,6 +52,8 @@ class WriteOptions:
         overwrite: whether a model folder that is already there may be replaced.
         keep_unused: whether to keep the tensors that our model does not hold, for the way back (`EXTRAS_FILE`).
         verify: whether to read everything that was written once more and compare it bit for bit.
+        weights: "int8" or "int4" rounds the weights of the blocks' linear layers, and the head's to int8; None
+            rounds nothing. See `quantize`.
         tiling: how the image processor cuts pictures into tiles; None: as the checkpoint's family does.
         progress: called with a file's name and the bytes written since the last call, and then with `VERIFYING` and the
             bytes compared.
@@ -61,11 +64,14 @@ class WriteOptions:
     overwrite: bool = False
     keep_unused: bool = True
     verify: bool = True
+    weights: str | None = None
     tiling: str | None = None
     progress: Progress | None = None
 
     def __post_init__(self):
         self.torch_dtype, self.max_bytes  # noqa: B018  (refuses what is not one)
+        if self.weights not in (None, *WEIGHTS):
+            raise ConversionError(f"weights must be {' or '.join(WEIGHTS)}, got {self.weights!r}.")
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

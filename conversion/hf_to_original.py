@@ -24,6 +24,7 @@ from .folders import (
     refuse_without_space,
 )
 from .key_map import Row, key_rows, rows_to_original
+from .quantize import refuse_quantized
 from .state_dicts import holds_vision
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def to_original(
     if out_path.exists() and not overwrite:
         raise ConversionError(f"{out_path} exists already (overwrite).")
     config = read_config(folder)
+    refuse_quantized(config, folder)
     ours = open_folder(folder)
     rows = key_rows(config, with_vision=holds_vision(ours))
     _check_ours(ours, rows)

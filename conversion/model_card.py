@@ -1,5 +1,6 @@
 """The model card of a converted checkpoint."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from visualrwkv_hf.configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig
@@ -76,4 +77,28 @@ def _source_table(conversion: dict[str, Any]) -> str:
     return (
         f"## Source\n\nConverter version {conversion['converter_version']}.\n\n"
         f"| file | bytes | sha256 |\n|---|---|---|\n{rows}"
+    )
+
+
+def quantization_section(weights: str, errors: Mapping[str, float]) -> str:
+    """Return what a card says about weights of few bits.
+
+    Args:
+        weights: "int8" or "int4".
+        errors: kind of rounding -> by how much it changed the weights, relative to their size.
+    """
+    rows = "\n".join(f"| {kind} | {100 * error:.2f} % |" for kind, error in errors.items())
+    groups = (
+        ", those of the blocks in groups of 32 with a scale each, the head's as int8"
+        if weights == "int4"
+        else ""
+    )
+    return (
+        f"## Weights in {weights}\n\nThe weights of the blocks' linear layers and of the head are rounded to {weights} "
+        f"by `visualrwkv quantize`{groups}; int8 has a scale for each row. All other tensors are as before. The files "
+        "are in compressed-tensors' format `pack-quantized`: visualrwkv-hf reads them on a CPU as they are, and "
+        "transformers reads them everywhere with `pip install compressed-tensors`.\n\n"
+        "What rounding changed, as the root of the sum of squares relative to the weights':\n\n"
+        f"| weights | change |\n|---|---|\n{rows}\n\n"
+        "`examples/quantization_quality.py` of visualrwkv-hf measures on your own questions what that costs.\n"
     )

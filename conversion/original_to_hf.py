@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,14 +18,11 @@ from .checkpoint import (
     is_finite,
     read_checkpoint,
     same_bits,
-    shard_names,
-    shards_of,
     write_safetensors,
 )
 from .errors import ConversionError
 from .folders import (
     EXTRAS_FILE,
-    INDEX_FILE,
     VERIFYING,
     Config,
     Progress,
@@ -34,9 +32,16 @@ from .folders import (
     refuse_target,
     refuse_without_space,
     whole_or_nothing,
-    write_json,
 )
 from .key_map import Row, rows_to_ours
+from .quantize import (
+    RoundingErrors,
+    quantization_of,
+    rounded_layers,
+    stored_infos,
+    stored_tensors,
+    write_shards,
+)
 from .releases import RELEASES
 from .state_dicts import checked_rows, infer_from, model_class
 from .towers import Assembled, TowerSource, assembled, read_tower
@@ -64,7 +69,7 @@ def to_hf(
         vision_tower: where the vision weights are that the checkpoint lacks; see `read_tower`. They take the
             language model's dtype.
         **options: fields of [`WriteOptions`]: `dtype`, `max_shard_size`, `overwrite`, `keep_unused`, `verify`,
-            `tiling`, `progress`; all others go to `infer`: `family`, `vision_config`, and fields of
+            `weights`, `tiling`, `progress`; all others go to `infer`: `family`, `vision_config`, and fields of
             [`VisualRWKVConfig`] to override.
 
     Returns:
@@ -94,7 +99,9 @@ def write_folder(
     processor = processor_of(config, options.tiling or (RELEASES[family].tiling if family else "none"))
     rows = _rows_of_files(checkpoint, config)
     dtype = options.torch_dtype
-    infos = {name: info for row in rows for name, info in _infos(row, checkpoint.infos, dtype)}
+    dense = {name: info for row in rows for name, info in _infos(row, checkpoint.infos, dtype)}
+    layers = rounded_layers(dense, config, options.weights)
+    infos, errors = stored_infos(dense, layers), RoundingErrors()
     unused = [row.original for row in rows if row.is_unused and row.original in checkpoint]
     unused = unused if options.keep_unused else []
     refuse_without_space(output_dir.parent, [*infos.values(), *(checkpoint.infos[name] for name in unused)])
@@ -102,15 +109,20 @@ def write_folder(
         whole_or_nothing(output_dir, options.overwrite) as folder,
         hashed_meanwhile(checkpoint.paths) as digests,
     ):
-        write_model(folder, checkpoint, rows, infos, options)
+        tensors = refusing_non_finite(converted(checkpoint, rows, dtype), rows)
+        write_shards(folder, infos, stored_tensors(tensors, layers, errors), options)
         if unused:
             extras = {name: checkpoint.infos[name] for name in unused}
             tensors = ((name, checkpoint[name]) for name in unused)
             write_safetensors(folder / EXTRAS_FILE, extras, tensors, options.progress)
         if options.verify:
-            verify_model(folder, checkpoint, rows, dtype, options.progress)
-        describe(config, family, infos, dict(zip(checkpoint.paths, digests())), unused)
-        write_companions(folder, config, processor)
+            verify_model(
+                folder, stored_tensors(converted(checkpoint, rows, dtype), layers), options.progress
+            )
+        describe(config, family, dense, dict(zip(checkpoint.paths, digests())), unused)
+        if layers:
+            config.quantization_config = quantization_of(layers, dense)
+        write_companions(folder, config, processor, errors.relative() if layers else {}, options.weights)
     return output_dir
 
 
@@ -190,41 +202,15 @@ def refusing_non_finite(
         yield name, tensor
 
 
-def write_model(
-    folder: Path,
-    original: Mapping[str, Tensor],
-    rows: Sequence[Row],
-    infos: Mapping[str, TensorInfo],
-    options: WriteOptions,
-) -> None:
-    """Write safetensors shards and their index."""
-    shards = shards_of(infos, options.max_bytes)
-    files = shard_names(len(shards))
-    tensors = refusing_non_finite(converted(original, rows, options.torch_dtype), rows)
-    for file, names in zip(files, shards):
-        part = (next(tensors) for _ in names)
-        write_safetensors(folder / file, {name: infos[name] for name in names}, part, options.progress)
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": sum(info.num_bytes for info in infos.values())},
-            "weight_map": {name: file for file, names in zip(files, shards) for name in names},
-        }
-        write_json(folder / INDEX_FILE, index)
-
-
 def verify_model(
-    folder: Path,
-    original: Mapping[str, Tensor],
-    rows: Sequence[Row],
-    dtype: torch.dtype | None,
-    progress: Progress | None = None,
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], progress: Progress | None = None
 ) -> None:
     """Read what was written and compare every tensor with the source's, bit for bit.
 
     `progress` is called with `VERIFYING` in place of a file's name, and the bytes that are found to be right.
     """
     written = open_folder(folder)
-    for name, tensor in converted(original, rows, dtype):
+    for name, tensor in tensors:
         if name not in written or not same_bits(written[name], tensor):
             raise ConversionError(f"Tensor {name} was not written as it was read: is the disk in order?")
         if progress is not None:
@@ -265,18 +251,27 @@ def processor_of(config: Config, tiling: str = "none") -> Any:
     return VisualRWKVProcessor.from_config(config, image_processor_for(config, tiling), tokenizer)
 
 
-def write_companions(folder: Path, config: Config, processor: Any) -> None:
+def write_companions(
+    folder: Path,
+    config: Config,
+    processor: Any,
+    rounding_errors: Mapping[str, float] = MappingProxyType({}),
+    weights: str | None = None,
+) -> None:
     """Write everything beside the tensors: configurations, processor or tokenizer, model card and code."""
     from transformers import GenerationConfig
 
     from visualrwkv_hf.remote_code import ship_remote_code
 
-    from .model_card import model_card
+    from .model_card import model_card, quantization_section
 
     config.save_pretrained(folder)
     GenerationConfig(bos_token_id=0, eos_token_id=STOP_TOKENS, pad_token_id=0).save_pretrained(folder)
     processor.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(config), encoding="utf-8")
+    card = model_card(config)
+    if rounding_errors and weights:
+        card += "\n" + quantization_section(weights, rounding_errors)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     ship_remote_code(folder)
 
 

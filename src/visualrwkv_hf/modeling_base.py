@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .configuration_visualrwkv import VisualRWKVTextConfig
 from .decode_graph import GraphedStep
+from .decompression import decompress_the_rest, decompress_when_used
 from .generations import GENERATIONS
 from .loss_visualrwkv import is_worth_slicing, sliced_loss, visualrwkv_loss
 from .remote_code import push_saved, ship_remote_code
@@ -81,6 +82,7 @@ class VisualRWKVPreTrainedModel(PreTrainedModel):
         if not ignore_mismatched_sizes:
             _refuse_misfit(cls.__name__, source, info)
         refuse_non_finite(model, source)
+        decompress_when_used(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
@@ -99,6 +101,7 @@ class VisualRWKVPreTrainedModel(PreTrainedModel):
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         before = self._get_files_timestamps(save_directory) if Path(save_directory).is_dir() else {}
         make_base_paths_absolute(self)
+        decompress_the_rest(self)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
             return
@@ -270,7 +273,7 @@ def refuse_non_finite(model: nn.Module, source: object = "the model") -> None:
     """
     broken = [
         name
-        for name, weight in model.state_dict(keep_vars=True).items()
+        for name, weight in (*model.named_parameters(), *model.named_buffers())
         if type(weight.detach()) is torch.Tensor and not weight.is_meta and not _is_finite(weight)
     ]
     if broken:

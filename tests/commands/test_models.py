@@ -129,7 +129,7 @@ def test_a_conversion_that_fails_leaves_nothing(checkpoints, cache):
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        cached_model(str(checkpoints / "whole.pth"), stop)
+        cached_model(str(checkpoints / "whole.pth"), progress=stop)
     assert cached_models() == {} and not [path for path in cache.iterdir() if path.is_dir()]
 
 

@@ -334,12 +334,11 @@ def test_layer_with_a_time_mix_narrower_than_the_model(version, called):
 @pytest.mark.parametrize("weights", [None, "int8", "int4"])
 @pytest.mark.parametrize("version", [5, 6, 7])
 def test_layer_of_bfloat16_rounds_no_more_than_torch(version, weights, called, without_int8_products):
-    """Layers' outputs and states are rounded and nothing in between. int8 weights also have scales to round."""
+    """Layers' outputs and states are rounded and nothing in between."""
     model = causal_lm(version, hidden_size=128).bfloat16()
-    exact = causal_lm(version, hidden_size=128)
-    exact.load_state_dict({name: x.float() for name, x in model.state_dict().items()})
-    if weights:
-        exact = native_layers.accelerate_on_cpu(exact, weights=weights)
+    exact = native_layers.accelerate_on_cpu(causal_lm(version, hidden_size=128), weights=weights)
+    stored = native_layers.accelerate_on_cpu(copy.deepcopy(model), weights=weights).state_dict()
+    exact.load_state_dict({name: x.float() if x.is_floating_point() else x for name, x in stored.items()})
     expected = step_by_step(exact, *ids_and_mask())
     plain = error(step_by_step(model, *ids_and_mask()), expected)
     called.clear()
@@ -485,12 +484,12 @@ def test_hooks_see_what_each_layer_hands_on():
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_changing_the_dtype_afterwards(int8, called):
-    """Scales become bfloat16 as any buffer does."""
+    """The scales keep their dtype, which is part of the format."""
     model, inputs = native_layers.accelerate_on_cpu(causal_lm(7, hidden_size=128), int8), ids_and_mask()
     expected = step_by_step(model, *inputs)
     called.clear()
     assert error(step_by_step(model.bfloat16(), *inputs), expected) < 0.05
-    assert "linear" in called and ("blocks" in called) == (not int8)
+    assert {"linear", "blocks"} <= set(called)
 
 
 @pytest.mark.parametrize("weights", [None, "int8", "int4"])
@@ -504,13 +503,9 @@ def test_copies_compute_the_same(weights, tmp_path):
         assert torch.equal(step_by_step(each, *inputs), expected)
 
 
-@pytest.mark.parametrize("weights", [None, "int8", "int4"])
-def test_saved_model_is_a_plain_one(weights, tmp_path, without_int8_products):
-    """Weights that were rounded to int8 are saved as the float32 numbers that they stand for."""
-    model, inputs = (
-        native_layers.accelerate_on_cpu(causal_lm(7, hidden_size=128), weights=weights),
-        ids_and_mask(),
-    )
+def test_saved_model_is_a_plain_one(tmp_path):
+    """One with rounded weights is saved as such: see test_rounded_weights.py."""
+    model, inputs = native_layers.accelerate_on_cpu(causal_lm(7, hidden_size=128)), ids_and_mask()
     model.save_pretrained(tmp_path)
     loaded = VisualRWKVForCausalLM.from_pretrained(tmp_path)
     assert type(loaded.lm_head) is nn.Linear
@@ -667,14 +662,13 @@ def test_each_width_of_a_register(for_this_cpu, monkeypatch, tmp_path, called):
 def test_layers_that_c_cannot_multiply_are_torchs(called):
     """Columns that are no multiple of 16, and a bias."""
     x = torch.randn(2, 72)
-    for weights in (None, "int8", "int4"):
-        layer = native_layers.accelerated_linear(nn.Linear(72, 8, bias=False), weights)
-        with torch.no_grad():
-            weight = layer.state_dict()["weight"].double()
-            assert error(layer(x), x.double() @ weight.T) < TOLERANCE
-        biased = native_layers.accelerated_linear(nn.Linear(72, 8), weights)
-        with torch.no_grad():
-            assert error(biased(x), nn.functional.linear(x, biased.weight, biased.bias)) < TOLERANCE
+    with torch.no_grad():
+        layer = native_layers.native_linear(nn.Linear(72, 8, bias=False))
+        assert error(layer(x), x.double() @ layer.weight.double().T) < TOLERANCE
+        rounded = native_layers.Int8Linear(nn.Linear(72, 8, bias=False))
+        assert error(rounded(x), x.double() @ rounded.widened().double().T) < TOLERANCE
+        biased = native_layers.native_linear(nn.Linear(72, 8))
+        assert error(biased(x), nn.functional.linear(x, biased.weight, biased.bias)) < TOLERANCE
     assert not called
 
 
@@ -844,8 +838,7 @@ def test_model_without_units_rounds_no_more_than_torch(version, dtype, without_u
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_rounded_weights_are_widened_in_panels(weights, without_units, without_int8_products, panels):
     model = native_layers.accelerate_on_cpu(causal_lm(7, hidden_size=128), weights=weights)
-    plain = causal_lm(7, hidden_size=128)
-    plain.load_state_dict(model.state_dict())
+    plain = native_layers.dequantize(copy.deepcopy(model))
     ids = torch.randint(1, 320, (2, 40))
     assert error(model(ids).logits, plain(ids).logits) < TOLERANCE
     assert len(panels) == 3 * 6 + 1

@@ -147,6 +147,9 @@ def test_a_wing_imports_the_root_and_named_wings(wing):
     refuse(item for item in absolute if not (wing in MAY_IMPORT_CONVERSION and item.is_conversion))
 
 
+CONVERSION_MAY_IMPORT = {"cpu.packed", "cpu.rounding"}
+"""Modules of wings that conversion imports, since files hold what the native ops compute with."""
+
 MAY_IMPORT_CONVERSION = {"cli", "inference"}
 
 
@@ -198,6 +201,9 @@ def test_conversion_imports_the_package_absolutely():
     items = list(imports_of(PARTS["visualrwkv_hf.conversion"]))
     refuse(item for item in items if item.level and (item.module or item.name) not in names)
     refuse(item for item in items if f"{item.module}.".startswith("visualrwkv_hf.conversion."))
+    wings = tuple(f"visualrwkv_hf.{wing}." for wing in WINGS)
+    used = {item.module for item in items if item.module.startswith(wings)}
+    assert used == {f"visualrwkv_hf.{module}" for module in CONVERSION_MAY_IMPORT}
 
 
 def test_bare_folder_names_are_no_modules():

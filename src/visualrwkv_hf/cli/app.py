@@ -10,13 +10,14 @@ from .chat import chat
 from .convert import convert
 from .info import info
 from .models import models
+from .quantize import quantize
 from .serve import serve
 from .show import show
 
 HELP = "VisualRWKV: ask about pictures, chat, caption, serve and inspect models, and convert checkpoints."
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (ask, chat, caption, serve, convert, info, show):
+for command in (ask, chat, caption, serve, convert, quantize, info, show):
     app.command()(command)
 app.add_typer(models, name="models")
 

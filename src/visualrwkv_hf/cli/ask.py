@@ -5,7 +5,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from ..inference.loading import load_model, load_processor, refuse_unknown_dtype
+from ..inference.loading import load_model, load_processor, refuse_unknown_dtype, refuse_weights
 from ..inference.pictures import content_parts, refuse_missing_picture
 from .options import (
     AccelerateOption,
@@ -18,6 +18,7 @@ from .options import (
     ModelOption,
     NumFramesOption,
     VerboseOption,
+    WeightsOption,
     answering_source,
     errors_in_a_sentence,
     schema_text,
@@ -53,6 +54,7 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="With --choices: print JSON.")] = False,
     json_schema: JsonSchemaOption = None,
     accelerate: AccelerateOption = True,
+    weights: WeightsOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Ask one question about one picture or film and print the answer as it is generated."""
@@ -60,17 +62,18 @@ def ask(
         picture = STANDARD_INPUT if picture == "-" else picture
         refuse_missing_picture(picture)
         refuse_unknown_dtype(dtype)
+        refuse_weights(weights, "cpu", accelerate)
         if as_json and choices is None:
             raise ValueError("--json prints the probabilities of --choices, which are missing.")
         if choices is not None and json_schema is not None:
             raise ValueError("Give either --choices or --json-schema, not both.")
         answers = None if choices is None else listed(choices)
         schema = None if json_schema is None else schema_text(json_schema)
-        source = answering_source(model)
+        source = answering_source(model, weights)
         sampling = dict(num_frames=num_frames, fps=fps)
         try:
             asked = read(
-                picture, question, source, device, dtype, image_position, sampling, accelerate, schema
+                picture, question, source, device, dtype, image_position, sampling, accelerate, weights, schema
             )
             if answers is not None:
                 choose(asked, answers, as_json)
@@ -113,6 +116,7 @@ def read(
     image_position: str | None,
     sampling: dict[str, Any],
     accelerate: bool,
+    weights: str | None,
     schema: str | None,
 ) -> Asked:
     """Load the model and make its inputs."""
@@ -125,7 +129,7 @@ def read(
         # The inputs come before the weights, so that what is wrong with them is said without a wait.
         inputs = chat_inputs(processor, [{"role": "user", "content": content}], image_position)
         processors = [] if schema is None else [structured(processor, schema)]
-        vlm = load_model(source, device, dtype, accelerate, report=step)
+        vlm = load_model(source, device, dtype, accelerate, report=step, weights=weights)
     say_backend(vlm)
     return Asked(vlm, processor, inputs.to(vlm.device, dtype=vlm.dtype), processors)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..inference.loading import load_model, load_processor, refuse_unknown_dtype
+from ..inference.loading import load_model, load_processor, refuse_unknown_dtype, refuse_weights
 from ..inference.printable import one_line, printable
 from .options import (
     AccelerateOption,
@@ -21,6 +21,7 @@ from .options import (
     ModelOption,
     NumFramesOption,
     VerboseOption,
+    WeightsOption,
     answering_source,
     errors_in_a_sentence,
     schema_text,
@@ -53,6 +54,7 @@ def caption(
     fps: FpsOption = None,
     json_schema: JsonSchemaOption = None,
     accelerate: AccelerateOption = True,
+    weights: WeightsOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Ask the same question about every picture in a folder. If it is stopped, the same command continues.
@@ -62,8 +64,9 @@ def caption(
     """
     with errors_in_a_sentence(verbose):
         refuse_unknown_dtype(dtype)
+        refuse_weights(weights, "cpu", accelerate)
         schema = None if json_schema is None else schema_text(json_schema)
-        source = answering_source(model)
+        source = answering_source(model, weights)
 
         from ..inference.captioning import Captioning
 
@@ -74,13 +77,15 @@ def caption(
             settings |= dict(films=True, num_frames=num_frames, fps=fps)
         if schema is not None:
             settings["json_schema"] = schema
+        if weights:
+            settings["weights"] = weights
         work = Captioning(folder, output, settings)
         with work.locked():
             if work.todo():
                 processor = asked_processor(source, prompt, image_position)
                 if schema is not None:
                     structured(processor, schema)  # refuses a wrong schema before the weights are read
-                vlm = load_model(source, device, dtype, accelerate)
+                vlm = load_model(source, device, dtype, accelerate, weights=weights)
                 say_backend(vlm)
                 caption_all(work, vlm, processor, batch_size)
             report(work)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..inference.loading import load_model, load_processor, refuse_unknown_dtype
+from ..inference.loading import load_model, load_processor, refuse_unknown_dtype, refuse_weights
 from ..inference.pictures import refuse_missing_picture
 from .options import (
     AccelerateOption,
@@ -14,6 +14,7 @@ from .options import (
     MaxNewTokensOption,
     ModelOption,
     VerboseOption,
+    WeightsOption,
     answering_source,
     errors_in_a_sentence,
 )
@@ -47,6 +48,7 @@ def chat(
     dtype: DtypeOption = "auto",
     image_position: ImagePositionOption = None,
     accelerate: AccelerateOption = True,
+    weights: WeightsOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Talk about pictures. Type /help for the commands. Questions may also come from a pipe, one per line."""
@@ -54,15 +56,17 @@ def chat(
         for picture in pictures or []:
             refuse_missing_picture(picture)
         refuse_unknown_dtype(dtype)
+        refuse_weights(weights, "cpu", accelerate)
         sampling: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
             sampling |= {"temperature": temperature, "top_p": top_p}
-        source = answering_source(model)
+        source = answering_source(model, weights)
         session = start_chat(
             source,
             device,
             dtype,
             accelerate,
+            weights,
             seed,
             image_position=image_position,
             max_new_tokens=max_new_tokens,
@@ -80,7 +84,13 @@ def chat(
 
 
 def start_chat(
-    source: str, device: str, dtype: str, accelerate: bool, seed: int | None, **options: Any
+    source: str,
+    device: str,
+    dtype: str,
+    accelerate: bool,
+    weights: str | None,
+    seed: int | None,
+    **options: Any,
 ) -> "Chat":
     """Return a [`Chat`] with the model of `source`. The heavy imports are here, so that `--help` is quick."""
     with steps("loading libraries") as step:
@@ -91,7 +101,7 @@ def start_chat(
         processor = load_processor(source)
         # What the template refuses is said before the weights are read.
         chat_inputs(processor, [{"role": "user", "content": "?"}], options["image_position"])
-        vlm = load_model(source, device, dtype, accelerate, report=step)
+        vlm = load_model(source, device, dtype, accelerate, report=step, weights=weights)
     say_backend(vlm)
     if seed is not None:
         set_seed(seed)

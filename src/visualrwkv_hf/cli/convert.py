@@ -41,6 +41,12 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16. Default: every tensor keeps its dtype.")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="int8 or int4 rounds the weights; see `visualrwkv quantize`. Default: as they are."
+        ),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of one weights file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in OUTPUT.")] = False,
     family: Annotated[
@@ -83,6 +89,7 @@ def convert(
                 "--family": to_original and family,
                 "--tiling": to_original and tiling,
                 "--no-extras": to_original and not extras,
+                "--weights": to_original and weights,
             },
             because="with --to-original" if to_original else "without --push-to-hub",
         )
@@ -100,6 +107,7 @@ def convert(
             verify=verify,
             tiling=tiling,
             family=family,
+            weights=weights,
         )
         *sources, output = paths
         if world:

@@ -4,9 +4,10 @@ from typing import Annotated
 
 import typer
 
-from ..inference.model_cache import cached_models, models_folder, releases, remove_model
+from ..inference.loading import refuse_weights
+from ..inference.model_cache import cached_models, models_folder, releases, remove_model, weights_format
 from ..inference.progress import in_bytes
-from .options import errors_in_a_sentence, fetched
+from .options import WeightsOption, errors_in_a_sentence, fetched
 from .steps import say
 
 models = typer.Typer(invoke_without_command=True)
@@ -20,7 +21,7 @@ def list_models(context: typer.Context) -> None:
     with errors_in_a_sentence():
         there = cached_models()
         for name, size in there.items():
-            typer.echo(f"{name:24} {in_bytes(size)}")
+            typer.echo(f"{name:24} {in_bytes(size):>9} {weights_format(models_folder() / name)}")
         missing = {name: release for name, release in releases().items() if name not in there}
         say(f"{len(there)} models in {models_folder()}.")
         if missing:
@@ -34,11 +35,14 @@ def pull(
     name: Annotated[
         str, typer.Argument(help="Release such as v6-1.6b, a .pth file, or hf://owner/repo/file[@revision].")
     ],
+    weights: WeightsOption = None,
 ) -> None:
     """Fetch and convert a model ahead of its first use."""
     with errors_in_a_sentence():
-        typer.echo(fetched(name))
-        say(f'Next: visualrwkv ask --model {name} PICTURE "What is in the picture?"')
+        refuse_weights(weights, "cpu")
+        typer.echo(fetched(name, weights))
+        option = f" --weights {weights}" if weights else ""
+        say(f'Next: visualrwkv ask --model {name}{option} PICTURE "What is in the picture?"')
 
 
 @models.command("rm")

@@ -31,6 +31,14 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto for the checkpoint's own dtype.")
 ]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        help="int8 or int4 rounds the weights: a half or a quarter of the memory, and faster on a CPU. A release, .pth "
+        "file or hf:// address is kept so in the cache. Default: as they are stored.",
+    ),
+]
 ImagePositionOption = Annotated[
     str | None,
     typer.Option(
@@ -148,7 +156,7 @@ def show_answer(text: str, end: str = "") -> None:
     sys.stdout.flush()
 
 
-def fetched(model: str | None) -> str:
+def fetched(model: str | None, weights: str | None = None) -> str:
     """Return the folder or Hub id of a model, after what has to be fetched or converted first, with bars.
 
     Raises:
@@ -162,7 +170,10 @@ def fetched(model: str | None) -> str:
         with contextlib.ExitStack() as bar:
             return str(
                 cached_model(
-                    source, LateBar(bar, bytes_bar), say if sys.stderr.isatty() else lambda text: None
+                    source,
+                    weights,
+                    LateBar(bar, bytes_bar),
+                    say if sys.stderr.isatty() else lambda text: None,
                 )
             )
     if may_be_on_hub(source):
@@ -183,9 +194,9 @@ class LateBar:
         self.bar(file, num_bytes)
 
 
-def answering_source(model: str | None) -> str:
+def answering_source(model: str | None, weights: str | None = None) -> str:
     """Return the model's folder or Hub id. At a terminal, say once what the model inside the package can do."""
-    source = fetched(model)
+    source = fetched(model, weights)
     if model is None and sys.stderr.isatty() and is_first_notice():
         typer.secho(INSIDE, err=True, dim=True)
     return source

@@ -8,9 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from ..inference.loading import refuse_unknown_dtype
+from ..inference.loading import refuse_unknown_dtype, refuse_weights
 from ..inference.server_limits import Access, Limits
-from .options import AccelerateOption, DeviceOption, DtypeOption, answering_source, errors_in_a_sentence
+from .options import (
+    AccelerateOption,
+    DeviceOption,
+    DtypeOption,
+    WeightsOption,
+    answering_source,
+    errors_in_a_sentence,
+)
 
 
 def with_limits(command: Callable[..., None]) -> Callable[..., None]:
@@ -52,6 +59,7 @@ def serve(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     accelerate: AccelerateOption = True,
+    weights: WeightsOption = None,
     max_states: Annotated[
         int,
         typer.Option(min=0, help="How many states of earlier prompts are kept; 0 keeps none."),
@@ -100,6 +108,7 @@ def serve(
     """Serve a model to clients of OpenAI's API: chat with pictures, streamed."""
     with errors_in_a_sentence():
         refuse_unknown_dtype(dtype)
+        refuse_weights(weights, "cpu", accelerate)
         access = Access(
             api_keys=tuple(api_key or ()),
             allowed_hosts=_listed(allowed_hosts),
@@ -108,7 +117,7 @@ def serve(
             trusted_proxies=_listed(trusted_proxies),
             share_states=share_states,
         )
-        source = answering_source(folder)
+        source = answering_source(folder, weights)
 
         from ..inference.server import serve as run_server
 
@@ -122,6 +131,7 @@ def serve(
             limits=limits,
             access=access,
             accelerate=accelerate,
+            weights=weights,
         )
 
 

@@ -2,12 +2,13 @@
 
 from visualrwkv_hf import accelerate_on_cpu
 
-model = accelerate_on_cpu(model)             # or accelerate_on_cpu(model, int8=True)
+model = accelerate_on_cpu(model)             # or accelerate_on_cpu(model, weights="int8")
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_utils import PreTrainedModel
 
+from ..decompression import forget_decompression
 from ..dispatch import chosen_backend
 from ..modeling_rwkv import RwkvBlock
 from .formats import FLOAT_DTYPES
 from .memory import is_plain, mapped_files, move_to_huge_pages, unmap
 from .ops import MAX_ROWS, linear, linear_int8, unsupported, unusable
+from .packed import PACKED, SCALE, SHAPE, packed_tensors, quantization_config, unpacked
 from .products import compute_dtype, may_use_panels, multiply_panels
+from .rounding import ROUNDINGS, Rounded, rounded, rounding_of
 
 # --- linear layers ----------------------------------------------------------------------------------------
 
@@ -76,42 +80,68 @@ class NativeConv2d(nn.Conv2d):
         return self._conv_forward(input.to(dtype), weight.to(dtype), bias).to(input.dtype)
 
 
-class RoundedLinear(nn.Module):
+class RoundedLinear(nn.Linear):
     """A linear layer whose weight is stored in few bits.
 
     A few rows are multiplied as they are. Many rows, such as a prompt's, are rounded to 8 bits and multiplied in
     integers where the CPU is fast at that; `kernel_backend("torch")` multiplies them as they are.
 
-    `state_dict()`, so `save_pretrained()` as well, holds the rounded weight in the dtype of the original one, which any
-    linear layer loads; loading such a state dict rounds again.
+    `state_dict()`, so `save_pretrained()` as well, holds the weight as packed.py describes it. A state dict with the
+    weight in a float dtype is rounded when it is loaded. The weight has no gradient, so adapters can be trained on the
+    layer, and the layer itself cannot.
 
     Args:
         linear: the layer whose weight [out, in] is rounded; it must have no bias.
     """
 
-    weight: Tensor
+    weight: Tensor  # type: ignore[assignment]
     scale: Tensor
+    kind: str
+    """A name in `rounding.ROUNDINGS`."""
 
     def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        self.original_dtype = linear.weight.dtype
-        weight, scale = self.rounded(linear.weight.detach().float())
+        self._hold(rounded(linear.weight, self.kind))
+
+    @classmethod
+    def of(cls, weight: Rounded) -> RoundedLinear:
+        """Return a layer of a weight that is rounded already."""
+        layer = cls.__new__(cls)
+        layer._hold(weight)
+        return layer
+
+    def _hold(self, weight: Rounded) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.integers.shape
+        self.original_dtype = weight.scale.dtype
+        stored, scale = self.as_stored(weight)
+        self.bias = None
         self.register_buffer("scale", scale)
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", stored)
 
     @staticmethod
-    def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the stored weight and its scales, from a weight [out, in] in float32."""
+    def as_stored(weight: Rounded) -> tuple[Tensor, Tensor]:
+        """Return a weight and its scales as the native ops read them."""
+        raise NotImplementedError
+
+    def integers(self, rows: slice = slice(None)) -> Tensor:
+        """Return some rows of the integers that the scales multiply, int8 [rows, in]."""
         raise NotImplementedError
 
     def multiplied(self, input: Tensor) -> Tensor:
         """Compute x W^T for many rows in torch, [..., in] -> [..., out]."""
         raise NotImplementedError
 
+    def rounded(self) -> Rounded:
+        """Return the weight as integers and scales. The scales have the weight's first dtype if it can hold them."""
+        scale = self.scale.reshape(self.out_features, -1)
+        narrow = scale.to(self.original_dtype)
+        scale = narrow if torch.equal(narrow.to(scale.dtype), scale) else scale
+        return Rounded(self.integers(), scale, ROUNDINGS[self.kind].bits)
+
     def widened(self, rows: slice = slice(None)) -> Tensor:
         """Return some rows of the weight in float32, [rows, in]."""
-        raise NotImplementedError
+        scale = self.scale.reshape(self.out_features, -1)[rows]
+        return Rounded(self.integers(rows), scale, ROUNDINGS[self.kind].bits).widened()
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Return the stored weight and its scales."""
@@ -125,15 +155,35 @@ class RoundedLinear(nn.Module):
             return linear_int8(input, self.weight, self.scale)
         return self.multiplied(input)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> RoundedLinear:
+        """Move the layer, but keep the dtype of its scales, which is part of the format."""
+        before = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != before.dtype:
+            self.original_dtype = self.scale.dtype
+            self._buffers["scale"] = before.to(self.scale.device)
+        return self
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.widened().to(self.original_dtype)
+        for name, value in packed_tensors(self.rounded()).items():
+            destination[prefix + name] = value
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        key = f"{prefix}weight"
-        if key not in state_dict:
-            args[2].append(key)  # missing keys
+        names = [prefix + name for name in (PACKED, SCALE, SHAPE)]
+        if f"{prefix}weight" in state_dict:
+            given = rounded(state_dict[f"{prefix}weight"], self.kind)
+        elif all(name in state_dict for name in names):
+            given = unpacked(state_dict[names[0]], state_dict[names[1]], self.in_features)
+        else:
+            args[2].extend(name for name in names if name not in state_dict)  # missing keys
             return
-        for name, value in zip(("weight", "scale"), self.rounded(state_dict[key].float())):
+        shapes = [tuple(x.shape) for x in given[:2]]
+        if shapes != [tuple(x.shape) for x in self.rounded()[:2]]:
+            args[4].append(
+                f"The weight {prefix}weight has the shape {list(shapes[0])} and scales {list(shapes[1])}."
+            )
+            return
+        for name, value in zip(("weight", "scale"), self.as_stored(given)):
             self._buffers[name].copy_(value)
 
     def extra_repr(self) -> str:
@@ -143,13 +193,14 @@ class RoundedLinear(nn.Module):
 class Int8Linear(RoundedLinear):
     """A linear layer of int8 weights, one scale per output: W = diag(scale) Q, Q = round(W / scale) in -127 ... 127."""
 
-    @staticmethod
-    def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-        scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127  # [out]
-        return (weight / scale[:, None]).round().to(torch.int8), scale
+    kind = "int8"
 
-    def widened(self, rows: slice = slice(None)) -> Tensor:
-        return self.weight[rows].float() * self.scale[rows, None].float()
+    @staticmethod
+    def as_stored(weight: Rounded) -> tuple[Tensor, Tensor]:
+        return weight.integers, weight.scale.float().flatten()  # [out, in], [out]
+
+    def integers(self, rows: slice = slice(None)) -> Tensor:
+        return self.weight[rows]
 
     def multiplied(self, input: Tensor) -> Tensor:
         # int8 is exact in bfloat16, so that only the scale is rounded.
@@ -165,27 +216,20 @@ class Int4Linear(RoundedLinear):
     Two weights lie in a byte: registers.h says which. `in_features` must be a multiple of 32.
     """
 
-    group = 32
-
-    @classmethod
-    def can_store(cls, linear: nn.Linear) -> bool:
-        """Return whether groups fill the rows of a layer's weight."""
-        return linear.in_features % cls.group == 0
+    kind = "int4"
+    group = ROUNDINGS["int4"].group
 
     @staticmethod
-    def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-        groups = weight.unflatten(1, (-1, Int4Linear.group))  # [out, in / 32, 32]
-        largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-        scale = (largest / -8).to(torch.bfloat16)  # [out, in / 32, 1]
-        divisor = torch.where(scale == 0, 1, scale).float()
-        quotients = (groups / divisor + 8).round().clamp(0, 15).to(torch.uint8)
+    def as_stored(weight: Rounded) -> tuple[Tensor, Tensor]:
+        quotients = (weight.integers + 8).view(torch.uint8).unflatten(1, (-1, Int4Linear.group))
         lower, upper = quotients.split(Int4Linear.group // 2, 2)
-        return (lower | upper << 4).flatten(1), scale.squeeze(2)
+        repeats = quotients.shape[1] // weight.scale.shape[1]  # a file may have larger groups
+        scale = weight.scale.to(torch.bfloat16).repeat_interleave(repeats, 1)
+        return (lower | upper << 4).flatten(1), scale  # [out, in / 2], [out, in / 32]
 
-    def widened(self, rows: slice = slice(None)) -> Tensor:
+    def integers(self, rows: slice = slice(None)) -> Tensor:
         stored = self.weight[rows].unflatten(1, (-1, self.group // 2))
-        quotients = torch.cat([stored & 15, stored >> 4], 2).float()
-        return ((quotients - 8) * self.scale[rows, :, None].float()).flatten(1)
+        return torch.cat([stored & 15, stored >> 4], 2).flatten(1).view(torch.int8) - 8
 
     def multiplied(self, input: Tensor) -> Tensor:
         if may_use_panels(input):
@@ -238,39 +282,170 @@ def accelerate_on_cpu(
         warnings.warn(f"The model computes with plain torch. {reason}", RuntimeWarning, stacklevel=2)
     for block in blocks:
         block.accelerated = not reason
-        _accelerate_layers(block, weights)
+    round_linears(model, weights)
+    replace_linears(model, lambda name, child: native_linear(child))
+    for module in model.modules():
+        if type(module) is nn.Conv2d and is_plain(module.weight) and "forward" not in module.__dict__:
+            module.__class__ = NativeConv2d  # the same layer, with its weights and hooks
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        head = accelerated_linear(head, weights and "int8")
-        model.set_output_embeddings(head)
-    _accelerate_layers(model, None)  # of the towers and the projector
     move_to_huge_pages(nn.ModuleList([*blocks, *([] if head is None else [head])]))
     return model
 
 
-def _accelerate_layers(module: nn.Module, weights: str | None) -> None:
-    """Replace all layers in a module that are nn.Linear or nn.Conv2d, and no class derived from them."""
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear:
-                setattr(parent, name, accelerated_linear(child, weights))
-            elif type(child) is nn.Conv2d and is_plain(child.weight) and "forward" not in child.__dict__:
-                child.__class__ = NativeConv2d  # the same layer, with its weights and hooks
+def round_linears(model: PreTrainedModel, weights: str | None) -> None:
+    """Give the linear layers whose weights are packed, or are to be rounded, their weights of few bits, in place.
+
+    One weight at a time is in memory twice: pages of a mapped file leave it as soon as they are read.
+
+    Args:
+        model: see `accelerate_on_cpu`.
+        weights: a name in `ROUNDED_LINEARS`; None only unpacks what is packed.
+
+    Raises:
+        ValueError: if a weight or a scale is NaN or infinite.
+    """
+    _forget_packing(model)
+    files = mapped_files()
+
+    def replacement(name: str, child: nn.Module) -> nn.Module:
+        try:
+            if is_packed(child):
+                return unpacked_linear(child, files)
+            kind = rounding_of(name.removesuffix(".base_layer"), child.in_features, weights)
+            if kind is None or child.bias is not None or not may_replace(child):
+                return child
+            layer = ROUNDED_LINEARS[kind](child)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        unmap(child.weight, files)
+        return layer
+
+    replace_linears(model, replacement)
+    note_quantization(model)
 
 
-def accelerated_linear(linear: nn.Linear, weights: str | None) -> nn.Module:
-    """Return the layer with native ops, or the same layer where it has hooks or they cannot read its weight."""
+def replace_linears(model: nn.Module, replacement: Callable[[str, nn.Module], nn.Module]) -> None:
+    """Put `replacement(name, layer)` in the place of each linear layer that is dense or packed, one after the other."""
+    for path, parent in list(model.named_modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear or is_packed(child):
+                new = replacement(f"{path}.{name}" if path else name, child)
+                if new is not child:
+                    setattr(parent, name, new)
+
+
+def may_replace(linear: nn.Module) -> bool:
+    """Return whether nothing but its class says what a layer computes, and native ops can read its weight."""
     is_watched = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
-    if not is_plain(linear.weight) or is_watched:
+    return is_plain(linear.weight) and not is_watched
+
+
+def native_linear(linear: nn.Linear) -> nn.Module:
+    """Return the layer with native ops, or the same layer where it has hooks or they cannot read its weight."""
+    if not may_replace(linear):
         return linear
-    if weights and linear.bias is None:
-        is_int4 = weights == "int4" and Int4Linear.can_store(linear)
-        rounded = (Int4Linear if is_int4 else Int8Linear)(linear)
-        unmap(linear.weight, mapped_files())
-        return rounded
     native = NativeLinear(linear.in_features, linear.out_features, bias=False, device="meta")
     native.weight, native.bias = linear.weight, linear.bias
     return native.train(linear.training)
 
 
-__all__ = ["Int4Linear", "Int8Linear", "NativeLinear", "accelerate_on_cpu"]
+# --- layers as files hold them ----------------------------------------------------------------------------
+
+
+class PackedLinear(nn.Module):
+    """A linear layer as a file holds it, between loading and `unpacked_linear`. It computes nothing.
+
+    Args:
+        linear: the layer of the model whose place it takes.
+        shapes: those of its tensors; see packed.py.
+        dtype: of the scales.
+    """
+
+    def __init__(self, linear: nn.Linear, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        for name, shape in shapes.items():
+            kind = dtype if name == SCALE else {PACKED: torch.int32, SHAPE: torch.int64}[name]
+            empty = torch.empty(shape, dtype=kind, device="meta")
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+
+def is_packed(layer: nn.Module) -> bool:
+    """Return whether a layer's weight is what packed.py describes: in a `PackedLinear` or compressed-tensors' layer."""
+    return isinstance(getattr(layer, PACKED, None), Tensor)
+
+
+def unpacked_linear(layer: nn.Module, files: Sequence[tuple[int, int]] = ()) -> nn.Module:
+    """Return the layer of few bits whose tensors are packed, or a dense one where there is a bias.
+
+    Args:
+        layer: a layer for which `is_packed` is true.
+        files: address ranges of mapped files, see `mapped_files`, whose pages leave the memory when they are read.
+
+    Raises:
+        ValueError: if `weight_shape` is not the layer's, or a scale is not finite.
+    """
+    words, scale, shape = (getattr(layer, name).detach() for name in (PACKED, SCALE, SHAPE))
+    rows, columns = layer.out_features, layer.in_features
+    if shape.tolist() != [rows, columns]:
+        raise ValueError(f"A weight of {rows} x {columns} is stored with the shape {shape.tolist()}.")
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError(f"The scales of a weight of {rows} x {columns} are NaN or infinite.")
+    weight = unpacked(words, scale, columns)
+    unmap(words, files)
+    if layer.bias is not None:
+        return dense_linear(weight, layer.bias)
+    kind = next(name for name, row in ROUNDINGS.items() if row.bits == weight.bits)
+    return ROUNDED_LINEARS[kind].of(weight)
+
+
+def dense_linear(weight: Rounded, bias: nn.Parameter | None = None) -> nn.Linear:
+    """Return a layer of the same weight in the dtype of its scales, for whoever does not read few bits."""
+    rows, columns = weight.integers.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.widened().to(weight.scale.dtype))
+    linear.bias = bias
+    return linear
+
+
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Give all layers of few bits their weights in the model's dtype, in place, and return the model.
+
+    The weights are those that the integers and scales stand for: what rounding has lost does not come back.
+    """
+    _forget_packing(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if is_packed(child):
+                child = unpacked_linear(child)
+                setattr(parent, name, child)
+            if isinstance(child, RoundedLinear):
+                setattr(parent, name, dense_linear(child.rounded()))
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def note_quantization(model: PreTrainedModel) -> None:
+    """Say in the model's configuration which layers are of few bits, for `save_pretrained`."""
+    layers = {name: x.kind for name, x in model.named_modules() if isinstance(x, RoundedLinear)}
+    layers = {name.removesuffix(".base_layer"): kind for name, kind in layers.items()}
+    others = [name for name, x in model.named_modules() if isinstance(x, nn.Linear) and name not in layers]
+    if layers:
+        model.config.quantization_config = quantization_config(layers, others)
+        if any(name.split(".")[-1] == "lm_head" for name in layers):  # no longer the embedding's weight
+            model.config.tie_word_embeddings = False
+
+
+def _forget_packing(model: PreTrainedModel) -> None:
+    """Take back what transformers' quantizer of compressed-tensors left on a model, whose layers become ours."""
+    if not any(map(is_packed, model.modules())):
+        return
+    for module in model.modules():
+        forget_decompression(module)
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+
+
+__all__ = ["Int4Linear", "Int8Linear", "NativeLinear", "accelerate_on_cpu", "dequantize"]

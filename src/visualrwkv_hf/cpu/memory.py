@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import re
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -47,6 +48,24 @@ def move_to_huge_pages(module: nn.Module) -> None:
         weight.data = moved
 
 
+def cast(module: nn.Module, dtype: torch.dtype, without: type[nn.Module]) -> None:
+    """Bring the floating-point weights of a module to a dtype, one after the other, and unmap those of files.
+
+    Args:
+        module: the weights of all its parts are cast, in place.
+        dtype: of the result.
+        without: the class of the parts that are left as they are.
+    """
+    files = mapped_files()
+    parts = [part for part in module.modules() if not isinstance(part, without)]
+    weights = [x for part in parts for x in (*part.parameters(False), *part.buffers(False))]
+    for weight in {id(x): x for x in weights}.values():
+        if weight.is_floating_point() and weight.dtype != dtype and is_plain(weight):
+            new = weight.data.to(dtype)
+            unmap(weight, files)
+            weight.data = new
+
+
 def mapped_files() -> list[tuple[int, int]]:
     """Return the address ranges that are private mappings of files, none of whose pages this process has written to.
 
@@ -65,7 +84,7 @@ def mapped_files() -> list[tuple[int, int]]:
     return ranges
 
 
-def unmap(weight: Tensor, files: list[tuple[int, int]]) -> None:
+def unmap(weight: Tensor, files: Sequence[tuple[int, int]]) -> None:
     """Let a tensor's pages leave the memory if they are in a range of `mapped_files()`. Reading maps them again."""
     start, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
     if not any(low <= start and end <= high for low, high in files):

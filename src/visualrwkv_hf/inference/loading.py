@@ -22,7 +22,7 @@ from .checks import (
     refuse_strange_template,
     refuse_unusable_template,
 )
-from .model_cache import cached_model, is_original, original_of
+from .model_cache import WEIGHTS, cached_model, is_original, original_of, weights_format
 from .progress import loading_reported
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -159,10 +159,14 @@ def model_type_of(folder: Path) -> str:
     return model_type
 
 
-def model_folder(source: str) -> Path:
+def model_folder(source: str, weights: str | None = None) -> Path:
     """Return the folder of a model on this machine.
 
     Of a Hub id its data files are fetched first, and no code; an original checkpoint is converted into the cache.
+
+    Args:
+        source: a folder, a Hub id, or an original checkpoint.
+        weights: "int8" or "int4" if an original checkpoint is to be kept in such weights.
 
     Raises:
         ValueError: the model is not ours, not on the Hub, or the Hub cannot be reached.
@@ -173,7 +177,7 @@ def model_folder(source: str) -> Path:
         return Path(source)
     if not may_be_on_hub(source) and not is_original(source):
         raise FileNotFoundError(f"There is no folder {source}{suggestion(source)}")
-    return cached_model(source) if is_original(source) else fetched_folder(source)
+    return cached_model(source, weights) if is_original(source) else fetched_folder(source)
 
 
 @cache
@@ -246,6 +250,7 @@ def load_model(
     dtype: str = "auto",
     accelerate: bool = True,
     report: Callable[[str], None] | None = None,
+    weights: str | None = None,
 ) -> Any:
     """Return the model of `source`, in evaluation mode on its device.
 
@@ -256,13 +261,16 @@ def load_model(
         accelerate: whether a CPU computes with native ops. Without a C compiler a warning says so, and plain torch
             computes. Other devices have kernels of their own.
         report: takes words on how much is loaded; without it nothing is shown.
+        weights: "int8" or "int4" rounds the weights on a CPU as they are loaded, one at a time; see
+            `accelerate_on_cpu`. None keeps them as they are stored, which may be in int8 or int4 as well.
 
     Raises:
         ValueError: the model is not ours or damaged, it reads no pictures, or device and dtype do not exist here.
     """
     refuse_unknown_dtype(dtype)
     device = usable_device(device)
-    folder = model_folder(source)
+    refuse_weights(weights, device, accelerate)
+    folder = model_folder(source, weights)
     refuse_text_model(folder)
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds an adapter beside the model: merge it into the model first.")
@@ -274,6 +282,7 @@ def load_model(
     if (folder / INDEX_FILE).is_file():
         refuse_strange_index(read_json(folder / INDEX_FILE), folder / INDEX_FILE)
     options: dict[str, Any] = dict(config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    options |= weights_options(folder, config, accelerate and device == "cpu", weights)
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with loading_reported(report, num_bytes):
         model = in_a_sentence(
@@ -283,12 +292,35 @@ def load_model(
             ),
         )
     refuse_strange_generation(model.generation_config, folder)
-    model = model.to(device).eval()
-    if accelerate and device == "cpu":
-        from ..cpu.layers import accelerate_on_cpu
+    return model.to(device).eval()
 
-        accelerate_on_cpu(model)
-    return model
+
+def weights_options(folder: Path, config: Any, on_cpu: bool, weights: str | None) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to read the weights once and leave them in the form that is computed with.
+
+    Args:
+        folder: the model's.
+        config: its configuration, from which `quantization_config` is taken: no library for it is needed.
+        on_cpu: whether native ops will compute.
+        weights: as for `load_model`.
+
+    Raises:
+        ValueError: the weights are stored in a form that cannot be read, or in another one than `weights`.
+    """
+    from visualrwkv_hf.conversion.folders import open_folder
+
+    from ..cpu.packed import refuse_strange_quantization
+    from ..cpu.packed_loading import WhileLoading
+
+    stored = config.__dict__.pop("quantization_config", None)
+    if stored is not None:
+        refuse_strange_quantization(stored, folder / "config.json")
+        if weights not in (None, found := weights_format(folder)):
+            raise ValueError(f"The weights in {folder} are in {found}: they cannot be loaded in {weights}.")
+        weights = None
+    if not on_cpu and stored is None:
+        return {}
+    return {"quantization_config": WhileLoading(on_cpu, weights, open_folder(folder).infos, folder)}
 
 
 def in_a_sentence(what: str, load: Callable[[], Result]) -> Result:
@@ -328,6 +360,17 @@ def refuse_unknown_dtype(dtype: str) -> None:
     """Raise `ValueError` for a dtype that no model here has."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+
+
+def refuse_weights(weights: str | None, device: str, accelerate: bool = True) -> None:
+    """Raise `ValueError` for weights of few bits that nothing computes with there."""
+    if weights not in (None, *WEIGHTS):
+        raise ValueError(f"weights must be {' or '.join(WEIGHTS)}, got {weights!r}.")
+    if weights and (device != "cpu" or not accelerate):
+        where = f"on {device}" if device != "cpu" else "with plain torch"
+        raise ValueError(
+            f"Weights in {weights} are for native ops on a CPU: nothing computes with them {where}."
+        )
 
 
 def usable_device(name: str) -> str:

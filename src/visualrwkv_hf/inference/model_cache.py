@@ -5,6 +5,7 @@ Quick to import: torch comes with the first conversion.
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,9 @@ SHORT_NAME = re.compile(r"(v\d+|hd|uhd)-\d+(\.\d+)?b")
 
 RELEASE_TITLE = re.compile(r"VisualRWKV-(\w+) (\d+)B(\d*)")
 NOTICE = "bundled-model-notice-shown"
+
+WEIGHTS = ("int8", "int4")
+"""Weights of few bits that a model can be kept in; the same as `cpu.rounding.WEIGHTS`, which needs torch."""
 
 Progress = Callable[[str, int], None]
 """Takes a file's name and the bytes written since the last call."""
@@ -127,12 +131,18 @@ def models_folder() -> Path:
 
 
 def cached_model(
-    source: str, progress: Progress | None = None, say: Callable[[str], None] = lambda text: None
+    source: str,
+    weights: str | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Return the folder of a converted model; it is fetched, checked and converted first if it is not there.
 
+    A model in few bits is made of the converted one if that is in the cache, and of the original otherwise.
+
     Args:
         source: see `is_original`.
+        weights: "int8" or "int4" keeps the model in such weights, beside the one in the original's dtype.
         progress: called while the folder is written.
         say: takes a sentence about each step that takes long.
 
@@ -141,25 +151,29 @@ def cached_model(
         OSError: the cache cannot be written.
     """
     original = original_of(source)
-    folder = models_folder() / original.name
+    name = f"{original.name}-{weights}" if weights else original.name
+    folder, whole = models_folder() / name, models_folder() / original.name
     if is_whole(folder):
         return folder
     from filelock import FileLock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{original.name}.lock"):
+    with FileLock(folder.parent / f".{name}.lock"):
         if is_whole(folder):  # another process has made it meanwhile
             return folder
-        from visualrwkv_hf.conversion import to_hf
+        from visualrwkv_hf.conversion import quantize, to_hf
         from visualrwkv_hf.conversion.hub_files import local_file
 
+        if weights and is_whole(whole):
+            say(f"Rounding the weights of {whole} to {weights} (once).")
+            return quantize(whole, folder, weights=weights, progress=progress)
         files = []
         for address in original.addresses:
             if address.startswith(HUB_SCHEME):
                 say(f"Fetching {address} (once).")
             files.append(local_file(address, say))
         say(f"Converting into {folder} (once).")
-        return to_hf(files, folder, progress=progress)
+        return to_hf(files, folder, progress=progress, weights=weights)
 
 
 def is_whole(folder: Path) -> bool:
@@ -176,6 +190,17 @@ def cached_models() -> dict[str, int]:
         return {}
     folders = sorted(path for path in models_folder().iterdir() if is_whole(path) and path.name[0] != ".")
     return {path.name: sum(file.stat().st_size for file in path.iterdir()) for path in folders}
+
+
+def weights_format(folder: Path) -> str:
+    """Return in which form the weights of a model folder are, such as "int4" or "bfloat16", from its config.json."""
+    try:
+        fields = json.loads((folder / "config.json").read_text("utf-8"))
+        groups = (fields.get("quantization_config") or {}).get("config_groups") or {}
+        bits = [group["weights"]["num_bits"] for group in groups.values()]
+        return f"int{min(bits)}" if bits else str(fields.get("dtype") or "unknown")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "unknown"
 
 
 def remove_model(name: str) -> int:

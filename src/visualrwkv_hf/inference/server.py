@@ -31,6 +31,7 @@ def serve(
     limits: Limits | None = None,
     access: Access | None = None,
     accelerate: bool = True,
+    weights: str | None = None,
 ) -> None:
     """Answer requests of OpenAI clients until SIGINT or SIGTERM comes.
 
@@ -45,6 +46,7 @@ def serve(
         limits: the most that a request may take.
         access: who may ask, and from where pictures are fetched.
         accelerate: whether a CPU computes with native ops.
+        weights: "int8" or "int4" rounds the weights on a CPU; see `load_model`.
 
     Raises:
         ImportError: without the packages of the extra `serve`.
@@ -53,7 +55,7 @@ def serve(
     """
     limits, access = limits or Limits(), access or Access()
     with bound_socket(host, port) as listener:
-        app = build_app(source, device, dtype, name, max_states, limits, access, accelerate)
+        app = build_app(source, device, dtype, name, max_states, limits, access, accelerate, weights)
 
         def announce() -> None:
             print(_announcement(app, host, listener.getsockname()[1], bool(access.api_keys)), flush=True)
@@ -83,6 +85,7 @@ def build_app(
     limits: Limits | None = None,
     access: Access | None = None,
     accelerate: bool = True,
+    weights: str | None = None,
 ) -> Any:
     """Return the server of [`serve`] as an ASGI application (Starlette); `app.state.model` is the model.
 
@@ -101,7 +104,7 @@ def build_app(
     from .server_routes import EXCEPTION_HANDLERS, Gate, Service
 
     limits, access = limits or Limits(), access or Access()
-    model = load_model(str(source), device, dtype, accelerate)
+    model = load_model(str(source), device, dtype, accelerate, weights=weights)
     processor = load_processor(str(source))
     # An answer becomes part of the next prompt, in which a placeholder would have no picture.
     config = model.generation_config

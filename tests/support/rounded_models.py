@@ -1,0 +1,49 @@
+"""Tiny models of every kind of release, for tests of weights of few bits."""
+
+import copy
+from typing import Any
+
+import torch
+from tiny import prompt, tiny_vlm
+
+from visualrwkv_hf import VisualRWKVForConditionalGeneration
+from visualrwkv_hf.encoders import pixel_inputs
+
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+VIT = dict(**SMALL, image_size=56, patch_size=14)
+SAM = dict(**SMALL, image_size=64, patch_size=8, output_channels=8, global_attn_indexes=[1], window_size=3)
+THREE = {
+    "dinov2_config": dict(**VIT, mlp_ratio=2),
+    "siglip_config": dict(**VIT, intermediate_size=48),
+    "sam_config": SAM,
+    "feature_layer": -2,
+}
+RELEASES: dict[str, dict[str, Any]] = {
+    "v5": dict(version=5, scan="unidirectional"),
+    "v6": dict(version=6),
+    "HD": dict(version=6, vision_config=THREE, projector="gated"),
+    "UHD": dict(version=6, vision_config=dict(**THREE, tile_grid=2), projector="gated"),
+    "v7": dict(version=7, vision_config=THREE, projector="gated_norm"),
+}
+"""Kinds of releases -> what a tiny model of each is made of; see `tiny.tiny_vlm`."""
+
+
+def release(kind: str) -> VisualRWKVForConditionalGeneration:
+    """Return a model of width 64 with random weights everywhere."""
+    return tiny_vlm(**copy.deepcopy(RELEASES[kind]))
+
+
+def inputs_of(model: VisualRWKVForConditionalGeneration, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return a batch of two rows: one is padded on the left, the other has two pictures."""
+    one, two = prompt(model), torch.cat([prompt(model, seed=1), prompt(model, seed=2)], 1)
+    num_pad = two.shape[1] - one.shape[1]
+    ids = torch.cat([torch.nn.functional.pad(one, (num_pad, 0)), two])
+    mask = torch.ones_like(ids)
+    mask[0, :num_pad] = 0
+    generator = torch.Generator().manual_seed(0)
+    config = model.config.vision_config
+    pixels = {
+        name: torch.randn(3 * config.num_views, 3, size, size, generator=generator).to(dtype)
+        for name, size in zip(pixel_inputs(config.image_sizes).values(), config.image_sizes.values())
+    }
+    return dict(input_ids=ids, attention_mask=mask, **pixels)
