@@ -69,7 +69,7 @@ def quantize(folder: str | Path, output_dir: str | Path, *, weights: str, **opti
     refuse_target(output_dir, [folder], write.overwrite)
     with locked(output_dir):
         source = open_folder(folder)
-        _refuse_misfit(source, config, folder)
+        _refuse_misfit(source, config, folder, weights)
         dense = {name: _in_dtype(info, write.torch_dtype) for name, info in source.infos.items()}
         layers = rounded_layers(dense, config, weights)
         infos = stored_infos(dense, layers)
@@ -238,19 +238,20 @@ def _write_companions(
     (target / "README.md").write_text(text + quantization_section(weights, errors.relative()), "utf-8")
 
 
-def _refuse_misfit(source: Checkpoint, config: Config, folder: Path) -> None:
+def _refuse_misfit(source: Checkpoint, config: Config, folder: Path, weights: str) -> None:
+    """Raise `ConversionError` if a weight that is to be rounded is not as the configuration says.
+
+    Other tensors may bear names of transformers' older towers, which it renames when it loads them.
+    """
     from .state_dicts import expected_shapes
 
-    expected = expected_shapes(config)
-    missing, strange = sorted(expected.keys() - set(source)), sorted(set(source) - expected.keys())
-    wrong = [
-        name for name in expected if name in source and tuple(expected[name]) != source.infos[name].shape
-    ]
-    for problem, some in (("lacks", missing), ("should not have", strange), ("has in another shape", wrong)):
-        if some:
-            raise ConversionError(
-                f"{folder} {problem} the tensor {some[0]}: its weights do not fit its config.json."
-            )
+    for name, shape in expected_shapes(config).items():
+        if len(shape) != 2 or not rounding_of(name.removesuffix(".weight"), shape[1], weights):
+            continue
+        found = source.infos[name].shape if name in source.infos else None
+        if found != tuple(shape) and not (name == "lm_head.weight" and config.tie_word_embeddings):
+            what = "is missing" if found is None else f"has the shape {list(found)}, not {list(shape)}"
+            raise ConversionError(f"Tensor {name} in {folder} {what}: the weights do not fit config.json.")
 
 
 def _in_dtype(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:

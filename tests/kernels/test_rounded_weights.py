@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,13 +11,13 @@ import pytest
 import torch
 from rounded_models import RELEASES, inputs_of, release
 from safetensors.torch import load_file, save_file
-from torch import nn
-from tiny import awake, tiny_vlm
+from tiny import tiny_vlm
 from tiny_training import save_tiny_model
+from torch import nn
 
 from visualrwkv_hf import VisualRWKVForConditionalGeneration, accelerate_on_cpu
 from visualrwkv_hf.conversion import ConversionError, quantize, to_original
-from visualrwkv_hf.cpu.layers import Int4Linear, Int8Linear, RoundedLinear, dequantize
+from visualrwkv_hf.cpu.layers import Int4Linear, Int8Linear
 from visualrwkv_hf.cpu.packed import pack, quantization_config, refuse_strange_quantization, unpack
 from visualrwkv_hf.cpu.rounding import WEIGHTS, rounded, rounding_of
 from visualrwkv_hf.inference import model_cache
@@ -73,7 +74,9 @@ def test_weights_that_are_not_finite_are_not_rounded():
 def test_words_hold_neighbours_from_the_lowest_bits_on(bits):
     """Word by word with Python's integers."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    integers = torch.randint(low, high + 1, (3, 32), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    integers = torch.randint(low, high + 1, (3, 32), generator=torch.Generator().manual_seed(0)).to(
+        torch.int8
+    )
     words = pack(integers, bits)
     assert words.shape == (3, bits) and torch.equal(unpack(words, bits), integers)
     per_word = 32 // bits
@@ -92,13 +95,12 @@ def test_the_library_packs_and_widens_the_same(weights):
 
     layers = {"layers.0.att.key": weights}
     scheme = QuantizationConfig.model_validate(quantization_config(layers)).config_groups["group_0"]
-    weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
     near = rounded(weight, weights)
     library = BaseCompressor.get_value_from_registry("pack-quantized")
-    packed = library.compress({"weight": near.widened().bfloat16(), "weight_scale": near.scale}, scheme)
+    packed = library.compress({"weight": near.widened(), "weight_scale": near.scale}, scheme)
     assert torch.equal(packed["weight_packed"], pack(near.integers, near.bits))
-    widened = library.decompress(packed, scheme)["weight"]
-    assert torch.equal(widened, near.widened().bfloat16())
+    assert torch.equal(library.decompress(packed, scheme)["weight"], near.widened())
 
 
 def test_what_is_rounded():
@@ -164,7 +166,9 @@ def test_transformers_reads_a_quantised_folder(kind, weights, tmp_path):
     native = accelerate_on_cpu(copy.deepcopy(loaded))
     assert torch.equal(native(**inputs).logits, expected)
     assert error(loaded(**inputs).logits, expected) < 1e-5
-    assert type(loaded.lm_head.weight) is nn.Parameter  # plain layers from now on, without the library's forward
+    assert (
+        type(loaded.lm_head.weight) is nn.Parameter
+    )  # plain layers from now on, without the library's forward
     answer = loaded.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert torch.equal(answer, native.generate(**inputs, max_new_tokens=3, do_sample=False))
 
@@ -293,7 +297,11 @@ def test_a_quantised_folder_says_what_it_is(dense, tmp_path):
     assert model_cache.weights_format(tmp_path / "int4") == "int4"
 
 
-def test_quantising_refuses_in_a_sentence(dense, tmp_path):
+def test_quantising_refuses_in_a_sentence(dense, tmp_path, tmp_path_factory):
+    damaged = shutil.copytree(dense, tmp_path_factory.mktemp("damaged") / "model")
+    tensors = load_file(damaged / "model.safetensors")
+    del tensors[f"{NAME}.weight"]
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
     quantize(dense, tmp_path / "int8", weights="int8", dtype="bfloat16")
     for arguments, weights, message in (
         ((tmp_path / "int8", tmp_path / "again"), "int4", "of few bits already"),
@@ -301,6 +309,7 @@ def test_quantising_refuses_in_a_sentence(dense, tmp_path):
         ((dense, tmp_path / "int8"), "int8", "is not empty"),
         ((dense, tmp_path / "x"), "int3", "weights must be int8 or int4, got 'int3'"),
         ((tmp_path / "nothing", tmp_path / "x"), "int8", "has no config.json"),
+        ((damaged, tmp_path / "x"), "int8", "att.key.weight in .* is missing: the weights do not fit"),
     ):
         with pytest.raises(ConversionError, match=message):
             quantize(*arguments, weights=weights)

@@ -7,6 +7,7 @@ What a text names is made, small and random, before the text is executed:
         subprocess.run(..., cwd=place.folder, env=place.environment())
 """
 
+import json
 import os
 import re
 import sys
@@ -66,6 +67,14 @@ def save_rows(path: Path) -> None:
     tiny_training.write_data(path.parent, rows, path.name)
 
 
+def save_questions(path: Path) -> None:
+    """Two questions about a picture, one with its answer."""
+    save_picture(path.with_name("cat.png"))
+    rows = [{"image": "cat.png", "question": "What is it?", "answer": "a square"}]
+    rows += [{"image": "cat.png", "question": "Which colour is it?"}]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+
+
 def save_checkpoint(path: Path) -> None:
     """A released checkpoint's like; of a split pair, both files."""
     stem = re.sub(r"_(rwkv|visual)$", "", path.stem)
@@ -90,6 +99,7 @@ MADE: list[tuple[str, Callable[[Path], None]]] = [
     (r"film\.mp4", save_film),
     ("|".join(MODELS), save_model),
     (r"(train|val)\.json", save_rows),
+    (r"questions\.jsonl", save_questions),
     ("pictures", lambda path: save_rows(path.with_name("train.json"))),
     (r"(VisualRWKV-v0\d|rwkv\db).*\.pth", save_checkpoint),
     (r"RWKV-x070.*\.pth", save_world),

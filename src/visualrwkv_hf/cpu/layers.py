@@ -284,9 +284,7 @@ def accelerate_on_cpu(
         block.accelerated = not reason
     round_linears(model, weights)
     replace_linears(model, lambda name, child: native_linear(child))
-    for module in model.modules():
-        if type(module) is nn.Conv2d and is_plain(module.weight) and "forward" not in module.__dict__:
-            module.__class__ = NativeConv2d  # the same layer, with its weights and hooks
+    replace_convolutions(model)
     head = model.get_output_embeddings()
     move_to_huge_pages(nn.ModuleList([*blocks, *([] if head is None else [head])]))
     return model
@@ -332,6 +330,13 @@ def replace_linears(model: nn.Module, replacement: Callable[[str, nn.Module], nn
                 new = replacement(f"{path}.{name}" if path else name, child)
                 if new is not child:
                     setattr(parent, name, new)
+
+
+def replace_convolutions(model: nn.Module) -> None:
+    """Let the convolutions of a model, and no class derived from them, compute in a dtype that the CPU has units for."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d and is_plain(module.weight) and "forward" not in module.__dict__:
+            module.__class__ = NativeConv2d  # the same layer, with its weights and hooks
 
 
 def may_replace(linear: nn.Module) -> bool:
