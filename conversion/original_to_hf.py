@@ -116,9 +116,7 @@ def write_folder(
             tensors = ((name, checkpoint[name]) for name in unused)
             write_safetensors(folder / EXTRAS_FILE, extras, tensors, options.progress)
         if options.verify:
-            verify_model(
-                folder, stored_tensors(converted(checkpoint, rows, dtype), layers), options.progress
-            )
+            verify_model(folder, stored_tensors(converted(checkpoint, rows, dtype), layers), options.progress)
         describe(config, family, dense, dict(zip(checkpoint.paths, digests())), unused)
         if layers:
             config.quantization_config = quantization_of(layers, dense)

@@ -7,13 +7,42 @@ here, those of a module before its first forward pass, and become layers as any 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from transformers.quantizers import auto
 
 PACKED = "weight_packed"
 """The name of a layer's stored weight."""
+
+
+LIBRARY = "compressed-tensors"
+
+
+@contextlib.contextmanager
+def towers_convert_alone() -> Iterator[None]:
+    """Keep the library's quantizer away from the conversions of a tower's older names while the body loads a model.
+
+    transformers would let it decompress what each of them renames, also where it splits one tensor into two as DINOv2's
+    does, and that it refuses. Towers are not packed.
+    """
+    quantizer = auto.AUTO_QUANTIZER_MAPPING.get(LIBRARY)
+    if quantizer is None or not hasattr(quantizer, "update_weight_conversions"):
+        yield
+        return
+
+    class Quantizer(quantizer):  # type: ignore[misc, valid-type]
+        def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
+            return [*weight_conversions, *self.get_weight_conversions()]
+
+    auto.AUTO_QUANTIZER_MAPPING[LIBRARY] = Quantizer
+    try:
+        yield
+    finally:
+        auto.AUTO_QUANTIZER_MAPPING[LIBRARY] = quantizer
 
 
 def decompress_when_used(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .configuration_visualrwkv import VisualRWKVTextConfig
 from .decode_graph import GraphedStep
-from .decompression import decompress_the_rest, decompress_when_used
+from .decompression import decompress_the_rest, decompress_when_used, towers_convert_alone
 from .generations import GENERATIONS
 from .loss_visualrwkv import is_worth_slicing, sliced_loss, visualrwkv_loss
 from .remote_code import push_saved, ship_remote_code
@@ -75,9 +75,10 @@ class VisualRWKVPreTrainedModel(PreTrainedModel):
                 weights; or if a tensor-parallel plan is asked for.
         """
         _refuse_tensor_parallelism(cls.__name__, kwargs)
-        model, info = super().from_pretrained(
-            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        with towers_convert_alone():
+            model, info = super().from_pretrained(
+                *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if not ignore_mismatched_sizes:
             _refuse_misfit(cls.__name__, source, info)

@@ -73,7 +73,16 @@ def ask(
         sampling = dict(num_frames=num_frames, fps=fps)
         try:
             asked = read(
-                picture, question, source, device, dtype, image_position, sampling, accelerate, weights, schema
+                picture,
+                question,
+                source,
+                device,
+                dtype,
+                image_position,
+                sampling,
+                accelerate,
+                weights,
+                schema,
             )
             if answers is not None:
                 choose(asked, answers, as_json)
