@@ -886,7 +886,7 @@ def test_convolutions_without_units_round_the_result_only(without_units, monkeyp
 
 def test_panels_are_for_inference_only(without_units, panels):
     """With a gradient, traced, under autocast or with the torch backend, torch multiplies."""
-    layer = native_layers.accelerated_linear(nn.Linear(64, 32).bfloat16(), None)
+    layer = native_layers.native_linear(nn.Linear(64, 32).bfloat16())
     x = torch.randn(20, 64, dtype=torch.bfloat16)
     layer(x).sum().backward()
     assert layer.weight.grad is not None

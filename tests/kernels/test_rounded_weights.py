@@ -20,6 +20,7 @@ from visualrwkv_hf.conversion import ConversionError, quantize, to_original
 from visualrwkv_hf.cpu.layers import Int4Linear, Int8Linear
 from visualrwkv_hf.cpu.packed import pack, quantization_config, refuse_strange_quantization, unpack
 from visualrwkv_hf.cpu.rounding import WEIGHTS, rounded, rounding_of
+from visualrwkv_hf.dispatch import kernel_backend
 from visualrwkv_hf.inference import model_cache
 from visualrwkv_hf.inference.loading import load_model
 
@@ -165,12 +166,14 @@ def test_transformers_reads_a_quantised_folder(kind, weights, tmp_path):
     assert loaded.lm_head.weight_packed.dtype == torch.int32
     native = accelerate_on_cpu(copy.deepcopy(loaded))
     assert torch.equal(native(**inputs).logits, expected)
-    assert error(loaded(**inputs).logits, expected) < 1e-5
+    with kernel_backend("torch"):  # native ops read prompts in integers
+        assert error(loaded(**inputs).logits, native(**inputs).logits) < 1e-5
     assert (
         type(loaded.lm_head.weight) is nn.Parameter
     )  # plain layers from now on, without the library's forward
-    answer = loaded.generate(**inputs, max_new_tokens=3, do_sample=False)
-    assert torch.equal(answer, native.generate(**inputs, max_new_tokens=3, do_sample=False))
+    with kernel_backend("torch"):
+        answers = [x.generate(**inputs, max_new_tokens=3, do_sample=False) for x in (loaded, native)]
+    assert torch.equal(*answers)
 
 
 @torch.no_grad()
@@ -202,7 +205,8 @@ def test_the_library_is_not_needed(accelerate, tmp_path, monkeypatch):
     inputs = inputs_of(model, torch.float32)
     loaded = load_model(str(tmp_path), "cpu", accelerate=accelerate)
     assert (type(loaded.model.language_model.layers[0].att.key) is Int4Linear) == accelerate
-    assert error(loaded(**inputs).logits, rounded_model(**inputs).logits) < 1e-5
+    with kernel_backend("torch"):
+        assert error(loaded(**inputs).logits, rounded_model(**inputs).logits) < 1e-5
     if not accelerate:
         assert not hasattr(loaded.config, "quantization_config")
 
