@@ -145,9 +145,7 @@ def _targets(layers: Mapping[str, str], kind: str) -> list[str]:
     for layer, found in layers.items():
         kinds.setdefault(_pattern(layer), set()).add(found)
     mine = [layer for layer, found in layers.items() if found == kind]
-    return list(
-        dict.fromkeys(_pattern(layer) if len(kinds[_pattern(layer)]) == 1 else layer for layer in mine)
-    )
+    return sorted({_pattern(layer) if len(kinds[_pattern(layer)]) == 1 else layer for layer in mine})
 
 
 def _pattern(layer: str) -> str:
@@ -160,7 +158,7 @@ def _parts_without(layers: Mapping[str, str], others: Iterable[str]) -> list[str
     """Return the parts of a model, such as `vision_tower`, that hold linear layers and none that is rounded."""
     part_of = lambda layer: next((part for part in layer.split(".")[:-1] if part != "model"), layer)  # noqa: E731
     with_rounded = {part_of(layer) for layer in layers}
-    found = dict.fromkeys(part_of(layer) for layer in others)
+    found = sorted({part_of(layer) for layer in others})
     return [rf"re:.*{part}\..*" for part in found if part not in with_rounded]
 
 
