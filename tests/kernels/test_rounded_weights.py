@@ -431,7 +431,7 @@ def test_strange_folders_are_refused_in_a_sentence(damage, message, tmp_path):
 # --- memory ---------------------------------------------------------------------------------------------------
 
 PEAK = """
-import resource, sys
+import sys
 import torch
 from visualrwkv_hf.inference.loading import load_model
 folder, dtype, weights = sys.argv[1:]
@@ -440,11 +440,15 @@ import visualrwkv_hf.modeling_visualrwkv, visualrwkv_hf.conversion.folders
 from visualrwkv_hf.cpu.ops import unusable
 unusable(); torch.ones(300, 300) @ torch.ones(300, 300)
 load_config = __import__("visualrwkv_hf.inference.loading", fromlist=["x"]).load_config(folder)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def resident(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+open("/proc/self/clear_refs", "w").write("5")  # the peak of the past is forgotten
+before = resident("VmRSS")
 model = load_model(folder, "cpu", dtype, weights=weights if weights != "none" else None)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = resident("VmHWM")
 size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-print(1024 * (peak - before), size)
+print(peak - before, size)
 """
 
 

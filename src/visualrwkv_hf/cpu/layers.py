@@ -333,7 +333,7 @@ def replace_linears(model: nn.Module, replacement: Callable[[str, nn.Module], nn
 
 
 def replace_convolutions(model: nn.Module) -> None:
-    """Let the convolutions of a model, and no class derived from them, compute in a dtype that the CPU has units for."""
+    """Let the convolutions of a model, and no class derived from them, compute in a dtype with units in the CPU."""
     for module in model.modules():
         if type(module) is nn.Conv2d and is_plain(module.weight) and "forward" not in module.__dict__:
             module.__class__ = NativeConv2d  # the same layer, with its weights and hooks
