@@ -118,7 +118,15 @@ def serving(server: str, folder: Path, clients: int, log: Path) -> Iterator[str]
     if server == "visualrwkv":
         command = ["visualrwkv_hf.cli", "serve", str(folder), "--port", port]
     else:
-        command = ["vllm.entrypoints.cli.main", "serve", str(folder), "--port", port, "--host", "127.0.0.1"]
+        command = [
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(folder),
+            "--port",
+            port,
+            "--host",
+            "127.0.0.1",
+        ]
         command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
         command += ["--max-num-seqs", str(clients), "--served-model-name", folder.name]
         command += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]

@@ -87,13 +87,13 @@ def test_a_release_that_does_not_exist_is_refused(tmp_path, start_engine):
 def test_weights_of_another_model_are_refused(tmp_path, start_engine):
     folder, other = (write_release(tmp_path / name, name) for name in ("v5.0", "v6.0"))
     (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="that VisualRWKVForConditionalGeneration does not have"):
+    with pytest.raises(ValueError, match=r"The folder (lacks|has) \d+ tensors"):
         start_engine(folder)
 
 
 def test_an_engine_lives_on_after_bad_requests(start_engine):
     folder = bundled_model()
-    engine = start_engine(folder, max_num_batched_tokens=32, max_model_len=128)
+    engine = start_engine(folder, max_num_batched_tokens=32, max_model_len=256)
     good = requests(AutoProcessor.from_pretrained(folder), mixed_chats(3))
     expected = answers(engine, good)
     empty = np.zeros((0, 5, 3), np.uint8)

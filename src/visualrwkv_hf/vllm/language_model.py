@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
 
-from ..modeling_base import refuse_non_finite
 from ..modeling_rwkv import VisualRWKVForCausalLM, VisualRWKVTextModel
 from ..token_order import IN_ORDER, token_orders
 from .states import BlockStates, RwkvMetadata, state_dtypes, state_shapes
@@ -39,11 +39,12 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         hf: our model, with its head.
     """
 
-    hf_class: type
+    hf_class: type[PreTrainedModel]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         model_config = vllm_config.model_config
+        self.dtype = model_config.dtype
         with no_init_weights():
             self.hf = self.hf_class(model_config.hf_config).eval().to(model_config.dtype)
         text = model_config.hf_config.get_text_config()
@@ -113,31 +114,22 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         return self.hf.lm_head(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Copy the weights of a folder into the model, by the names that `save_pretrained` gives them.
+        """Copy the weights of a folder into the model.
+
+        transformers reads them, because some encoders are saved under other names than those of their modules.
 
         Raises:
             ValueError: the folder lacks tensors of the model, has others or has some of another shape, or holds NaN
                 or infinite weights.
         """
-        own, found = dict(self.hf.state_dict(keep_vars=True)), set()
-        for name, weight in weights:
-            if name not in own:
-                raise ValueError(
-                    f"The folder has a tensor {name} that {type(self.hf).__name__} does not have."
-                )
-            if own[name].shape != weight.shape:
-                raise ValueError(
-                    f"{name} is {list(weight.shape)} in the folder and {list(own[name].shape)} in the model."
-                )
-            own[name].data.copy_(weight)
-            found.add(name)
-        self.hf.tie_weights()
-        tied = set(own) if not self.hf.config.tie_word_embeddings else set(own) - {"lm_head.weight"}
-        if missing := sorted(tied - found):
-            raise ValueError(
-                f"The folder lacks {len(missing)} tensors of {type(self.hf).__name__}: {', '.join(missing[:5])}."
+        config = self.hf.config
+        try:
+            loaded = self.hf_class.from_pretrained(
+                None, config=config, state_dict=dict(weights), dtype=self.dtype
             )
-        refuse_non_finite(self.hf, "The folder")
+        except ValueError as error:
+            raise ValueError(str(error).replace("None", "The folder", 1)) from error
+        self.hf.load_state_dict(loaded.state_dict())
         return {name for name, _ in self.named_parameters()}
 
     @classmethod
