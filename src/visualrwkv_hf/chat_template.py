@@ -1,5 +1,8 @@
 """The chat template: a module and not a file of jinja, so that it ships to the Hub with the code that uses it."""
 
+TURN_END = "\n\n"
+"""Ends a turn: token 261. After "…", "。" or "，" a token of that character and one newline, then token 11."""
+
 CHAT_TEMPLATE = r"""{#- The prompt of every VisualRWKV release. Variables:
     image_position    where the pictures of a user message with text v are placed: "first": pictures, v;
                       "last": v, pictures; "middle", the sandwich: question, pictures, v

@@ -14,7 +14,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
-from .chat_template import release_chat_template
+from .chat_template import TURN_END, release_chat_template
 from .configuration_visualrwkv import VisualRWKVConfig
 from .film_prompts import (
     as_placeholders,
@@ -31,9 +31,6 @@ from .scan_orders import num_directions, sequence_orders
 from .thin_pictures import CUTTING_FIELDS, middle_of_thin
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
-
-TURN_END = "\n\n"
-"""Ends a turn: token 261. After "…", "。" or "，" a token of that character and one newline, then token 11."""
 
 CONFIG_FIELDS = (
     "image_position",

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .cache_visualrwkv import VisualRWKVCache
+from .chat_template import TURN_END
 from .kept_state import KeptState
-from .processing_visualrwkv import TURN_END
 from .prompt_identity import picture_inputs_of, pixel_inputs_of
 from .reading_plan import mask_of
 from .state_store import StateStore

@@ -59,31 +59,43 @@ CONFIG_CODE = LANGUAGE_MODEL_CODE | {
     "image_tokens.py",
     "scan_orders.py",
 }
+FILM_CODE = {"film_formats.py", "film_prompts.py", "films.py", "pictures.py"}
 IMAGE_CODE = CONFIG_CODE | {"image_processing_visualrwkv.py", "pictures.py", "remote_code.py"}
-PROCESSOR_CODE = CONFIG_CODE | {
-    "chat_template.py",
-    "pictures.py",
-    "processing_visualrwkv.py",
-    "remote_code.py",
-    "thin_pictures.py",
-}
-MODEL_CODE = CONFIG_CODE | {
-    "cache_layer.py",
-    "cache_visualrwkv.py",
-    "decode_graph.py",
-    "generation_visualrwkv.py",
-    "kept_state.py",
-    "loss_visualrwkv.py",
-    "modeling_base.py",
-    "modeling_rwkv.py",
-    "modeling_vision.py",
-    "modeling_visualrwkv.py",
-    "prompt_identity.py",
-    "reading_plan.py",
-    "remote_code.py",
-    "state_file.py",
-    "state_store.py",
-}
+PROCESSOR_CODE = (
+    CONFIG_CODE
+    | FILM_CODE
+    | {
+        "chat_template.py",
+        "processing_visualrwkv.py",
+        "remote_code.py",
+        "thin_pictures.py",
+    }
+)
+MODEL_CODE = (
+    CONFIG_CODE
+    | FILM_CODE
+    | {
+        "cache_layer.py",
+        "cache_visualrwkv.py",
+        "chat_template.py",
+        "decode_graph.py",
+        "decompression.py",
+        "generation_visualrwkv.py",
+        "kept_state.py",
+        "loss_visualrwkv.py",
+        "modeling_base.py",
+        "modeling_rwkv.py",
+        "modeling_vision.py",
+        "modeling_visualrwkv.py",
+        "prompt_identity.py",
+        "reading_plan.py",
+        "remote_code.py",
+        "scoring_visualrwkv.py",
+        "state_file.py",
+        "state_store.py",
+        "tuned_state.py",
+    }
+)
 OUTSIDE = """
     import sys
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from ..chat_template import TURN_END
 from ..configuration_visualrwkv import VisualRWKVTextConfig
 from ..dispatch import kernel_backend
 from ..generations import GENERATIONS
@@ -27,7 +28,7 @@ from ..image_processing_visualrwkv import GRIDS_700, VisualRWKVImageProcessor
 from ..image_tokens import class_token_places
 from ..layer_state import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, LayerState, PlainStateHolder, StateSpec
 from ..modeling_visualrwkv import VisualRWKVForConditionalGeneration, VisualTokenCompressor, is_trivial
-from ..processing_visualrwkv import SHORT_ANSWER, TURN_END, VisualRWKVProcessor
+from ..processing_visualrwkv import SHORT_ANSWER, VisualRWKVProcessor
 from ..scan_orders import sequence_orders
 from ..token_order import IN_ORDER, TokenOrder, token_orders
 

@@ -21,8 +21,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from ..chat_template import TURN_END
 from ..pictures import open_picture
-from ..processing_visualrwkv import TURN_END
 from ..state_store import StateStore
 from .progress import Left, Watch
 from .server_limits import Access, Limits, Refusal

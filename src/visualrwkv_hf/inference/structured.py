@@ -17,7 +17,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from ..processing_visualrwkv import TURN_END
+from ..chat_template import TURN_END
 
 MAX_CHARACTERS = 2**16
 """The longest schema, expression or grammar."""

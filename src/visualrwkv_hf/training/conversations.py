@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..processing_visualrwkv import SHORT_ANSWER, TURN_END
+from ..chat_template import TURN_END
+from ..processing_visualrwkv import SHORT_ANSWER
 
 IMAGE = "<image>"
 SPEAKERS = {"human": "User:", "gpt": "Assistant:"}
