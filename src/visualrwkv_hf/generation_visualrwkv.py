@@ -241,7 +241,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         )
         if plan is None and initial_state is not None:
             raise ValueError(
-                "initial_state needs input_ids that generate() reads itself, by no option for a whole prompt."
+                "initial_state needs input_ids, and no option with which a prompt is read at once."
             )
         if plan is not None:
             kwargs = self._without_pictures(kwargs) | {"past_key_values": plan}
