@@ -305,7 +305,7 @@ def round_linears(model: PreTrainedModel, weights: str | None) -> None:
     _forget_packing(model)
     files = mapped_files()
 
-    def replacement(name: str, child: nn.Module) -> nn.Module:
+    def replacement(name: str, child: Any) -> nn.Module:
         try:
             if is_packed(child):
                 return unpacked_linear(child, files)
@@ -322,7 +322,7 @@ def round_linears(model: PreTrainedModel, weights: str | None) -> None:
     note_quantization(model)
 
 
-def replace_linears(model: nn.Module, replacement: Callable[[str, nn.Module], nn.Module]) -> None:
+def replace_linears(model: nn.Module, replacement: Callable[[str, Any], nn.Module]) -> None:
     """Put `replacement(name, layer)` in the place of each linear layer that is dense or packed, one after the other."""
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
@@ -334,12 +334,13 @@ def replace_linears(model: nn.Module, replacement: Callable[[str, nn.Module], nn
 
 def replace_convolutions(model: nn.Module) -> None:
     """Let the convolutions of a model, and no class derived from them, compute in a dtype with units in the CPU."""
-    for module in model.modules():
+    modules: list[Any] = [*model.modules()]
+    for module in modules:
         if type(module) is nn.Conv2d and is_plain(module.weight) and "forward" not in module.__dict__:
             module.__class__ = NativeConv2d  # the same layer, with its weights and hooks
 
 
-def may_replace(linear: nn.Module) -> bool:
+def may_replace(linear: Any) -> bool:
     """Return whether nothing but its class says what a layer computes, and native ops can read its weight."""
     is_watched = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
     return is_plain(linear.weight) and not is_watched
@@ -381,7 +382,7 @@ def is_packed(layer: nn.Module) -> bool:
     return isinstance(getattr(layer, PACKED, None), Tensor)
 
 
-def unpacked_linear(layer: nn.Module, files: Sequence[tuple[int, int]] = ()) -> nn.Module:
+def unpacked_linear(layer: Any, files: Sequence[tuple[int, int]] = ()) -> nn.Module:
     """Return the layer of few bits whose tensors are packed, or a dense one where there is a bias.
 
     Args:

@@ -111,7 +111,7 @@ def quantization_config(layers: Mapping[str, str], others: Iterable[str] = ()) -
         layers: which layers are rounded -> a name in `ROUNDINGS`.
         others: linear layers that are not.
     """
-    groups = {}
+    groups: dict[str, Any] = {}
     for name, rounding in ROUNDINGS.items():
         if targets := _targets(layers, name):
             groups[f"group_{len(groups)}"] = {

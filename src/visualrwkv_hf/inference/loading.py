@@ -320,7 +320,8 @@ def weights_options(folder: Path, config: Any, on_cpu: bool, weights: str | None
         weights = None
     if not on_cpu and stored is None:
         return {}
-    return {"quantization_config": WhileLoading(on_cpu, weights, open_folder(folder).infos, folder)}
+    infos: Any = open_folder(folder).infos
+    return {"quantization_config": WhileLoading(on_cpu, weights, infos, folder)}
 
 
 def in_a_sentence(what: str, load: Callable[[], Result]) -> Result:
