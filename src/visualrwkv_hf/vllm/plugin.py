@@ -30,11 +30,17 @@ def register() -> None:
     if problem := unsupported(vllm_version()):
         logger.error(problem)
         return
+    from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
 
+    from ..configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig, VisualRWKVVisionConfig
     from .engine_config import RwkvEngineConfig
+
+    # vLLM has imported transformers' Auto classes before, and transformers 5.19 reads their names only then.
+    for config_class in (VisualRWKVConfig, VisualRWKVTextConfig, VisualRWKVVisionConfig):
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
     if BACKEND not in MambaAttentionBackendEnum.__members__:
         register_backend(BACKEND, "visualrwkv_hf.vllm.states.RwkvBackend", is_mamba=True)
