@@ -53,10 +53,10 @@ from visualrwkv_hf import (
     kernel_backend,
     train_only,
 )
-from visualrwkv_hf.chat_template import TURN_END
 from visualrwkv_hf.conversion.world_tokenizer import build_world_tokenizer, load_world_vocabulary
 from visualrwkv_hf.cpu import build_native_ops
 from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
+from visualrwkv_hf.processing_visualrwkv import TURN_END
 from visualrwkv_hf.training import PROMPT_FORMATS, TRAINABLE_PARTS, encode_turns, exit_together
 
 CARD, ABLATION = (Path(__file__).with_name(name) for name in ("tiny_card.md", "tiny_ablation.md"))

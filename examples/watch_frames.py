@@ -21,7 +21,7 @@ from typing import Annotated, NamedTuple
 import typer
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
-from visualrwkv_hf import VisualRWKVCache, bundled_model, question_inputs
+from visualrwkv_hf import VisualRWKVCache, bundled_model
 from visualrwkv_hf.inference import load_model, load_processor
 
 
@@ -88,7 +88,7 @@ class Watcher:
 
     def ask(self, question: str, max_new_tokens: int = 32) -> str:
         """Return the answer to a question about the frames so far."""
-        inputs = question_inputs(self.processor, question, self.state)
+        inputs = self.processor.question_inputs(question, self.state)
         output = self.model.generate(
             **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
             past_key_values=self.state.copy(),

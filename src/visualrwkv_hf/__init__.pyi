@@ -8,7 +8,6 @@ from .configuration_visualrwkv import VisualRWKVVisionConfig as VisualRWKVVision
 from .conversion import to_hf as to_hf
 from .cpu import accelerate_on_cpu as accelerate_on_cpu
 from .dispatch import kernel_backend as kernel_backend
-from .film_prompts import question_inputs as question_inputs
 from .films import FrameSampling as FrameSampling
 from .films import film_frames as film_frames
 from .image_processing_visualrwkv import VisualRWKVImageProcessor as VisualRWKVImageProcessor
@@ -22,7 +21,6 @@ from .modeling_vision import VisualRWKVVisionModel as VisualRWKVVisionModel
 from .modeling_visualrwkv import VisualRWKVForConditionalGeneration as VisualRWKVForConditionalGeneration
 from .modeling_visualrwkv import VisualRWKVModel as VisualRWKVModel
 from .processing_visualrwkv import VisualRWKVProcessor as VisualRWKVProcessor
-from .scoring_visualrwkv import AnswerScores as AnswerScores
 from .state_store import StateStore as StateStore
 from .training import VisualRWKVDataCollator as VisualRWKVDataCollator
 from .training import VisualRWKVTrainer as VisualRWKVTrainer

@@ -1,10 +1,9 @@
 """Films in prompts: each becomes its frames, which are pictures on lines of their own."""
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import torch
 
 from .films import FrameSampling, film_frames
 
@@ -17,6 +16,8 @@ FILM_KEYS = ("video", "url", "path", "base64")
 
 def sampling_of(options: dict[str, Any]) -> FrameSampling:
     """Take the options of transformers' video processors out of `options`, and return the sampling they ask for.
+
+    These are `num_frames`, `fps` and `do_sample_frames`, which takes all frames if it is False.
 
     Raises:
         ValueError: they contradict one another.
@@ -31,7 +32,7 @@ def sampling_of(options: dict[str, Any]) -> FrameSampling:
     if unknown:
         raise ValueError(f"Films have the options num_frames and fps, not {', '.join(sorted(unknown))}.")
     if is_sampled is False:
-        raise ValueError("do_sample_frames=False has no effect here: give the frames themselves as a list.")
+        return FrameSampling(num_frames=sys.maxsize)  # all of them
     return FrameSampling(num_frames=given.get("num_frames"), fps=given.get("fps"))
 
 
@@ -180,24 +181,4 @@ def around_pictures(processor, question: str = "") -> tuple[str, str]:
     return before, after
 
 
-def question_inputs(processor, question: str, state) -> dict[str, torch.Tensor]:
-    """Return the inputs of `generate` for a question about what `model.watch()` has read.
-
-    Args:
-        processor: the model's processor.
-        question: the text.
-        state: the cache that `model.watch()` returned. Hand a copy of it to `generate` as `past_key_values`.
-
-    Returns:
-        `input_ids` int64 [1, T], the new words alone, and `attention_mask` [1, read + T], whose greater length says so.
-
-    Raises:
-        jinja2.TemplateError: the chat template refuses the question.
-    """
-    _, after = around_pictures(processor, question)
-    ids = processor.tokenizer(after, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    mask = torch.ones(1, state.get_seq_length() + ids.shape[1], dtype=torch.long)
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-__all__ = ["FILM_TOKEN", "films_as_pictures", "question_inputs", "with_frames"]
+__all__ = ["FILM_TOKEN", "films_as_pictures", "with_frames"]

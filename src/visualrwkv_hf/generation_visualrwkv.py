@@ -168,11 +168,11 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         ```python
         state = model.watch(processor, film_frames("film.mp4", FrameSampling(fps=1)))
         state = model.watch(processor, camera, state)  # goes on
-        output = model.generate(**question_inputs(processor, "What happened?", state), past_key_values=state.copy())
+        output = model.generate(**processor.question_inputs("What happened?", state), past_key_values=state.copy())
         ```
 
         All pictures belong to one user message that begins with them, as with `image_position="first"`. A question is
-        asked of a copy of the state, so that watching may go on; see [`question_inputs`].
+        asked of a copy of the state, so that watching may go on; see `processor.question_inputs`.
 
         Args:
             processor: the model's processor.

@@ -17,6 +17,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from .chat_template import TURN_END, release_chat_template
 from .configuration_visualrwkv import VisualRWKVConfig
 from .film_prompts import (
+    around_pictures,
     as_placeholders,
     films_as_pictures,
     films_marked,
@@ -254,6 +255,24 @@ class VisualRWKVProcessor(ProcessorMixin):
         """Sort the options of a call by part. transformers up to 5.19 looks for a part behind each of our own."""
         args = tuple(ProcessingKwargs if arg is VisualRWKVProcessorKwargs else arg for arg in args)
         return super()._merge_kwargs(*args, **kwargs)
+
+    def question_inputs(self, question: str, state) -> dict[str, torch.Tensor]:
+        """Return the inputs of `generate` for a question about what `model.watch()` has read.
+
+        Args:
+            question: the text.
+            state: the cache that `model.watch()` returned. Hand a copy of it to `generate` as `past_key_values`.
+
+        Returns:
+            `input_ids` int64 [1, T], the new words alone, and `attention_mask` [1, read + T], whose length says so.
+
+        Raises:
+            jinja2.TemplateError: the chat template refuses the question.
+        """
+        _, after = around_pictures(self, question)
+        ids = self.tokenizer(after, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        mask = torch.ones(1, state.get_seq_length() + ids.shape[1], dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": mask}
 
     def _lengthen_prompts(self, data: BatchFeature, multiple: int) -> None:
         """Turn the last pads before each prompt into turn ends, so that its length becomes a multiple."""

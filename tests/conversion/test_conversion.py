@@ -1,5 +1,6 @@
 """Original checkpoints onto the Hub format and back: names, shapes, files and refusals."""
 
+import importlib
 import json
 import math
 import os
@@ -18,7 +19,6 @@ from visualrwkv_hf.conversion import (
     convert_state_dict,
     expected_shapes,
     load_original,
-    original_to_hf,
     restore_state_dict,
     to_hf,
     to_original,
@@ -588,6 +588,11 @@ def test_full_disk_is_told_before_it_starts(checkpoint, tmp_path, monkeypatch):
     assert no_leftovers(tmp_path, "checkpoint.pth")
 
 
+SHARD_WRITER = importlib.import_module(
+    "visualrwkv_hf.conversion.quantize"
+)  # the package has a function of this name
+
+
 @pytest.mark.parametrize("number", ["ENOSPC", "EACCES"])
 def test_failure_while_writing_leaves_nothing(number, checkpoint, tmp_path, monkeypatch):
     import errno
@@ -598,7 +603,7 @@ def test_failure_while_writing_leaves_nothing(number, checkpoint, tmp_path, monk
         file.write_bytes(b"half")
         raise OSError(getattr(errno, number), "failed", str(file))
 
-    monkeypatch.setattr(original_to_hf, "write_safetensors", fail)
+    monkeypatch.setattr(SHARD_WRITER, "write_safetensors", fail)
     with pytest.raises(
         ConversionError, match={"ENOSPC": "disk filled up", "EACCES": "No permission"}[number]
     ):
@@ -619,7 +624,7 @@ def test_interrupted_run_leaves_nothing(checkpoint, tmp_path):
 
 def test_tensor_that_was_written_wrong_is_found(checkpoint, tmp_path, monkeypatch):
     path, _, overrides = checkpoint
-    write = original_to_hf.write_safetensors
+    write = SHARD_WRITER.write_safetensors
 
     def write_and_flip_a_bit(file, *args):
         write(file, *args)
@@ -627,7 +632,7 @@ def test_tensor_that_was_written_wrong_is_found(checkpoint, tmp_path, monkeypatc
         data[-1] ^= 1
         file.write_bytes(data)
 
-    monkeypatch.setattr(original_to_hf, "write_safetensors", write_and_flip_a_bit)
+    monkeypatch.setattr(SHARD_WRITER, "write_safetensors", write_and_flip_a_bit)
     with pytest.raises(ConversionError, match="was not written as it was read"):
         to_hf(path, tmp_path / "model", **overrides)
     assert no_leftovers(tmp_path, "checkpoint.pth")

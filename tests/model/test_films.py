@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tiny_training import tiny_model, tiny_processor
 
-from visualrwkv_hf import FrameSampling, film_frames, question_inputs
+from visualrwkv_hf import FrameSampling, film_frames
 from visualrwkv_hf.films import DEFAULT_FRAMES, iterate_film
 
 NUMBER, RATE, STEP = 30, 10, 8
@@ -210,6 +210,8 @@ def test_a_film_is_read_as_its_frames_are(model, path):
     assert_equal(
         processor.apply_chat_template(user({"type": "video", "frames": pictures}), **OPTIONS), wanted
     )
+    whole = processor.apply_chat_template(chat, processor_kwargs={"do_sample_frames": False}, **OPTIONS)
+    assert_equal(whole, processor.apply_chat_template(chat, num_frames=NUMBER, **OPTIONS))
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     assert text.count("<video>") == 1 and "<image>" not in text
     assert_equal(processor(text=text, videos=path, num_frames=4, return_tensors="pt"), wanted)
@@ -289,9 +291,9 @@ def test_a_stream_is_watched_in_pieces(path):
     wanted = model.generate(**inputs, **generation)[0, inputs["input_ids"].shape[1] :]
 
     state = model.watch(processor, iter(frames[:2]))
-    asked = question_inputs(processor, "What?", state)
+    asked = processor.question_inputs("What?", state)
     model.generate(**asked, past_key_values=state.copy(), **generation)
     assert model.watch(processor, frames[2:], state) is state
-    asked = question_inputs(processor, QUESTION["text"], state)
+    asked = processor.question_inputs(QUESTION["text"], state)
     answer = model.generate(**asked, past_key_values=state.copy(), **generation)
     assert torch.equal(answer[0, asked["input_ids"].shape[1] :], wanted)

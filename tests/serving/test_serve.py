@@ -129,7 +129,7 @@ def test_answer_is_that_of_generate(client, expected, messages):
     assert ask(client, messages) == wanted
     parts = pieces(stream(client, messages))
     assert "".join(parts) == wanted
-    assert sum(map(bool, parts)) > 3  # it came word by word
+    assert sum(map(bool, parts)) > 1  # it came in pieces; those that wait for a slow client are joined
 
 
 def test_picture_at_a_url_is_the_picture(client, pictures):

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 from browser import CHROMIUM, DEMO, DRIVER, Page, running_demo, wait_for
+from patience import PATIENCE
 from PIL import Image
 from serving import png
 from tiny_training import save_tiny_model
@@ -167,7 +168,7 @@ def test_what_is_done_is_said_until_the_first_word(demo, monkeypatch):
     class Slow:
         def ask(self, question, is_stopped, report):
             report("reading the prompt: 0 of 9 tokens are read")
-            assert told.wait(60)
+            assert told.wait(PATIENCE)
             yield "Red"
             yield "."
 
