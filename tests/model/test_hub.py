@@ -467,6 +467,22 @@ def test_the_bundled_model_loads_offline_whatever_is_trusted(trust, monkeypatch)
     assert type(AutoProcessor.from_pretrained(folder, **options)) is VisualRWKVProcessor
 
 
+def test_a_save_with_a_push_writes_the_weights_once(tmp_path, monkeypatch):
+    from transformers import modeling_utils
+
+    from visualrwkv_hf import modeling_base
+
+    written, pushed, write = [], [], modeling_utils.safe_save_file
+    monkeypatch.setattr(
+        modeling_utils,
+        "safe_save_file",
+        lambda *args, **options: written.append(1) or write(*args, **options),
+    )
+    monkeypatch.setattr(modeling_base, "push_saved", lambda *args, **options: pushed.append(args[2]))
+    tiny_vlm().save_pretrained(tmp_path, push_to_hub=True, repo_id="ann/one")
+    assert len(written) == 1 and pushed == ["ann/one"]
+
+
 def test_the_bundled_chat_template_is_that_of_the_source():
     position = VisualRWKVConfig.from_pretrained(bundled_model()).image_position
     saved = (bundled_model() / "chat_template.jinja").read_text("utf-8")
