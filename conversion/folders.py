@@ -33,7 +33,7 @@ SPARE_BYTES = 64 * 2**20
 """Room for everything beside the shards."""
 
 VERIFYING = "verifying"
-"""What progress is called with while the files are read back, in place of a file's name."""
+"""The name that `progress` is given in place of a file's while the files are read back."""
 
 UNFINISHED = "unfinished-"
 """Part of the name of a folder that is being written, `.{target}.unfinished-*`, beside its target."""

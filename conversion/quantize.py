@@ -1,4 +1,4 @@
-"""Model folders whose weights are rounded to few bits, tensor by tensor, in files for transformers and vLLM."""
+"""Model folders whose weights are rounded to few bits, tensor by tensor, in files that transformers reads too."""
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visualrwkv_hf.cpu.packed import packed_shapes, packed_tensors, quantization_config
+from visualrwkv_hf.cpu.packed import INTEGER_DTYPES, packed_shapes, packed_tensors, quantization_config
 from visualrwkv_hf.cpu.rounding import ROUNDINGS, WEIGHTS, Rounded, rounded, rounding_of
 
 from .checkpoint import (
@@ -35,8 +35,6 @@ from .folders import (
     write_json,
 )
 from .model_card import quantization_section
-
-DTYPES = {"weight_packed": torch.int32, "weight_shape": torch.int64}
 
 
 def quantize(folder: str | Path, output_dir: str | Path, *, weights: str, **options: Any) -> Path:
@@ -135,7 +133,7 @@ def stored_infos(dense: Mapping[str, TensorInfo], layers: Mapping[str, str]) -> 
         rounding, (rows, columns) = ROUNDINGS[layers[layer]], info.shape
         shapes = packed_shapes(rows, columns, rounding.bits, columns // (rounding.group or columns))
         for last, shape in shapes.items():
-            infos[f"{layer}.{last}"] = TensorInfo(DTYPES.get(last, info.dtype), shape)
+            infos[f"{layer}.{last}"] = TensorInfo(INTEGER_DTYPES.get(last, info.dtype), shape)
     return infos
 
 

@@ -14,7 +14,7 @@ HEAD_DIMS = {1152: 72}
 
 
 def shape_of(shapes: Shapes, name: str) -> list[int]:
-    """Return the shape of a tensor. Raises `ConversionError` if there is none of this name."""
+    """Return the shape of a tensor. Raises `ConversionError` if there is no tensor of this name."""
     if name not in shapes:
         raise ConversionError(f"Missing tensor {name}: the configuration cannot be told without it.")
     return list(shapes[name])

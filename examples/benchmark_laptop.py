@@ -1,4 +1,4 @@
-"""What a whole answer costs on a laptop: load, tower, prompt, first word, each token, memory. One run, one table.
+"""Measure a whole answer on a laptop: load, tower, prompt, first word, each token, memory, as one table of one run.
 
     pip install llama-cpp-python gguf        # the peer, which is left out if it is not installed
     python examples/benchmark_laptop.py models                           # makes full-size models in the folder `models`
@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What is to be reached: `value` at most or at least `limit`."""
+    """A target: whether `value` must be at most or at least `limit`."""
 
     text: str
     value: float

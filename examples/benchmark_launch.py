@@ -1,4 +1,4 @@
-"""What Python takes to launch each op of a GPU, without a GPU: Triton's launcher is replaced by one that does nothing.
+"""Measure how long Python takes to launch each op of a GPU, without one: Triton's launcher does nothing here.
 
     python examples/benchmark_launch.py --markdown ../docs/benchmarks/launch-cpu.md
 

@@ -59,7 +59,7 @@ SERVERS = ("visualrwkv", "vllm", "llava")
 
 
 class Rates(NamedTuple):
-    """Of answers that are complete, by second."""
+    """Complete answers per second, and their tokens per second."""
 
     requests: float
     tokens: float

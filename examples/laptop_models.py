@@ -61,27 +61,19 @@ THREE_ENCODERS = {
     "sam_config": {},
     "feature_layer": -2,
 }
+SMALL_TOWER = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=1,
+    image_size=56,
+    patch_size=14,
+)
 SMALL_CLIP = {
-    "clip_config": dict(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        image_size=56,
-        patch_size=14,
-    ),
+    "clip_config": SMALL_TOWER,
     "class_token": "last",
 }
-SMALL_SIGLIP = {
-    "siglip_config": dict(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        image_size=56,
-        patch_size=14,
-    )
-}
+SMALL_SIGLIP = {"siglip_config": SMALL_TOWER}
 
 MODELS = {
     "v6-1.6b": Model(

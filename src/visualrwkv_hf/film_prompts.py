@@ -14,6 +14,10 @@ FILM_KEYS = ("video", "url", "path", "base64")
 """Keys under which a message's content part may give its film; `frames` gives a list of pictures."""
 
 
+SAMPLING_OPTIONS = ("num_frames", "fps", "do_sample_frames")
+"""Options of transformers' video processors that say which frames are taken."""
+
+
 def sampling_of(options: dict[str, Any]) -> FrameSampling:
     """Take the options of transformers' video processors out of `options`, and return the sampling they ask for.
 
@@ -22,12 +26,10 @@ def sampling_of(options: dict[str, Any]) -> FrameSampling:
     Raises:
         ValueError: they contradict one another.
     """
+    flat = {name: options.pop(name, None) for name in SAMPLING_OPTIONS}
     given = dict(options.pop("videos_kwargs", None) or {})
-    given |= {name: options.pop(name) for name in ("num_frames", "fps") if options.get(name) is not None}
-    options.pop("num_frames", None)
-    options.pop("fps", None)
-    is_sampled = options.pop("do_sample_frames", None)
-    is_sampled = given.pop("do_sample_frames", is_sampled)
+    given |= {name: value for name, value in flat.items() if value is not None}
+    is_sampled = given.pop("do_sample_frames", None)
     unknown = given.keys() - {"num_frames", "fps"}
     if unknown:
         raise ValueError(f"Films have the options num_frames and fps, not {', '.join(sorted(unknown))}.")
@@ -127,7 +129,7 @@ def films_as_pictures(
     texts = [texts] if isinstance(texts, str) else list(texts)
     pictures, films = (
         _for_each(texts, image_token, images),
-        _for_each(texts, FILM_TOKEN, _nested(videos, texts)),
+        _for_each(texts, FILM_TOKEN, videos),
     )
     new_texts, new_pictures = [], []
     for text, of_text, films_of_text in zip(texts, pictures, films):
@@ -143,13 +145,6 @@ def films_as_pictures(
         new_texts.append("".join(pieces))
         new_pictures.append(found)
     return new_texts, new_pictures
-
-
-def _nested(videos: Any, texts: list[str]) -> Any:
-    """Return films as a list, or as a list of them for every text if they were given so."""
-    if not isinstance(videos, list | tuple):
-        return [videos]
-    return videos
 
 
 def _for_each(texts: list[str], token: str, given: Any) -> list[list]:

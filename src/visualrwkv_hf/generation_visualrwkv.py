@@ -188,9 +188,8 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         cache: Any = VisualRWKVCache(self.config) if state is None else state
         if is_kept(cache):
             cache = cache.to_cache(self.device, self.dtype)
-        begin, _ = around_pictures(processor)
         for frame in frames:
-            before = begin if cache.is_empty else "\n"
+            before = around_pictures(processor)[0] if cache.is_empty else "\n"
             inputs = processor(images=frame, text=before + processor.image_token, return_tensors="pt")
             inputs = inputs.to(self.device, dtype=self.dtype)
             self.model(**inputs, past_key_values=cache, use_cache=True)

@@ -17,6 +17,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from .chat_template import TURN_END, release_chat_template
 from .configuration_visualrwkv import VisualRWKVConfig
 from .film_prompts import (
+    SAMPLING_OPTIONS,
     around_pictures,
     as_placeholders,
     films_as_pictures,
@@ -194,7 +195,7 @@ class VisualRWKVProcessor(ProcessorMixin):
             return super().apply_chat_template(conversation, chat_template, **kwargs)
         if kwargs.get("tokenize"):
             options = dict(kwargs.pop("processor_kwargs", None) or {})
-            options |= {name: kwargs.pop(name) for name in ("num_frames", "fps") if name in kwargs}
+            options |= {name: kwargs.pop(name) for name in SAMPLING_OPTIONS if name in kwargs}
             conversation = with_frames(conversation, sampling_of(options))
             return super().apply_chat_template(
                 conversation, chat_template, processor_kwargs=options, **kwargs

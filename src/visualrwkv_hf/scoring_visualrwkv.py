@@ -91,8 +91,8 @@ class VisualRWKVScoringMixin:
             answers: A answers, the same for all prompts: texts, or token ids int64 [T].
             tokenizer: the model's tokenizer or processor, for answers that are texts. A text follows "Assistant:" after
                 a space, as in training.
-            end_of_turn: whether the end of the turn belongs to a text, so that "yes" does not also stand for answers
-                that begin with it. Then it is tokenized with the text, as in training.
+            end_of_turn: whether the score of a text includes the token that ends the turn. The probability of "yes"
+                then leaves out longer answers that begin with it. Text and end are tokenized together, as in training.
             past_key_values: a state that has read the beginning of the prompts, of one sample or of B.
             state_store: where to look for a state and to leave states in this call, in place of `model.state_store`.
 

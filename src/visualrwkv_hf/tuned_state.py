@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .cache_visualrwkv import VisualRWKVCache
 from .generations import GENERATIONS
-from .layer_state import WKV, LayerState, PlainStateHolder
+from .layer_state import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, WKV, LayerState, PlainStateHolder
 from .state_file import model_fingerprint, refuse_other, refuse_other_shapes, replace_file
 
 FILE_NAME = "tuned_state.safetensors"
@@ -120,7 +120,7 @@ class TunedState(nn.Module):
         layers: list[Any] = [*self.layers]
         wkv = next(layer[WKV] for layer in layers if len(layer))
         token = wkv.new_zeros(self.fingerprint["hidden_size"])
-        zeros = {"token_shift0": token, "token_shift1": token, WKV: torch.zeros_like(wkv)}
+        zeros = {TIME_MIX_SHIFT: token, CHANNEL_MIX_SHIFT: token, WKV: torch.zeros_like(wkv)}
         return [
             {name: tensor.expand(count, *tensor.shape) for name, tensor in {**zeros, **layer}.items()}
             for layer in layers

@@ -1,41 +1,28 @@
 """One token through all blocks in one call against blocks called one by one, and the threads that compute it."""
 
 import copy
-import shutil
 import threading
 from collections.abc import Callable
 
 import pytest
 import torch
+from native_ops import NEEDS_NATIVE_OPS
 from tiny import awake, text_config
 from torch import nn
 
 from visualrwkv_hf import VisualRWKVForCausalLM, accelerate_on_cpu
 from visualrwkv_hf.cpu import library
-from visualrwkv_hf.cpu import ops as native
 from visualrwkv_hf.dispatch import kernel_backend
 from visualrwkv_hf.modeling_rwkv import VisualRWKVTextModel
 
 TOLERANCE = 1e-5
 """Relative, float32: sums of some hundred terms in another order."""
 
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, library.COMPILERS)), reason="native ops need a C compiler"
-)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+pytestmark = NEEDS_NATIVE_OPS
 
 
 @pytest.fixture(autouse=True)
-def built(cache, monkeypatch):
-    """The library in a folder of its own, and no gradients."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr(native, "_library", None)
-    monkeypatch.setattr(native, "_failure", "")
-    native.build_native_ops()
+def no_grad():
     with torch.no_grad():
         yield
 

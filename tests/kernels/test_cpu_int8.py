@@ -1,9 +1,8 @@
 """Products of many rows in integers against float64 on the same rounded weights: besides, x is rounded to 8 bits."""
 
-import shutil
-
 import pytest
 import torch
+from native_ops import NEEDS_NATIVE_OPS
 from tiny import awake, text_config
 from torch import nn
 
@@ -16,23 +15,7 @@ from visualrwkv_hf.dispatch import kernel_backend
 BLOCK = 256
 """Columns of a row of x that share a scale."""
 
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, library.COMPILERS)), reason="native ops need a C compiler"
-)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def built(cache, monkeypatch):
-    """The library in a folder of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr(native, "_library", None)
-    monkeypatch.setattr(native, "_failure", "")
-    native.build_native_ops()
+pytestmark = NEEDS_NATIVE_OPS
 
 
 def rounded_layer(kind: str, rows: int, columns: int) -> native_layers.RoundedLinear:

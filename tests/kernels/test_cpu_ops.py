@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_ops import NEEDS_NATIVE_OPS
 from tiny import awake, pixels, prompt, text_config, tiny_vlm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -27,23 +28,7 @@ from visualrwkv_hf.wkv import wkv6, wkv7
 TOLERANCE = 1e-5
 """Relative, float32: sums of some hundred terms in another order."""
 
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, library.COMPILERS)), reason="native ops need a C compiler"
-)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def built(cache, monkeypatch):
-    """The library in a folder of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr(native, "_library", None)
-    monkeypatch.setattr(native, "_failure", "")
-    native.build_native_ops()
+pytestmark = NEEDS_NATIVE_OPS
 
 
 @pytest.fixture

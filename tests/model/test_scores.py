@@ -42,16 +42,6 @@ def processor(model):
     return tiny_processor(model)
 
 
-@pytest.fixture(scope="module")
-def rwkv7():
-    return tiny_model(**MODELS["rwkv7"])
-
-
-@pytest.fixture(scope="module")
-def rwkv7_processor(rwkv7):
-    return tiny_processor(rwkv7)
-
-
 def plain_scores(model, inputs, answer: list[int]) -> torch.Tensor:
     """The log-softmax of one forward pass over prompt and answer, at the answer: [T]."""
     pixels = {name: value for name, value in inputs.items() if "pixel" in name or "tiles" in name}

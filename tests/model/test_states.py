@@ -44,16 +44,6 @@ def processor(model):
     return tiny_processor(model)
 
 
-@pytest.fixture(scope="module")
-def rwkv7():
-    return tiny_model(**MODELS["rwkv7"])
-
-
-@pytest.fixture(scope="module")
-def rwkv7_processor(rwkv7):
-    return tiny_processor(rwkv7)
-
-
 def same_to_the_bit(one, other) -> bool:
     return torch.equal(one.sequences, other.sequences) and all(map(torch.equal, one.logits, other.logits))
 

@@ -9,7 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from .bars import bytes_bar
-from .options import errors_in_a_sentence
+from .options import (
+    MaxShardSizeOption,
+    PrivateOption,
+    PushToHubOption,
+    RevisionOption,
+    VerifyOption,
+    errors_in_a_sentence,
+)
 from .steps import say
 
 
@@ -47,7 +54,7 @@ def convert(
             help="int8 or int4 rounds the weights; see `visualrwkv quantize`. Default: as they are."
         ),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Maximum size of one weights file.")] = "5GB",
+    max_shard_size: MaxShardSizeOption = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in OUTPUT.")] = False,
     family: Annotated[
         str | None,
@@ -61,14 +68,10 @@ def convert(
     extras: Annotated[
         bool, typer.Option("--extras/--no-extras", help="Keep tensors that only --to-original needs.")
     ] = True,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Read the result back and compare every bit.")
-    ] = True,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="USER/NAME", help="Upload the folder to the Hub, too.")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to upload to.")] = None,
+    verify: VerifyOption = True,
+    push_to_hub: PushToHubOption = None,
+    private: PrivateOption = False,
+    revision: RevisionOption = None,
 ) -> None:
     """Convert an original checkpoint to a folder for from_pretrained, or such a folder back."""
     with errors_in_a_sentence():

@@ -68,6 +68,17 @@ AccelerateOption = Annotated[
         help="On a CPU, compute with native ops, which a C compiler builds at first use, or with plain torch.",
     ),
 ]
+MaxShardSizeOption = Annotated[
+    str, typer.Option("--max-shard-size", help="Maximum size of one weights file.")
+]
+VerifyOption = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Read the result back and compare every bit.")
+]
+PushToHubOption = Annotated[
+    str | None, typer.Option("--push-to-hub", metavar="USER/NAME", help="Upload the folder to the Hub, too.")
+]
+PrivateOption = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch to upload to.")]
 VerboseOption = Annotated[
     bool,
     typer.Option(

@@ -9,7 +9,14 @@ import typer
 
 from ..inference.loading import model_folder, model_source, refuse_weights
 from .bars import bytes_bar
-from .options import errors_in_a_sentence
+from .options import (
+    MaxShardSizeOption,
+    PrivateOption,
+    PushToHubOption,
+    RevisionOption,
+    VerifyOption,
+    errors_in_a_sentence,
+)
 from .steps import say
 
 
@@ -24,18 +31,14 @@ def quantize(
         str | None,
         typer.Option(help="float32, bfloat16 or float16 for all that is not rounded. Default: as it is."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Maximum size of one weights file.")] = "5GB",
+    max_shard_size: MaxShardSizeOption = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in OUT.")] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Read the result back and compare every bit.")
-    ] = True,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="USER/NAME", help="Upload the folder to the Hub, too.")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to upload to.")] = None,
+    verify: VerifyOption = True,
+    push_to_hub: PushToHubOption = None,
+    private: PrivateOption = False,
+    revision: RevisionOption = None,
 ) -> None:
-    """Round a model's weights to int8 or int4, in files that this package, transformers and vLLM read.
+    """Round a model's weights to int8 or int4, in files that this package and transformers read.
 
     The blocks' linear layers and the head are rounded. The embedding, the low-rank maps, the norms, the vision tower
     and the projector stay as they are.

@@ -22,7 +22,7 @@ from ..modeling_rwkv import RwkvBlock
 from .formats import FLOAT_DTYPES
 from .memory import is_plain, mapped_files, move_to_huge_pages, unmap
 from .ops import MAX_ROWS, linear, linear_int8, unsupported, unusable
-from .packed import PACKED, SCALE, SHAPE, packed_tensors, quantization_config, unpacked
+from .packed import INTEGER_DTYPES, PACKED, SCALE, SHAPE, packed_tensors, quantization_config, unpacked
 from .products import compute_dtype, may_use_panels, multiply_panels
 from .rounding import ROUNDINGS, Rounded, rounded, rounding_of
 
@@ -372,7 +372,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         for name, shape in shapes.items():
-            kind = dtype if name == SCALE else {PACKED: torch.int32, SHAPE: torch.int64}[name]
+            kind = INTEGER_DTYPES.get(name, dtype)
             empty = torch.empty(shape, dtype=kind, device="meta")
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 

@@ -1,4 +1,4 @@
-"""Weights of few bits in files: the format `pack-quantized` of compressed-tensors, which transformers and vLLM read.
+"""Weights of few bits in files: the format `pack-quantized` of compressed-tensors, which transformers reads.
 
 A layer's weight [out, in] is three tensors: `weight_packed` int32 [out, in bits / 32], whose words hold 32 / bits
 neighbours of a row, the first in the lowest bits, each as 2^(bits - 1) more than the integer that it is;
@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decompression import PACKED
 from .rounding import ROUNDINGS, Rounded
 
 METHOD, LAYOUT = "compressed-tensors", "pack-quantized"
-PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
+SCALE, SHAPE = "weight_scale", "weight_shape"
+INTEGER_DTYPES = {PACKED: torch.int32, SHAPE: torch.int64}
+"""Tensor of a layer -> its dtype; the scale has the dtype of the model."""
 WORD_BITS = 32
 GROUP = ROUNDINGS["int4"].group
 """Neighbours that share a scale in the native ops: groups of files must be multiples of it."""

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .layers import PackedLinear, RoundedLinear, accelerate_on_cpu, dequantize, round_linears
 from .memory import cast
-from .packed import PACKED, SCALE, SHAPE, packed_layers, refuse_strange_layer
+from .packed import INTEGER_DTYPES, PACKED, SCALE, SHAPE, packed_layers, refuse_strange_layer
 
 METHOD = "visualrwkv-while-loading"
 
@@ -107,7 +107,8 @@ def cast_all(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def _refuse_strange_dtypes(layer: str, tensors: Mapping[str, StoredTensor], where: object) -> None:
     floats = (torch.float32, torch.bfloat16, torch.float16)
-    for name, wanted in ((PACKED, (torch.int32,)), (SCALE, floats), (SHAPE, (torch.int64,))):
+    for name in (PACKED, SCALE, SHAPE):
+        wanted = floats if name == SCALE else (INTEGER_DTYPES[name],)
         found = tensors[f"{layer}.{name}"].dtype
         if found not in wanted:
             raise ValueError(

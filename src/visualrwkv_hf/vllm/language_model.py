@@ -5,7 +5,7 @@ Letters: S requests of a step, T tokens of all of them, C hidden size, D directi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,14 +22,6 @@ from .states import BlockStates, RwkvMetadata, state_dtypes, state_shapes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-Orders = Callable[[int], Iterable[Tensor | None]]
-"""Gives the D orders in which the layers read the first T tokens of a step, [1, T] each; None: as they stand."""
-
-
-def text_orders(num_tokens: int) -> list[Tensor | None]:
-    """Return the order of a step without pictures."""
-    return [None]
 
 
 class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
@@ -77,16 +69,19 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         if embeds is None:
             assert input_ids is not None
             embeds = self.embed_input_ids(input_ids)
-        return self.read_step(embeds, text_orders)
+        return self.read_step(embeds)
 
-    def read_step(self, embeds: Tensor, orders: Orders) -> Tensor:
+    def orders(self, num_tokens: int) -> Sequence[Tensor | None]:
+        """Return the D orders in which the layers read the tokens of a step, [1, T] each; None: as they stand."""
+        return [None]
+
+    def read_step(self, embeds: Tensor) -> Tensor:
         """Read the tokens of all requests in one call, from their states in vLLM's pool, which are updated.
 
         Rows of `embeds` after the last token are padding of a CUDA graph; they stay as they are.
 
         Args:
             embeds: [T, C], the tokens of the requests one after another.
-            orders: in which order the layers read them.
         """
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # vLLM measures how much memory a step takes
@@ -101,7 +96,7 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         if prefilling:  # all requests packed into one row
             at = torch.arange(num_tokens, device=embeds.device)[None]
             bounds = step.query_start_loc[: requests + 1].long()
-            order, tokens = token_orders(at, None, list(orders(num_tokens)), bounds), tokens[None]
+            order, tokens = token_orders(at, None, list(self.orders(num_tokens)), bounds), tokens[None]
         else:  # one token of each: as many rows
             tokens = tokens[:, None]
         hidden = self.blocks.norm(self.blocks.run_blocks(tokens, order, holders)).flatten(0, 1)

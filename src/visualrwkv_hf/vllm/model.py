@@ -76,22 +76,7 @@ class VisualRWKV(RecurrentModel, SupportsMultiModal):
         pictures = torch.cat(list(multimodal_embeddings)).to(embeds)
         return embeds.masked_scatter(is_multimodal[:, None], pictures)
 
-    def forward(
-        self,
-        input_ids: Tensor | None,
-        positions: Tensor,
-        intermediate_tensors: Any = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Read the tokens of a step; see `RecurrentModel.forward`."""
-        embeds = inputs_embeds
-        if embeds is None:
-            assert input_ids is not None
-            embeds = self.embed_input_ids(input_ids)
-        return self.read_step(embeds, self._orders)
-
-    def _orders(self, num_tokens: int) -> Sequence[Tensor | None]:
+    def orders(self, num_tokens: int) -> Sequence[Tensor | None]:
         """Return the orders in which the layers read a step: pictures are whole and are permuted, text is not."""
         if self._pictures is None:
             return [None]

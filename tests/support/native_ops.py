@@ -1,0 +1,13 @@
+"""Marks of tests that compute with the CPU ops in C."""
+
+import shutil
+
+import pytest
+
+from visualrwkv_hf.cpu import library
+
+NEEDS_NATIVE_OPS = [
+    pytest.mark.skipif(not any(map(shutil.which, library.COMPILERS)), reason="native ops need a C compiler"),
+    pytest.mark.usefixtures("built"),
+]
+"""Skip without a compiler, and build the library in a folder of its own: see `built` in tests/kernels/conftest.py."""
