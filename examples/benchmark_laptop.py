@@ -5,10 +5,12 @@
     python examples/benchmark_laptop.py models --model v6-1.6b --rounds 1
     python examples/benchmark_laptop.py models --quick                   # small shapes, to see that it runs
 
-Nothing is downloaded: the models have the shapes of releases and random weights. Every row is measured in a process of
-its own, so its peak memory is its own, and the rows take turns for `--rounds` rounds, so that what disturbs the machine
-disturbs all of them. Ratios are medians over the rounds. Before any time is printed, a small model of each generation
-is compared with llama.cpp: if the logits differ the exit status is 1.
+Nothing is downloaded: the models have the shapes of releases and random weights. int8 and int4 are folders that
+`visualrwkv quantize` would write, loaded as `ask` loads them. Every row is measured in a process of its own, so its
+peak memory is its own, and the rows take turns for `--rounds` rounds, so that what disturbs the machine disturbs all
+of them. Each row is printed as soon as it is measured; one that fails is left out, with the reason. Ratios are medians
+over the rounds. Before any time is printed, a small model of each generation is compared with llama.cpp: if the logits
+differ the exit status is 1.
 """
 
 import importlib.util
@@ -26,6 +28,8 @@ import typer
 from benchmarking import markdown_table, readable_bytes, report
 from laptop_models import CLIP_LARGE, MODELS, QUICK_MODELS, Model, config_of, model_folder
 from laptop_peers import disagreement, gguf_file
+
+from visualrwkv_hf.cpu import build_native_ops
 
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 OURS, PLAIN, LLAMA, CLIP = (
@@ -88,15 +92,23 @@ def main(
         typer.secho("Without the peer llama.cpp: it is not installed.", err=True, fg="yellow")
     if has_llama:
         refuse_disagreement({each.text["rwkv_version"] for each in chosen.values()}, folder)
+    build_native_ops()  # once on a computer, so not in the first row
     threads = threads or torch.get_num_threads()
     cases = list(cases_of(chosen, precisions, plain=plain, peers=peers, has_llama=has_llama))
     taken: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
     for number in range(rounds):
-        for case in cases:
-            typer.echo(f"round {number + 1} of {rounds}: {', '.join(case)}", err=True)
-            prompt_tokens = prompt_length(taken, case)
-            arguments = arguments_of(case, chosen[case.model], folder, new_tokens, prompt_tokens)
-            taken[case].append(measured(case, arguments | {"threads": threads}))
+        for case in [case for case in cases if case in taken]:
+            begun = f"round {number + 1} of {rounds}: {', '.join(case)}"
+            try:
+                arguments = arguments_of(
+                    case, chosen[case.model], folder, new_tokens, prompt_length(taken, case)
+                )
+                taken[case].append(measured(case, arguments | {"threads": threads}))
+            except Exception as error:  # of which the other rows know nothing
+                del taken[case]  # also its earlier rounds: ratios are of rows of the same round
+                typer.secho(f"{begun} is left out. {error}", err=True, fg="red")
+                continue
+            typer.echo(f"{begun}: {in_a_line(row_of(case, taken[case][-1:]))}", err=True)
     text = "\n\n".join(
         [
             machine_line(threads, rounds),
@@ -116,16 +128,15 @@ def cases_of(
 ) -> Iterator[Case]:
     """Yield the rows. What is compared stands side by side."""
     for name, model in chosen.items():
-        is_large = model.text["hidden_size"] >= 4096
         for precision in precisions:
-            if is_large and precision != "int4":
+            if model.is_large and precision != "int4":
                 continue  # a laptop has no room for it
             yield Case(name, precision, OURS)
             if plain and precision == "bfloat16":
                 yield Case(name, precision, PLAIN)
             if has_llama:
                 yield Case(name, precision, LLAMA)
-        if peers and model.vision is CLIP_LARGE and not is_large:
+        if peers and model.vision is CLIP_LARGE and not model.is_large:
             for dtype in ("float32", "bfloat16"):
                 yield Case(name, dtype, CLIP)
 
@@ -136,16 +147,16 @@ def arguments_of(
     """Return the arguments of a measure of laptop_measures.py, and make the files that it needs."""
     if case.engine == CLIP:
         return {"config": dict(model.vision["clip_config"]), "dtype": case.precision}
-    source = model_folder(case.model, model, folder)
     if case.engine == LLAMA:
-        path = gguf_file(source, folder / f"{case.model}-{case.precision}.gguf", case.precision)
+        path = folder / f"{case.model}-{case.precision}.gguf"
+        if not path.exists():
+            gguf_file(model_folder(case.model, model, folder), path, case.precision)
         vocab_size = config_of(model).text_config.vocab_size
         return dict(path=str(path), vocab_size=vocab_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     weights = case.precision if case.precision.startswith("int") else None
     return dict(
-        folder=str(source),
+        folder=str(model_folder(case.model, model, folder, weights)),
         dtype="bfloat16" if weights else case.precision,
-        weights=weights,
         accelerate=case.engine == OURS,
         new_tokens=new_tokens,
     )
@@ -203,24 +214,30 @@ def machine_line(threads: int, rounds: int) -> str:
 
 def rows_table(taken: Mapping[Case, Sequence[Mapping[str, Any]]]) -> str:
     """Return the medians of all rows as a table."""
-    rows = []
-    for case, numbers in taken.items():
-        middle = {key: statistics.median(each[key] for each in numbers) for key in numbers[0]}
-        rows.append(
-            {
-                "model": case.model,
-                "weights": case.precision,
-                "engine": case.engine,
-                "load": in_seconds(middle.get("load")),
-                "tower": in_seconds(middle.get("tower")),
-                "prompt": in_seconds(middle.get("prefill")),
-                "first word": in_seconds(middle.get("first")),
-                "per token": f"{1e3 * middle['token']:.1f} ms" if "token" in middle else None,
-                "peak memory": readable_bytes(middle["peak"]),
-                "processor": in_seconds(middle["processor"]),
-            }
-        )
-    return markdown_table(rows)
+    return markdown_table([row_of(case, numbers) for case, numbers in taken.items() if numbers])
+
+
+def row_of(case: Case, numbers: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
+    """Return the medians of a row's rounds, in words."""
+    middle = {key: statistics.median(each[key] for each in numbers) for key in numbers[0]}
+    return {
+        "model": case.model,
+        "weights": case.precision,
+        "engine": case.engine,
+        "load": in_seconds(middle.get("load")),
+        "tower": in_seconds(middle.get("tower")),
+        "prompt": in_seconds(middle.get("prefill")),
+        "first word": in_seconds(middle.get("first")),
+        "per token": f"{1e3 * middle['token']:.1f} ms" if "token" in middle else None,
+        "peak memory": readable_bytes(middle["peak"]),
+        "imports": in_seconds(middle.get("imports")),
+        "processor": in_seconds(middle["processor"]),
+    }
+
+
+def in_a_line(row: Mapping[str, str | None]) -> str:
+    """Return what was measured of a row, without its names."""
+    return ", ".join(f"{name} {value}" for name, value in list(row.items())[3:] if value)
 
 
 def in_seconds(value: float | None) -> str | None:
@@ -232,7 +249,7 @@ def ratio(
     taken: Mapping[Case, Sequence[Mapping[str, Any]]], over: Case, under: Case, key: str
 ) -> float | None:
     """Return the median over the rounds of one row's number divided by another's; None if one is not measured."""
-    if over not in taken or under not in taken:
+    if not taken.get(over) or not taken.get(under):
         return None
     return statistics.median(a[key] / b[key] for a, b in zip(taken[over], taken[under]))
 
@@ -242,7 +259,7 @@ def targets_of(
 ) -> Iterator[Target]:
     """Yield what is to be reached, as far as it was measured."""
     for case, numbers in taken.items():
-        if case.engine != OURS:
+        if case.engine != OURS or not numbers:
             continue
         name, precision, _ = case
         for key, words, limit in (("prefill", "prompt", 1.2), ("token", "token", 1.1)):
@@ -260,7 +277,7 @@ def targets_of(
             yield Target(f"{name}: tower, times transformers' speed in bfloat16", times, 1.5, False)
         peak = statistics.median(each["peak"] for each in numbers)
         held = statistics.median(each["weight_bytes"] for each in numbers)
-        limit = 6e9 if chosen[name].text["hidden_size"] >= 4096 else 1.1 * held + 1e9
+        limit = 6e9 if chosen[name].is_large else 1.1 * held + 1e9
         yield Target(f"{name} {precision}: peak memory in GB", peak / 1e9, limit / 1e9, True)
 
 

@@ -70,30 +70,24 @@ class Watch:
         pass
 
 
-def answer_of_ours(
-    folder: str, dtype: str, weights: str | None, accelerate: bool, new_tokens: int
-) -> dict[str, Any]:
+def answer_of_ours(folder: str, dtype: str, accelerate: bool, new_tokens: int) -> dict[str, Any]:
     """Load a model as the command `ask` does, and answer one question about one picture.
 
     Args:
-        folder: the model's.
+        folder: the model's, which may hold weights in int8 or int4.
         dtype: as `load_model` takes it.
-        weights: "int8", "int4" or None.
         accelerate: whether with native ops.
         new_tokens: how long the answer is.
     """
     import numpy as np
     from PIL import Image
 
-    from visualrwkv_hf import accelerate_on_cpu
     from visualrwkv_hf.inference import chat_inputs, load_model, load_processor
 
     imported = time.process_time()
     started = now()
     processor = load_processor(folder)
-    model = load_model(folder, "cpu", dtype, accelerate and weights is None)
-    if weights:
-        accelerate_on_cpu(model, weights=weights)
+    model = load_model(folder, "cpu", dtype, accelerate)
     loaded = now()
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     content = [{"type": "image", "image": Image.fromarray(pixels)}, {"type": "text", "text": QUESTION}]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from visualrwkv_hf import VisualRWKVConfig
-from visualrwkv_hf.conversion import expected_shapes, restore_state_dict, to_hf
+from visualrwkv_hf.conversion import expected_shapes, quantize, restore_state_dict, to_hf
 
 BLOCK = 2**24
 """Random numbers that are drawn once and repeated: a model of 7B is written at the speed of the disk."""
@@ -33,6 +33,11 @@ class Model(NamedTuple):
     text: Mapping[str, Any]
     vision: Mapping[str, Any]
     projector: str
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a laptop has room for it in int4 only."""
+        return self.text["hidden_size"] >= 4096
 
 
 CLIP_LARGE = {
@@ -109,16 +114,33 @@ def config_of(model: Model) -> VisualRWKVConfig:
     )
 
 
-def model_folder(name: str, model: Model, folder: Path) -> Path:
-    """Return the model folder `folder / name`, made first if it is not there yet."""
-    target = folder / name
-    if not (target / "config.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        original = folder / f"{name}.safetensors"
+def model_folder(name: str, model: Model, folder: Path, weights: str | None = None) -> Path:
+    """Return the folder of a model, made first if it is not there yet.
+
+    Args:
+        name: the model's.
+        model: its shape.
+        folder: where the model folders are.
+        weights: "int8" or "int4" for a folder that is rounded from the one in bfloat16; None for the latter.
+
+    Returns:
+        Path: `folder / name`, with "-int8" or "-int4" after the name. Of a large model in few bits there is no folder
+        in bfloat16: the checkpoint is rounded while it is converted, so that the disk holds it once.
+    """
+    target = folder / (f"{name}-{weights}" if weights else name)
+    if (target / "config.json").exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    if weights and not model.is_large:
+        return quantize(model_folder(name, model, folder), target, weights=weights, verify=False)
+    original = folder / f"{name}.safetensors"
+    try:
         write_original(original, original_shapes(config_of(model)))
         # Numbers that shapes do not tell, such as the heads of a small tower, come from the model's own description.
-        to_hf(original, target, family=model.family, vision_config=described(model.vision), verify=False)
-        original.unlink()
+        options = dict(vision_config=described(model.vision), verify=False, weights=weights)
+        to_hf(original, target, family=model.family, **options)
+    finally:
+        original.unlink(missing_ok=True)
     return target
 
 

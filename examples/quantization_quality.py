@@ -143,7 +143,9 @@ def compared(
         if None not in truths:
             row["right answers"] = percent(sum(map(is_right, found, right)), len(found))
         row["same answer"] = percent(sum(map(is_right, found, first)), len(found))
-        yield row | reading_row(reading, reference)
+        row |= reading_row(reading, reference)
+        typer.echo(", ".join(f"{key} {value}" for key, value in row.items()), err=True)  # others take minutes
+        yield row
         del model
 
 

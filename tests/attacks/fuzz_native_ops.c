@@ -121,6 +121,15 @@ static void fuzz_linear_int8(Input *in) {
     if (!is_too_large) visualrwkv_linear_int8(2, count, columns, rows, format, weight, scale, x_format, x, y);
 }
 
+static void fuzz_linear_bf16(Input *in) {
+    int64_t count = size(in, 0, 40, 1), columns = size(in, 1, 40, 16), rows = size(in, 0, 110, 1);
+    int64_t weights = product_of(rows, columns), inputs = product_of(count, columns), outputs = product_of(count, rows);
+    if (weights < 0 || inputs < 0 || outputs < 0) weights = inputs = outputs = 0;
+    void *weight = stored(in, weights, BF16), *bias = byte(in) & 1 ? stored(in, rows < 0 ? 0 : rows, BF16) : NULL;
+    void *x = stored(in, inputs, BF16), *y = stored(in, outputs, BF16);
+    if (!is_too_large) visualrwkv_linear_bf16(2, count, columns, rows, weight, bias, x, y);
+}
+
 static void fuzz_weights(Input *in, Sizes *sizes, Weights *weights, int is_first) {
     Sizes s = *sizes;
     for (int i = 0; i < LOW_RANK; i++) s.rank[i] = between(in, 1, 5) * LOW_RANK_MULTIPLE;
@@ -178,9 +187,9 @@ static void fuzz_blocks(Input *in) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t count) {
     Input in = {data, count, 0, count};
-    void (*const targets[])(Input *) = {fuzz_recurrence, fuzz_linear, fuzz_linear_int8, fuzz_blocks};
+    void (*const targets[])(Input *) = {fuzz_recurrence, fuzz_linear, fuzz_linear_int8, fuzz_linear_bf16, fuzz_blocks};
     block_count = is_too_large = 0;
-    targets[byte(&in) % 4](&in);
+    targets[byte(&in) % 5](&in);
     while (block_count) free(blocks[--block_count]);
     return 0;
 }

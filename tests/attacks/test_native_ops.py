@@ -189,7 +189,8 @@ def test_int8_model_saves_a_folder_that_loads(tmp_path, built):
     again = VisualRWKVForConditionalGeneration.from_pretrained(tmp_path)
     ids = torch.randint(1, 300, (1, 5))
     expected = model(ids).logits
-    assert (again(ids).logits - expected).norm() < 1e-5 * expected.norm()
+    # The native ops round what a layer of few rows reads to 16 bits.
+    assert (again(ids).logits - expected).norm() < 5e-4 * expected.norm()
 
 
 # --- the cache of compiled code ----------------------------------------------------------------------------

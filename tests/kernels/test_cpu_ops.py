@@ -559,15 +559,17 @@ def test_int4_linear_rounds_the_weight_only(dtype):
     for rows in (1, native.MAX_ROWS, native.MAX_ROWS + 1):
         x = torch.randn(rows, 96).to(dtype)
         with torch.no_grad(), kernel_backend("auto" if rows <= native.MAX_ROWS else "torch"):
-            # x is rounded to 16 bits as well, so by 1/65534 of its largest number.
+            # x is rounded to 16 bits as well, so by 1/65278 of its largest number.
             assert error(rounded(x), x.double() @ weight.double().T) < max(1e-4, torch.finfo(dtype).eps)
 
 
 @torch.no_grad()
-def test_int4_with_numbers_that_have_no_16_bits():
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_numbers_that_have_no_16_bits(kind):
     """Zeros, denormals, infinity and NaN: as plain torch, each in its row."""
     torch.manual_seed(0)
-    layer, x = native_layers.Int4Linear(nn.Linear(288, 40, bias=False)), torch.randn(5, 288)
+    layer = native_layers.ROUNDED_LINEARS[kind](nn.Linear(288, 40, bias=False))
+    x = torch.randn(5, 288)
     expected = native.linear(x, layer.weight, layer.scale)
     x[1] = 0
     x[2] *= 1e-42
@@ -577,6 +579,41 @@ def test_int4_with_numbers_that_have_no_16_bits():
     found = native.linear(x, layer.weight, layer.scale)
     assert error(found[0], expected[0]) < 1e-4
     assert found[3].isnan().all() and not found[4].isfinite().any()
+
+
+WIDTHS_OF_16_BITS = [16, 48, 64, 80, 128, 160, 512, 544, 1184]
+"""Parts of a register's columns, of four groups of int4 and of sixteen, and a part after whole ones."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_few_rows_are_rounded_to_16_bits(kind):
+    """By at most 1/65278 of a row's largest number, whatever its size, and whatever rows are beside it."""
+    torch.manual_seed(0)
+    for columns in WIDTHS_OF_16_BITS:
+        if kind == "int4" and columns % 32:
+            continue
+        layer = native_layers.ROUNDED_LINEARS[kind](nn.Linear(columns, 24, bias=False))
+        for rows in (1, 3, 4, 6, 8):
+            x = torch.randn(rows, columns) * torch.logspace(-8, 8, rows)[:, None]
+            found, weight = native.linear(x, layer.weight, layer.scale), layer.widened().double()
+            change = (found - x.double() @ weight.T).abs()
+            limit = x.abs().amax(1, keepdim=True) / 65278 * weight.abs().sum(1)
+            assert (change <= 1.01 * limit).all(), (columns, rows)
+            alone = [native.linear(row[None], layer.weight, layer.scale) for row in x]
+            assert error(found, torch.cat(alone)) < TOLERANCE
+
+
+@torch.no_grad()
+def test_largest_sums_of_16_bits_do_not_overflow():
+    """All numbers the largest there are, in the longest rows whose sums have 32 bits, and in longer ones."""
+    for columns in (32768, 32768 + 16):
+        weight = torch.full((2, columns), 127, dtype=torch.int8)
+        weight[1] = -127
+        for sign in (1.0, -1.0):
+            found = native.linear(torch.full((4, columns), sign), weight, torch.ones(2))
+            expected = torch.tensor([[127.0, -127.0]]) * sign * columns
+            assert error(found, expected.expand(4, 2)) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
@@ -614,7 +651,9 @@ def test_int8_linear_rounds_the_weight_only():
     for rows in (1, native.MAX_ROWS, native.MAX_ROWS + 1):
         x = torch.randn(rows, 64)
         with torch.no_grad(), kernel_backend("auto" if rows <= native.MAX_ROWS else "torch"):
-            assert error(rounded(x), x.double() @ weight.double().T) < TOLERANCE
+            # Few rows of x are rounded to 16 bits as well.
+            limit = 1e-4 if rows <= native.MAX_ROWS else TOLERANCE
+            assert error(rounded(x), x.double() @ weight.double().T) < limit
 
 
 @pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
@@ -638,6 +677,10 @@ def test_each_width_of_a_register(for_this_cpu, monkeypatch, tmp_path, called):
         assert_gradients(version, recurrence_inputs(version, 2, 20, 2, 20, 70, torch.float32))
     test_int8_linear_rounds_the_weight_only()
     test_int4_linear_rounds_the_weight_only(torch.float32)
+    for kind in ("int8", "int4"):
+        test_few_rows_are_rounded_to_16_bits(kind)
+        test_numbers_that_have_no_16_bits(kind)
+    test_largest_sums_of_16_bits_do_not_overflow()
     for version in (5, 6, 7):
         called.clear()
         test_layer_of_a_token_equals_plain(version, "wide", called)

@@ -22,12 +22,14 @@ def example(monkeypatch, tmp_path):
 
 
 def test_quick_run(example, tmp_path, capsys):
-    """One row, from the checkpoint to the table."""
+    """Two rows, from the checkpoint to the table, and one that fails: it is left out, and the others go on."""
+    (tmp_path / "models" / "v6-tiny-int4").mkdir(parents=True)
+    (tmp_path / "models" / "v6-tiny-int4" / "config.json").write_text("{}")
     files = dict(json=tmp_path / "table.json", markdown=tmp_path / "table.md")
     example("benchmark_laptop").main(
         tmp_path / "models",
         model=["v6-tiny"],
-        precision=["bfloat16"],
+        precision=["bfloat16", "int4", "int8"],
         rounds=1,
         new_tokens=4,
         plain=False,
@@ -36,8 +38,15 @@ def test_quick_run(example, tmp_path, capsys):
         quick=True,
         **files,
     )
-    assert files["markdown"].read_text("utf-8") in capsys.readouterr().out
-    (row,) = json.loads(files["json"].read_text("utf-8"))["rows"]
+    said = capsys.readouterr()
+    assert files["markdown"].read_text("utf-8") in said.out
+    row, in_int8 = json.loads(files["json"].read_text("utf-8"))["rows"]
+    assert "v6-tiny, bfloat16, visualrwkv-hf: load " in said.err
+    assert "v6-tiny, int4, visualrwkv-hf is left out. " in said.err
+    assert [row["precision"], in_int8["precision"]] == ["bfloat16", "int8"]
+    fields = json.loads((tmp_path / "models" / "v6-tiny-int8" / "config.json").read_text())
+    assert fields["quantization_config"]["format"] == "pack-quantized"
+    assert in_int8["rounds"][0]["weight_bytes"] < 0.8 * row["rounds"][0]["weight_bytes"]
     (numbers,) = row["rounds"]
     config = VisualRWKVConfig.from_pretrained(tmp_path / "models" / "v6-tiny")
     assert numbers["picture_tokens"] == config.num_image_tokens == 17

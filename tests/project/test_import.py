@@ -207,3 +207,15 @@ for arguments in (
     assert said[3].startswith("1 Error: . is a folder: `visualrwkv caption` asks")
     assert said[4].startswith("1 Error: 'README.md' cannot be read as a picture")
     assert "There is no folder ./folder" in said[7]
+
+
+def test_describing_a_model_needs_none_of_its_classes(tmp_path):
+    """They take seconds to import, and a description needs the configuration and the headers of the weights."""
+    code = """
+import sys
+from visualrwkv_hf.cli.app import app
+app(["info", "--json"], standalone_mode=False)
+print([name for name in sys.modules if name.startswith("visualrwkv_hf.modeling")])
+"""
+    said = run(code, tmp_path)
+    assert '"num_parameters"' in said and said.splitlines()[-1] == "[]"

@@ -237,6 +237,9 @@ static void multiply_3_tiles(int64_t n, const Panel *w, const Word *x, const flo
         EACH_ROW(ADD)
     }
     EACH_ROW(END)
+#undef START
+#undef ADD
+#undef END
 }
 
 /* A panel with all vectors of a piece of x. */

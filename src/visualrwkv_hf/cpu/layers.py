@@ -21,10 +21,13 @@ from ..dispatch import chosen_backend
 from ..modeling_rwkv import RwkvBlock
 from .formats import FLOAT_DTYPES
 from .memory import is_plain, mapped_files, move_to_huge_pages, unmap
-from .ops import MAX_ROWS, linear, linear_int8, unsupported, unusable
+from .ops import MAX_ROWS, linear, linear_bf16, linear_int8, unsupported, unusable
 from .packed import INTEGER_DTYPES, PACKED, SCALE, SHAPE, packed_tensors, quantization_config, unpacked
-from .products import compute_dtype, may_use_panels, multiply_panels
+from .products import compute_dtype, has_tiles, may_use_panels, multiply_panels
 from .rounding import ROUNDINGS, Rounded, rounded, rounding_of
+
+MANY_ROWS = 64
+"""From this many rows on `linear_bf16` has brought a weight into its order for little of its time."""
 
 # --- linear layers ----------------------------------------------------------------------------------------
 
@@ -43,10 +46,22 @@ def multiplies_in_int8(x: Tensor) -> bool:
     return x.dtype in FLOAT_DTYPES and may_use_panels(x) and not unsupported("linear_int8", x, gradient=False)
 
 
+def multiplies_in_bf16(x: Tensor, weight: Tensor) -> bool:
+    """Return whether `linear_bf16` multiplies the many rows of x: it is faster than torch where there is no AMX."""
+    return (
+        x.dtype == weight.dtype == torch.bfloat16
+        and x.numel() >= MANY_ROWS * x.shape[-1]
+        and may_use_panels(x)
+        and not has_tiles()
+        and not unsupported("linear_bf16", x, gradient=False)
+    )
+
+
 class NativeLinear(nn.Linear):
     """A linear layer that multiplies few rows as fast as memory gives it the weight.
 
-    More rows are torch's where the CPU multiplies the weight's dtype fast, and go panel by panel in float32 elsewhere.
+    More rows are multiplied in bfloat16 where the CPU has instructions for it, by torch where it multiplies the weight's
+    dtype fast, and panel by panel in float32 elsewhere.
     """
 
     def tensors(self) -> tuple[Tensor, None]:
@@ -59,6 +74,8 @@ class NativeLinear(nn.Linear):
         if weight.dtype == input.dtype and weight.dtype in FLOAT_DTYPES and is_plain(weight):
             if self.bias is None and serves(input):
                 return linear(input, weight)
+            if multiplies_in_bf16(input, weight) and (self.bias is None or is_plain(self.bias)):
+                return linear_bf16(input, weight, self.bias)
             if compute_dtype(weight.dtype) != weight.dtype and may_use_panels(input):
                 return multiply_panels(input, len(weight), weight.__getitem__, bias=self.bias)
         return super().forward(input)  # torch refuses to multiply two dtypes

@@ -23,7 +23,16 @@ from torch import Tensor
 
 SOURCES = tuple(
     Path(__file__).with_name(name)
-    for name in ("ops.c", "registers.h", "recurrences.h", "pool.h", "products.h", "int8.h")
+    for name in (
+        "ops.c",
+        "registers.h",
+        "recurrences.h",
+        "pool.h",
+        "products.h",
+        "rows16.h",
+        "int8.h",
+        "bf16.h",
+    )
 )
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
@@ -40,6 +49,7 @@ ARGUMENTS = {
     "wkv_backward": [_INT, *[_NUMBER] * 5, *[_ADDRESS] * 19],
     "linear": [_INT, *[_NUMBER] * 4, *[_ADDRESS] * 4],
     "linear_int8": [_INT, *[_NUMBER] * 4, *[_ADDRESS] * 2, _NUMBER, *[_ADDRESS] * 2],
+    "linear_bf16": [_INT, *[_NUMBER] * 3, *[_ADDRESS] * 4],
     "blocks": [_INT, _NUMBER, *[_FLOAT] * 3, *[_ADDRESS] * 6],
 }
 """Types of the arguments of the functions visualrwkv_... in ops.c, the number of threads first."""
@@ -115,6 +125,11 @@ def load_library(folder: str | Path | None = None) -> tuple[Library, Path]:
         return Library(path), path
     except OSError as error:
         raise RuntimeError(f"Native ops cannot be built or loaded: {error}.") from error
+
+
+def is_compiled() -> bool:
+    """Return whether the library for these sources and this CPU is in the user's cache folder."""
+    return any(cache_folder().glob(f"native-{_fingerprint()}-*.so"))
 
 
 def cache_folder() -> Path:

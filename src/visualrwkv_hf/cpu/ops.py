@@ -72,8 +72,8 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool) -> str:
     """Return why the native op cannot be used for these tensors; empty if it can.
 
     Args:
-        op: "wkv6" or "wkv7" with r and v; "linear", "linear_int8", "block_decode" or
-            "blocks_decode" with x.
+        op: "wkv6" or "wkv7" with r and v; "linear", "linear_int8", "linear_bf16", "block_decode" or "blocks_decode"
+            with x.
         tensors: see `op`.
         gradient: whether the op's gradient will be needed. Only the recurrences have one.
     """
@@ -91,10 +91,12 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool) -> str:
     last, contract = tensors[0].shape[-1], library().contract
     if op in RECURRENCES and last > contract["MAX_KEYS"]:
         return f"keys of {last} elements are larger than {contract['MAX_KEYS']}"
-    if op in ("linear", "linear_int8") and last % contract["COLUMN_MULTIPLE"]:
+    if op in ("linear", "linear_int8", "linear_bf16") and last % contract["COLUMN_MULTIPLE"]:
         return f"{last} columns are no multiple of {contract['COLUMN_MULTIPLE']}"
     if op == "linear_int8" and not contract["FAST_INT8"]:
         return "the CPU has no fast products of integers that ops.c knows"
+    if op == "linear_bf16" and not contract["FAST_BF16"]:
+        return "the CPU has no products of bfloat16 that ops.c knows"
     return ""
 
 
@@ -205,7 +207,8 @@ def _state(r: Tensor, v: Tensor, begin: Tensor, initial_state: Tensor | None) ->
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """Compute scale * (x W^T) for a few rows x, in float32 whatever the format of W.
 
-    With int4 weights a CPU with AVX2 rounds each row of x to 16 bits, so by at most 1/65534 of its largest number.
+    With int8 and int4 weights a CPU with AVX2 rounds each row of x to 16 bits, so by at most 1/65278 of its largest
+    number.
 
     Args:
         x: [..., in], of at most a few rows: the time grows with each of them.
@@ -242,6 +245,24 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     tag = FORMAT_OF[weight.dtype]
     scale = scale.to(FORMATS[tag].scale_dtype).contiguous()
     library().call("linear_int8", count, columns, rows, tag, weight, scale, FORMAT_OF[x.dtype], x, out)
+    return out
+
+
+def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute x W^T + bias for many rows x by the CPU's instruction for bfloat16, which sums in float32.
+
+    Args:
+        x: bfloat16 [..., in]; `in` is a multiple of 16.
+        weight: W, bfloat16 [out, in], contiguous.
+        bias: bfloat16 [out], contiguous, or None for zeros.
+
+    Returns:
+        bfloat16 [..., out].
+    """
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    rows, columns, count = len(weight), x.shape[-1], x.numel() // x.shape[-1]
+    library().call("linear_bf16", count, columns, rows, weight, bias, x, out)
     return out
 
 

@@ -72,88 +72,7 @@ typedef void Dots(int64_t n, const void *row, const void *scale, const float *x,
 FLOAT_FORMATS(DOTS)
 DOTS(INT8)
 
-/* --- INT4 times x in 16 bits ---------------------------------------------------------------------------- */
-
-/* A row of x in 16 bits, x = scale X, so that two products of a weight are summed by one instruction. The rounding is that
-   of 1/65534 of the largest number. */
-typedef struct {
-    const int16_t *x;      /* [in], each group's first half before its second as in a row of weights */
-    const float *sums;     /* [in / GROUP], 8 times the sum of X in each group */
-    float scale;
-} Row16;
-
-/* Below this all numbers count as zero: its reciprocal times 32767 is still finite. */
-#define LEAST 1e-30f
-
-static float round_to_16(int64_t n, const float *from, int16_t *to, float *sums) {
-    float largest = 0;
-    int is_nan = 0;
-    for (int64_t i = 0; i < n; i++) {
-        largest = fabsf(from[i]) > largest ? fabsf(from[i]) : largest;
-        is_nan |= from[i] != from[i];
-    }
-    if (is_nan || largest > 3e38f) return INFINITY; /* nothing can be rounded to it */
-    float inverse = largest > LEAST ? 32767 / largest : 0;
-    for (int64_t g = 0; g < n / GROUP; g++) {
-        int32_t total = 0;
-        for (int64_t i = g * GROUP; i < (g + 1) * GROUP; i++) {
-            float x = from[i] * inverse;
-            to[i] = (int16_t)(int32_t)(x + (x < 0 ? -0.5f : 0.5f));
-            total += to[i];
-        }
-        sums[g] = 8 * (float)total;
-    }
-    return largest / 32767;
-}
-
-#if defined(__AVX2__) && defined(__FMA__)
-enum { MULTIPLIES_16 = 1 };
-/* 8 scales of a row in float32. */
-static inline __m256 scales_of(const BF16_t *scales) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)scales)), 16));
-}
-
-/* The products of a group of a row with x, without those that `sums` holds. */
-static inline __m256 products_of_group(const uint8_t *w, const int16_t *x) {
-    __m256i both = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)w));
-    __m256i first = _mm256_and_si256(both, _mm256_set1_epi16(15)), second = _mm256_srli_epi16(both, 4);
-    first = _mm256_madd_epi16(first, _mm256_loadu_si256((const void *)x));
-    second = _mm256_madd_epi16(second, _mm256_loadu_si256((const void *)(x + GROUP / 2)));
-    return _mm256_cvtepi32_ps(_mm256_add_epi32(first, second));
-}
-
-static float dot_16(int64_t n, const void *row, const void *scale, const Row16 *x) {
-    const uint8_t *w = row;
-    const BF16_t *scales = scale;
-    const int16_t *x_g = x->x;
-    __m256 y[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, less = _mm256_setzero_ps();
-    float all[8], total = 0;
-    int64_t g = 0;
-    for (; g + 8 <= n / GROUP; g += 8) {
-        __m256 some = scales_of(scales + g);
-        _mm256_storeu_ps(all, some);
-        less = _mm256_fmadd_ps(some, _mm256_loadu_ps(x->sums + g), less);
-        prefetch(w, 8 * GROUP / 2);
-        _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++, w += GROUP / 2, x_g += GROUP)
-            y[i % 2] = _mm256_fmadd_ps(products_of_group(w, x_g), _mm256_broadcast_ss(all + i), y[i % 2]);
-    }
-    for (; g < n / GROUP; g++, w += GROUP / 2, x_g += GROUP) {
-        float one = value_BF16(scales[g]);
-        total -= one * x->sums[g];
-        y[0] = _mm256_fmadd_ps(products_of_group(w, x_g), _mm256_set1_ps(one), y[0]);
-    }
-    float lanes[8];
-    _mm256_storeu_ps(lanes, _mm256_sub_ps(_mm256_add_ps(y[0], y[1]), less));
-    for (int i = 0; i < 8; i++) total += lanes[i];
-    return x->scale * total;
-}
-#else
-enum { MULTIPLIES_16 = 0 };
-static float dot_16(int64_t n, const void *row, const void *scale, const Row16 *x) {
-    (void)n, (void)row, (void)scale, (void)x;
-    return 0;
-}
-#endif
+#include "rows16.h"
 
 #define AS_DOT(TAG) dot_##TAG,
 static Dot *const DOT_OF[] = {FORMATS(AS_DOT)};
@@ -232,7 +151,7 @@ typedef struct {
     int64_t count, in, out, stride;
     const float *x;
     float *y;
-    const Row16 *rows; /* [count], x in 16 bits for a weight of INT4, or null */
+    const Row16 *rows; /* [count], x in 16 bits for a weight of few bits, or null */
 } Product;
 
 /* A task is UNIT rows of a weight, or TILE columns of a low-rank map. */
@@ -249,9 +168,9 @@ static void multiply(const Product *p, int64_t first, int64_t last) {
         for (int64_t n = 0; n < p->count;) {
             const float *x = p->x + n * p->stride;
             float y[ROWS_AT_ONCE];
-            int64_t some = DOTS_OF[format] && n + ROWS_AT_ONCE <= p->count ? ROWS_AT_ONCE : 1;
+            int64_t some = (p->rows || DOTS_OF[format]) && n + ROWS_AT_ONCE <= p->count ? ROWS_AT_ONCE : 1;
             if (p->rows)
-                y[0] = dot_16(p->in, row, scale, &p->rows[n]);
+                DOTS_16_OF[format]((int)some, p->in, row, scale, &p->rows[n], y);
             else if (some == 1)
                 y[0] = DOT_OF[format](p->in, row, scale, x);
             else
@@ -290,26 +209,24 @@ static void multiply_all(const void *phase, int64_t first, int64_t last) {
     }
 }
 
-/* Round x of the products with INT4 to 16 bits, in memory that is returned. Without memory they multiply it as it is. */
+/* Round x of the products with few bits to 16 bits, in memory that is returned. Without memory they multiply it as it is. */
 static void *round_inputs(Products *products) {
-    int64_t rows = 0, numbers = 0;
+    int64_t rows = 0, bytes = 0;
     for (int64_t i = 0; i < products->count; i++) {
         Product *p = &products->list[i];
-        if (p->w.format != INT4 || !MULTIPLIES_16) continue;
-        rows += p->count, numbers += p->count * p->in;
+        if (p->is_low_rank || !is_in_16_bits(p->w.format, p->in)) continue;
+        rows += p->count, bytes += p->count * bytes_of_row_16(p->in);
     }
     if (!rows) return NULL;
-    Row16 *row = malloc(rows * sizeof(Row16) + numbers / GROUP * sizeof(float) + numbers * sizeof(int16_t));
-    if (!row) return NULL;
-    float *sums = (float *)(row + rows);
-    int16_t *x = (int16_t *)(sums + numbers / GROUP);
-    void *memory = row;
-    for (int64_t i = 0; i < products->count; i++) {
+    char *memory = malloc(CHUNK_16 + bytes + rows * sizeof(Row16));
+    char *next = memory ? memory + (-(uintptr_t)memory & (CHUNK_16 - 1)) : NULL; /* so that no register crosses a cache line */
+    Row16 *row = memory ? (Row16 *)(next + bytes) : NULL;
+    for (int64_t i = 0; i < products->count && memory; i++) {
         Product *p = &products->list[i];
-        if (p->w.format != INT4) continue;
+        if (p->is_low_rank || !is_in_16_bits(p->w.format, p->in)) continue;
         p->rows = row;
-        for (int64_t n = 0; n < p->count; n++, row++, x += p->in, sums += p->in / GROUP) {
-            *row = (Row16){x, sums, round_to_16(p->in, p->x + n * p->stride, x, sums)};
+        for (int64_t n = 0; n < p->count; n++, row++, next += bytes_of_row_16(p->in)) {
+            *row = round_to_16(p->in, p->w.format, p->x + n * p->stride, next);
             if (row->scale == INFINITY) p->rows = NULL;
         }
     }

@@ -36,6 +36,12 @@ def has_unit(dtype: torch.dtype) -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in UNITS[dtype])
 
 
+@functools.cache
+def has_tiles() -> bool:
+    """Return whether this CPU multiplies tiles of bfloat16 (AMX), for which torch's library is the fastest."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which this CPU multiplies inputs of `dtype` fastest."""
     return dtype if has_unit(dtype) else torch.float32

@@ -64,18 +64,17 @@ def refuse_strange_index(index: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def refuse_strange_config(config: Any, folder: Path) -> None:
-    """Raise `ValueError` for layers without end, and for parameters that the files in `folder` cannot hold.
-
-    Args:
-        config: a `VisualRWKVConfig` or `VisualRWKVTextConfig`.
-        folder: holds the weights.
-    """
+def refuse_strange_layers(config: Any, folder: Path) -> None:
+    """Raise `ValueError` for layers without end in a `VisualRWKVConfig` or `VisualRWKVTextConfig` of `folder`."""
     for where, number in _layers_of(config.to_dict()):
         if number > MAX_LAYERS:
             raise ValueError(
                 f"{where} in {folder / 'config.json'} must be at most {MAX_LAYERS}, got {number}."
             )
+
+
+def refuse_strange_size(config: Any, folder: Path) -> None:
+    """Raise `ValueError` for a configuration with more parameters than the files in `folder` can hold."""
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     described, limit = count_parameters(config), SPARE_PARAMETERS + MAX_PARAMETERS_PER_BYTE * num_bytes
     if num_bytes and described > limit:

@@ -103,7 +103,7 @@ def _headers_on_hub(name: str) -> dict[str, "TensorInfo"]:
 
 def _facts_from(folder: Path, read_tensors: Callable[[], Mapping[str, "TensorInfo"]]) -> dict[str, Any]:
     """Return the facts of a model whose configuration is in `folder`."""
-    config = load_config(str(folder))
+    config = load_config(str(folder), may_load=False)
     tensors = read_tensors()
     text = config.get_text_config(decoder=True)
     facts = {

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 from .checks import (
     MAX_TEXT_FILE_BYTES,
-    refuse_strange_config,
     refuse_strange_files,
     refuse_strange_generation,
     refuse_strange_index,
+    refuse_strange_layers,
     refuse_strange_processor,
+    refuse_strange_size,
     refuse_strange_template,
     refuse_unusable_template,
 )
@@ -197,8 +198,13 @@ def fetched_folder(source: str) -> Path:
 # Loading.
 
 
-def load_config(source: str) -> Any:
+def load_config(source: str, may_load: bool = True) -> Any:
     """Return the configuration of a model without what could make transformers import or fetch code.
+
+    Args:
+        source: a folder or a Hub id.
+        may_load: whether a model may be made from it, which is then refused if it has more parameters than the files
+            can hold. Counting them imports the model's classes, which takes seconds.
 
     Raises:
         ValueError: it is not ours, damaged, or does not fit together.
@@ -212,7 +218,9 @@ def load_config(source: str) -> Any:
 
     def load() -> Any:
         config = config_class.from_dict(fields)
-        refuse_strange_config(config, folder)
+        refuse_strange_layers(config, folder)
+        if may_load:
+            refuse_strange_size(config, folder)
         return config
 
     return in_a_sentence(f"The configuration in {folder}", load)
@@ -283,6 +291,8 @@ def load_model(
         refuse_strange_index(read_json(folder / INDEX_FILE), folder / INDEX_FILE)
     options: dict[str, Any] = dict(config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     options |= weights_options(folder, config, accelerate and device == "cpu", weights)
+    if device == "cpu" and accelerate:
+        build_native_ops(report)
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with loading_reported(report, num_bytes):
         model = in_a_sentence(
@@ -293,6 +303,16 @@ def load_model(
         )
     refuse_strange_generation(model.generation_config, folder)
     return model.to(device).eval()
+
+
+def build_native_ops(report: Callable[[str], None] | None) -> None:
+    """Load the native ops, and say so where they have to be compiled first: that takes seconds, once."""
+    from ..cpu.library import is_compiled
+    from ..cpu.ops import unusable
+
+    if report is not None and not is_compiled():
+        report("compiling native ops, once on this computer")
+    unusable()  # where there are none, `accelerate_on_cpu` says why
 
 
 def weights_options(folder: Path, config: Any, on_cpu: bool, weights: str | None) -> dict[str, Any]:
