@@ -130,6 +130,15 @@ static void fuzz_linear_bf16(Input *in) {
     if (!is_too_large) visualrwkv_linear_bf16(2, count, columns, rows, weight, bias, x, y);
 }
 
+static void fuzz_attention_bf16(Input *in) {
+    int64_t N = between(in, 0, 2), L = size(in, 1, 40, 1), H = between(in, 1, 3), D = size(in, 1, 50, 2);
+    int64_t numbers = product_of(product_of(N, L), product_of(H, D));
+    if (numbers < 0) numbers = 0; /* ops.c must refuse before it reads */
+    void *q = stored(in, numbers, BF16), *k = stored(in, numbers, BF16), *v = stored(in, numbers, BF16);
+    void *y = stored(in, numbers, BF16);
+    if (!is_too_large) visualrwkv_attention_bf16(2, N, L, H, D, number(in), q, k, v, y);
+}
+
 static void fuzz_weights(Input *in, Sizes *sizes, Weights *weights, int is_first) {
     Sizes s = *sizes;
     for (int i = 0; i < LOW_RANK; i++) s.rank[i] = between(in, 1, 5) * LOW_RANK_MULTIPLE;
@@ -187,9 +196,10 @@ static void fuzz_blocks(Input *in) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t count) {
     Input in = {data, count, 0, count};
-    void (*const targets[])(Input *) = {fuzz_recurrence, fuzz_linear, fuzz_linear_int8, fuzz_linear_bf16, fuzz_blocks};
+    void (*const targets[])(Input *) = {fuzz_recurrence, fuzz_linear, fuzz_linear_int8, fuzz_linear_bf16, fuzz_attention_bf16,
+                                       fuzz_blocks};
     block_count = is_too_large = 0;
-    targets[byte(&in) % 5](&in);
+    targets[byte(&in) % 6](&in);
     while (block_count) free(blocks[--block_count]);
     return 0;
 }

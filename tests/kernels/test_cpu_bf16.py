@@ -1,17 +1,28 @@
 """Products of many rows in bfloat16 against float64 on the same numbers, and against torch in a model."""
 
+import copy
+
 import pytest
 import torch
 from native_ops import NEEDS_NATIVE_OPS
 from tiny import awake, text_config
 from torch import nn
 
-from visualrwkv_hf import VisualRWKVForCausalLM
+from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVVisionConfig
+from visualrwkv_hf.cpu import attention as native_attention
 from visualrwkv_hf.cpu import layers as native_layers
 from visualrwkv_hf.cpu import ops as native
 from visualrwkv_hf.dispatch import kernel_backend
+from visualrwkv_hf.modeling_vision import VisualRWKVVisionModel
 
 pytestmark = NEEDS_NATIVE_OPS
+
+
+def vision_config(encoder: str) -> VisualRWKVVisionConfig:
+    """Two layers with heads of 8 dimensions on a picture of 28 x 28 pixels."""
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14)
+    widths = {} if encoder == "dinov2" else {"intermediate_size": 48}
+    return VisualRWKVVisionConfig(**{f"{encoder}_config": sizes | widths}, feature_layer=-1)
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +107,62 @@ def test_few_rows_gradients_and_autocast_are_torchs(products):
     assert products == [native_layers.MANY_ROWS]
     expected = x.double() @ layer.weight.double().T + layer.bias.double()
     assert (found.double() - expected).norm() < 2.0**-8 * expected.norm()
+
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "N, L, H, D", [(1, 1, 1, 2), (2, 17, 3, 8), (1, 40, 2, 72), (1, 130, 1, 64), (1, 48, 2, 160)]
+)
+def test_attention_equals_torchs(N, L, H, D):
+    """Within bfloat16's rounding of the weights and of the result; scores reach 20, so that weights differ."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(N, L, H, D).bfloat16() for _ in range(3))
+    scale = 2 * D**-0.5
+    found = native.attention_bf16(q, k, v, scale)
+    per_head = [x.transpose(1, 2).double() for x in (q, k, v)]
+    exact = nn.functional.scaled_dot_product_attention(*per_head, scale=scale).transpose(1, 2)
+    assert found.dtype == torch.bfloat16 and (found - exact).norm() < 2.0**-8 * exact.norm()
+
+
+def test_attention_of_extreme_scores():
+    """Largest scores far from the others, equal ones, and a NaN in one head."""
+    q = torch.zeros(1, 20, 3, 16).bfloat16()
+    k, v = q.clone(), torch.randn(1, 20, 3, 16).bfloat16()
+    q[:, :, 0], k[:, 7, 0] = 100, 100
+    q[:, 3, 2, 0] = float("nan")
+    found = native.attention_bf16(q, k, v, 1.0)
+    assert torch.equal(found[0, :, 0], v[0, 7, 0].expand(20, 16))
+    assert (found[0, :, 1] - v[0, :, 1].float().mean(0)).abs().max() < 2.0**-8
+    assert found[0, 3, 2].isnan().all() and found[0, :3, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("encoders", ["clip", "siglip", "dinov2"])
+@torch.no_grad()
+def test_towers_attend_natively(encoders, monkeypatch):
+    """Only the accelerated model, without a mask, and not for the torch backend or another choice of attention."""
+    monkeypatch.setattr(native_attention, "has_tiles", lambda: False)
+    counts, compute = [], native_attention.attention_bf16
+    monkeypatch.setattr(
+        native_attention, "attention_bf16", lambda *x: (counts.append(x[0].shape), compute(*x))[1]
+    )
+    config = vision_config(encoders)
+    torch.manual_seed(0)
+    tower = VisualRWKVVisionModel(config).eval().bfloat16()
+    other = VisualRWKVVisionModel(config).eval().bfloat16()
+    native_attention.use_native_attention(tower)
+    copied = copy.deepcopy(tower)
+    pixels = torch.randn(1, 3, 28, 28).bfloat16()
+    exact = copy.deepcopy(tower).float()(pixels.float()).last_hidden_state
+    assert not counts
+    found = tower(pixels).last_hidden_state
+    assert len(counts) == 2 and counts[0][0] == 1
+    assert torch.equal(copied(pixels).last_hidden_state, found) and len(counts) == 4
+    other(pixels)
+    with kernel_backend("torch"):
+        plain = tower(pixels).last_hidden_state
+    tower.set_attn_implementation("eager")
+    tower(pixels)
+    assert len(counts) == 4
+    assert (found - exact).norm() < 1.5 * (plain - exact).norm()

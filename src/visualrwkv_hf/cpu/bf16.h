@@ -63,12 +63,14 @@ static void order_panel(const ProductOfBF16 *p, int64_t row, int64_t rows, int64
 }
 
 
-/* sums [ROWS_OF_X, PANEL_OF_BF16] += rows of x times a panel of `vectors` registers. Names instead of indices: see int8.h. */
+/* y [ROWS_OF_X, 16 VECTORS] += x [ROWS_OF_X, steps] W, where W is words [steps, VECTORS, 16]. Strides are from row to row, in
+   words. Names instead of indices: see int8.h. */
 #define EACH_OF_X(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define TILE_OF_BF16(VECTORS, IF_2, IF_3)                                                                        \
-    static void tile_of_##VECTORS(const uint32_t *x, const __m512i *w, float *sums) {                           \
+    static inline __attribute__((always_inline)) void tile_of_##VECTORS(int64_t steps, const uint32_t *x, int64_t x_stride, \
+                                                                        const __m512i *w, float *y, int64_t y_stride) { \
         EACH_OF_X(LOAD_##VECTORS)                                                                               \
-        for (int64_t s = 0; s < WORDS_OF_BLOCK; s++, w += VECTORS) {                                             \
+        for (int64_t s = 0; s < steps; s++, w += VECTORS) {                                                     \
             __m512i w_0 = w[0];                                                                                 \
             IF_2(__m512i w_1 = w[1];)                                                                           \
             IF_3(__m512i w_2 = w[2];)                                                                           \
@@ -78,12 +80,12 @@ static void order_panel(const ProductOfBF16 *p, int64_t row, int64_t rows, int64
     }
 #define YES(...) __VA_ARGS__
 #define NO(...)
-#define LOAD(r, v) __m512 y##r##_##v = _mm512_loadu_ps(sums + r * PANEL_OF_BF16 + v * 16);
-#define SAVE(r, v) _mm512_storeu_ps(sums + r * PANEL_OF_BF16 + v * 16, y##r##_##v);
+#define LOAD(r, v) __m512 y##r##_##v = _mm512_loadu_ps(y + r * y_stride + v * 16);
+#define SAVE(r, v) _mm512_storeu_ps(y + r * y_stride + v * 16, y##r##_##v);
 #define ADD(r, v)                                                                                               \
     y##r##_##v = _mm512_dpbf16_ps(y##r##_##v, (__m512bh)x_##r, (__m512bh)w_##v);                                \
     STAY(y##r##_##v)
-#define WORD_OF(r) __m512i x_##r = _mm512_set1_epi32((int)x[r * WORDS_OF_BLOCK + s]);
+#define WORD_OF(r) __m512i x_##r = _mm512_set1_epi32((int)x[r * x_stride + s]);
 #define LOAD_1(r) LOAD(r, 0)
 #define LOAD_2(r) LOAD(r, 0) LOAD(r, 1)
 #define LOAD_3(r) LOAD(r, 0) LOAD(r, 1) LOAD(r, 2)
@@ -100,6 +102,15 @@ TILE_OF_BF16(3, YES, YES)
 #undef SAVE
 #undef ADD
 
+static void multiply_tile_of_bf16(int64_t vectors, const uint32_t *x, const __m512i *w, float *sums) {
+    if (vectors == 3)
+        tile_of_3(WORDS_OF_BLOCK, x, WORDS_OF_BLOCK, w, sums, PANEL_OF_BF16);
+    else if (vectors == 2)
+        tile_of_2(WORDS_OF_BLOCK, x, WORDS_OF_BLOCK, w, sums, PANEL_OF_BF16);
+    else
+        tile_of_1(WORDS_OF_BLOCK, x, WORDS_OF_BLOCK, w, sums, PANEL_OF_BF16);
+}
+
 /* Compute rows [row, row + PANEL_OF_BF16) of W times x; `panel` and `sums` [padded, PANEL_OF_BF16] are room. */
 static void multiply_panel_of_bf16(const ProductOfBF16 *p, int64_t row, __m512i *panel, float *sums) {
     int64_t rows = at_most(PANEL_OF_BF16, p->out - row), vectors = (rows + 15) / 16;
@@ -114,8 +125,7 @@ static void multiply_panel_of_bf16(const ProductOfBF16 *p, int64_t row, __m512i 
     for (int64_t b = 0; b < p->blocks; b++) {
         order_panel(p, row, rows, vectors, b, panel);
         for (int64_t n = 0; n < p->padded; n += ROWS_OF_X)
-            (vectors == 3 ? tile_of_3 : vectors == 2 ? tile_of_2 : tile_of_1)(p->x + (b * p->padded + n) * WORDS_OF_BLOCK, panel,
-                                                                              sums + n * PANEL_OF_BF16);
+            multiply_tile_of_bf16(vectors, p->x + (b * p->padded + n) * WORDS_OF_BLOCK, panel, sums + n * PANEL_OF_BF16);
     }
     for (int64_t n = 0; n < p->count; n++)
         for (int64_t v = 0; v < vectors; v++) {

@@ -72,7 +72,7 @@ static inline Words add_products(Words sums, Words x, Words w) {
 enum { STEP = sizeof(Word) / sizeof(Narrow) };
 
 /* A thread multiplies CHUNK rows of W with up to PIECE rows of x at a time: these fit into its second-level cache. */
-enum { BLOCK = 256, CHUNK = 64, PIECE = 480, MOST = 127 };
+enum { BLOCK = 256, CHUNK = 64, PIECE = 640, MOST = 127 };
 
 /* --- x in 8 bits ---------------------------------------------------------------------------------------- */
 
@@ -80,9 +80,9 @@ enum { BLOCK = 256, CHUNK = 64, PIECE = 480, MOST = 127 };
    words are LANES apart. What is no number becomes a number of no meaning, as the product would be none either. */
 #define NARROW(TAG)                                                                                             \
     static float narrow_##TAG(int64_t n, const void *from, Word *to) {                                          \
-        float x[BLOCK], largest = 0;                                                                            \
+        float x[BLOCK];                                                                                         \
         for (int64_t i = 0; i < n; i += LANES) store_lanes(x + i, lanes_##TAG((const TAG##_t *)from + i));       \
-        for (int64_t i = 0; i < n; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;                \
+        float largest = largest_of(n, x);                                                                       \
         float inverse = largest > LEAST ? MOST / largest : 0;                                                   \
         int32_t rounded[BLOCK];                                                                                 \
         for (int64_t i = 0; i < n; i++) rounded[i] = nearest(x[i] * inverse);                                   \
@@ -130,15 +130,25 @@ static inline void look_up(const int8_t *values, const uint8_t *w, Factor *to) {
 #endif
 }
 
+/* The multiples -8 ... 7 of a scale as integers. */
+static inline void multiples(float scale, int8_t *values) {
+#if defined(__AVX512F__)
+    const __m512 steps = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_set1_ps(scale), steps));
+    _mm_storeu_si128((void *)values, _mm512_cvtsepi32_epi8(rounded));
+#else
+    for (int q = 0; q < 16; q++) values[q] = (int8_t)nearest(scale * (float)(q - 8));
+#endif
+}
+
 /* Bring n weights of INT4 to 8 bits and return their scale. */
 static float widen_INT4(int64_t n, const uint8_t *w, const BF16_t *scales, Factor *to) {
     float largest = 0;
     for (int64_t g = 0; g < n / GROUP; g++) largest = fmaxf(largest, fabsf(value_BF16(scales[g])));
     float inverse = largest > 0 ? MOST / (8 * largest) : 0;
     for (int64_t g = 0; g < n / GROUP; g++) {
-        float scale = value_BF16(scales[g]) * inverse;
         int8_t values[16];
-        for (int q = 0; q < 16; q++) values[q] = (int8_t)nearest(scale * (float)(q - 8));
+        multiples(value_BF16(scales[g]) * inverse, values);
         look_up(values, w + g * GROUP / 2, to + g * GROUP);
     }
     return 8 * largest / MOST;
@@ -314,7 +324,8 @@ int visualrwkv_linear_int8(int threads, int64_t count, int64_t in, int64_t out, 
     int64_t places = rounded.blocks * rounded.vectors * LANES;
     rounded.words = malloc((places ? places : 1) * (BLOCK / STEP) * sizeof(Word));
     rounded.scale = malloc((places ? places : 1) * sizeof(float));
-    int64_t piece = PIECE / LANES, pieces = (rounded.vectors + piece - 1) / piece, chunks = (out + CHUNK - 1) / CHUNK;
+    int64_t pieces = (rounded.vectors + PIECE / LANES - 1) / (PIECE / LANES), chunks = (out + CHUNK - 1) / CHUNK;
+    int64_t piece = pieces ? (rounded.vectors + pieces - 1) / pieces : 0; /* all of about the same size */
     int error = rounded.words && rounded.scale ? OK : NO_MEMORY;
 #pragma omp parallel num_threads(threads) if (!error)
     {

@@ -19,6 +19,8 @@ from transformers.modeling_utils import PreTrainedModel
 from ..decompression import forget_decompression
 from ..dispatch import chosen_backend
 from ..modeling_rwkv import RwkvBlock
+from ..modeling_vision import VisualRWKVVisionModel
+from .attention import use_native_attention
 from .formats import FLOAT_DTYPES
 from .memory import is_plain, mapped_files, move_to_huge_pages, unmap
 from .ops import MAX_ROWS, linear, linear_bf16, linear_int8, unsupported, unusable
@@ -60,8 +62,8 @@ def multiplies_in_bf16(x: Tensor, weight: Tensor) -> bool:
 class NativeLinear(nn.Linear):
     """A linear layer that multiplies few rows as fast as memory gives it the weight.
 
-    More rows are multiplied in bfloat16 where the CPU has instructions for it, by torch where it multiplies the weight's
-    dtype fast, and panel by panel in float32 elsewhere.
+    More rows are multiplied in bfloat16 where the CPU has instructions for it, by torch where it is fast in the weight's
+    dtype, and panel by panel in float32 elsewhere.
     """
 
     def tensors(self) -> tuple[Tensor, None]:
@@ -302,6 +304,9 @@ def accelerate_on_cpu(
     round_linears(model, weights)
     replace_linears(model, lambda name, child: native_linear(child))
     replace_convolutions(model)
+    for module in model.modules():
+        if isinstance(module, VisualRWKVVisionModel):
+            use_native_attention(module)
     head = model.get_output_embeddings()
     move_to_huge_pages(nn.ModuleList([*blocks, *([] if head is None else [head])]))
     return model

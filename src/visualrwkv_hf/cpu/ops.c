@@ -14,6 +14,8 @@
 
 #include "bf16.h"
 
+#include "attention.h"
+
 /* Compute y [count, out] = scale x W^T for x [count, in] and W [out, in]. */
 int visualrwkv_linear(int threads, int64_t count, int64_t in, int64_t out, int64_t format, const void *weight,
                       const void *scale, const float *x, float *y) {
@@ -68,6 +70,7 @@ const char *visualrwkv_contract(void) {
 #define CONSTANT(NAME, X) #NAME " " NUMBER(X) "\n"
     return CONSTANT(MAX_KEYS, MAX_KEYS) CONSTANT(COLUMN_MULTIPLE, COLUMN_MULTIPLE)
         CONSTANT(LOW_RANK_MULTIPLE, LOW_RANK_MULTIPLE) CONSTANT(GROUP, GROUP) CONSTANT(FAST_INT8, FAST_INT8) CONSTANT(FAST_BF16, FAST_BF16)
+            CONSTANT(MOST_DIMS, MOST_DIMS)
             WORDS(FORMATS) WORDS(FLOAT_FORMATS) WORDS(ERRORS)
             WORDS(VECTORS_OF_C) WORDS(VECTORS_OF_A) WORDS(LOW_RANKS) WORDS(LINEARS) WORDS(SIZES);
 }

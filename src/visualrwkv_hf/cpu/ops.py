@@ -73,7 +73,7 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool) -> str:
 
     Args:
         op: "wkv6" or "wkv7" with r and v; "linear", "linear_int8", "linear_bf16", "block_decode" or "blocks_decode"
-            with x.
+            with x; "attention_bf16" with q.
         tensors: see `op`.
         gradient: whether the op's gradient will be needed. Only the recurrences have one.
     """
@@ -95,7 +95,9 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool) -> str:
         return f"{last} columns are no multiple of {contract['COLUMN_MULTIPLE']}"
     if op == "linear_int8" and not contract["FAST_INT8"]:
         return "the CPU has no fast products of integers that ops.c knows"
-    if op == "linear_bf16" and not contract["FAST_BF16"]:
+    if op == "attention_bf16" and (last % 2 or last > contract["MOST_DIMS"]):
+        return f"heads of {last} dimensions are odd or larger than {contract['MOST_DIMS']}"
+    if op in ("linear_bf16", "attention_bf16") and not contract["FAST_BF16"]:
         return "the CPU has no products of bfloat16 that ops.c knows"
     return ""
 
@@ -263,6 +265,24 @@ def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     out = x.new_empty(*x.shape[:-1], len(weight))
     rows, columns, count = len(weight), x.shape[-1], x.numel() // x.shape[-1]
     library().call("linear_bf16", count, columns, rows, weight, bias, x, out)
+    return out
+
+
+def attention_bf16(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Compute softmax(scale q k^T) v in bfloat16, of which scores and sums are float32.
+
+    Args:
+        q: bfloat16 [N, L, H, D] of N pictures, L tokens and H heads; D is even and at most the contract's MOST_DIMS.
+        k: likewise.
+        v: likewise.
+        scale: of the scores.
+
+    Returns:
+        bfloat16 [N, L, H, D].
+    """
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = torch.empty_like(q)
+    library().call("attention_bf16", *q.shape, scale, q, k, v, out)
     return out
 
 
