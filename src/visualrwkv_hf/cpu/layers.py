@@ -62,7 +62,7 @@ def multiplies_in_bf16(x: Tensor, weight: Tensor) -> bool:
 class NativeLinear(nn.Linear):
     """A linear layer that multiplies few rows as fast as memory gives it the weight.
 
-    More rows are multiplied in bfloat16 where the CPU has instructions for it, by torch where it is fast in the weight's
+    More rows are multiplied in bfloat16 where the CPU has instructions for it, by torch where it is fast in their
     dtype, and panel by panel in float32 elsewhere.
     """
 
