@@ -57,6 +57,7 @@ class WriteOptions:
         tiling: how the image processor cuts pictures into tiles; None: as the checkpoint's family does.
         progress: called with a file's name and the bytes written since the last call, and then with `VERIFYING` and the
             bytes compared.
+        expect: called once with the bytes that will be written, before the first of them.
     """
 
     dtype: str | torch.dtype | None = None
@@ -67,6 +68,7 @@ class WriteOptions:
     weights: str | None = None
     tiling: str | None = None
     progress: Progress | None = None
+    expect: Callable[[int], None] | None = None
 
     def __post_init__(self):
         self.torch_dtype, self.max_bytes  # noqa: B018  (refuses what is not one)

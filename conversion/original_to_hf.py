@@ -69,8 +69,8 @@ def to_hf(
         vision_tower: where the vision weights are that the checkpoint lacks; see `read_tower`. They take the
             language model's dtype.
         **options: fields of [`WriteOptions`]: `dtype`, `max_shard_size`, `overwrite`, `keep_unused`, `verify`,
-            `weights`, `tiling`, `progress`; all others go to `infer`: `family`, `vision_config`, and fields of
-            [`VisualRWKVConfig`] to override.
+            `weights`, `tiling`, `progress`, `expect`; all others go to `infer`: `family`, `vision_config`, and fields
+            of [`VisualRWKVConfig`] to override.
 
     Returns:
         Path: the folder.
@@ -105,6 +105,9 @@ def write_folder(
     unused = [row.original for row in rows if row.is_unused and row.original in checkpoint]
     unused = unused if options.keep_unused else []
     refuse_without_space(output_dir.parent, [*infos.values(), *(checkpoint.infos[name] for name in unused)])
+    if options.expect is not None:
+        extra = sum(checkpoint.infos[name].num_bytes for name in unused)
+        options.expect(sum(info.num_bytes for info in infos.values()) + extra)
     with (
         whole_or_nothing(output_dir, options.overwrite) as folder,
         hashed_meanwhile(checkpoint.paths) as digests,

@@ -24,6 +24,7 @@ from .checkpoint import (
 from .errors import ConversionError
 from .folders import (
     INDEX_FILE,
+    VERIFYING,
     Config,
     WriteOptions,
     locked,
@@ -48,7 +49,7 @@ def quantize(folder: str | Path, output_dir: str | Path, *, weights: str, **opti
         output_dir: the folder to make. A link is followed.
         weights: "int8", or "int4" with the head in int8.
         **options: fields of [`WriteOptions`]: `dtype` of all other tensors, `max_shard_size`, `overwrite`, `verify`,
-            `progress`.
+            `progress`, `expect`.
 
     Returns:
         Path: the folder.
@@ -72,6 +73,8 @@ def quantize(folder: str | Path, output_dir: str | Path, *, weights: str, **opti
         layers = rounded_layers(dense, config, weights)
         infos = stored_infos(dense, layers)
         refuse_without_space(output_dir.absolute().parent, infos.values())
+        if write.expect is not None:
+            write.expect(sum(info.num_bytes for info in infos.values()))
         errors = RoundingErrors()
         with whole_or_nothing(output_dir, write.overwrite) as unfinished:
             tensors = stored_tensors(_finite(_as_dtype(source, write.torch_dtype)), layers, errors)
@@ -83,17 +86,10 @@ def quantize(folder: str | Path, output_dir: str | Path, *, weights: str, **opti
                         raise ConversionError(
                             f"Tensor {name} was not written as it was made: is the disk in order?"
                         )
+                    if write.progress is not None:
+                        write.progress(VERIFYING, tensor.nbytes)
             _write_companions(folder, unfinished, layers, dense, weights, errors)
     return output_dir
-
-
-def bytes_of(folder: Path, weights: str, dtype: str | None = None) -> int:
-    """Return how many bytes of weights `quantize` will write."""
-    options, config = WriteOptions(weights=weights, dtype=dtype), read_config(folder)
-    dense = {name: _in_dtype(info, options.torch_dtype) for name, info in open_folder(folder).infos.items()}
-    return sum(
-        info.num_bytes for info in stored_infos(dense, rounded_layers(dense, config, weights)).values()
-    )
 
 
 # --- what is rounded ------------------------------------------------------------------------------------------

@@ -148,9 +148,7 @@ def arguments_of(
     if case.engine == CLIP:
         return {"config": dict(model.vision["clip_config"]), "dtype": case.precision}
     if case.engine == LLAMA:
-        path = folder / f"{case.model}-{case.precision}.gguf"
-        if not path.exists():
-            gguf_file(model_folder(case.model, model, folder), path, case.precision)
+        path = gguf_file(model, folder / f"{case.model}-{case.precision}.gguf", case.precision)
         vocab_size = config_of(model).text_config.vocab_size
         return dict(path=str(path), vocab_size=vocab_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     weights = case.precision if case.precision.startswith("int") else None

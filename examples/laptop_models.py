@@ -176,6 +176,24 @@ def write_original(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
                 file.write(piece.bfloat16().view(torch.int16).numpy().tobytes())
 
 
+class RandomWeights(Mapping[str, torch.Tensor]):
+    """The tensors of `write_original`, each made when it is asked for: a file of 7B is written without the memory."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
+        self.shapes = shapes
+        self.normal = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape = self.shapes[name]
+        return torch.cat([piece.bfloat16() for piece in random_pieces(name, shape, self.normal)]).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
 def random_pieces(name: str, shape: tuple[int, ...], normal: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the values of a tensor, float32 [n] each, of a size with which no layer's output grows or vanishes.
 

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from laptop_models import Model, RandomWeights, config_of, original_shapes
 from llama_cpp_engine import reader, write_gguf
 
-from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVForConditionalGeneration, VisualRWKVTextConfig
+from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVTextConfig
 from visualrwkv_hf.conversion import restore_state_dict
 
 TOKENS = 40
@@ -31,13 +32,14 @@ class LanguageModel(Mapping[str, torch.Tensor]):
 
 
 @torch.inference_mode()
-def gguf_file(folder: Path, path: Path, precision: str) -> Path:
-    """Return `path` with the language model of a model folder, written first if it is not there yet."""
+def gguf_file(model: Model, path: Path, precision: str) -> Path:
+    """Return `path` with the language model of a shape and the weights of its folder, written first if need be."""
     if not path.exists():
-        model = VisualRWKVForConditionalGeneration.from_pretrained(folder, dtype="auto")
-        weights = LanguageModel(restore_state_dict(model.state_dict(), model.config))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config = config_of(model)
+        weights = LanguageModel(RandomWeights(original_shapes(config)))
         unfinished = path.with_suffix(".unfinished")
-        write_gguf(unfinished, weights, model.config.text_config, precision)
+        write_gguf(unfinished, weights, config.text_config, precision)
         unfinished.replace(path)
     return path
 

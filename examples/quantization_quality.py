@@ -3,6 +3,7 @@
     python examples/quantization_quality.py --model visualrwkv-6-1b6 --questions questions.jsonl
     python examples/quantization_quality.py                      # the model in the package, on its whole test sets
     python examples/quantization_quality.py --random 6 2048 8    # RWKV-6 of width 2048, 8 layers, random weights
+    python examples/quantization_quality.py --tensors --limit 50 # what each kind of layer costs, alone in int4
 
 Each line of questions.jsonl is an object: {"image": "cat.png", "question": "What is this?", "answer": "a cat"}. Paths
 are relative to the file. Without answers, those of the first format are taken as the right ones.
@@ -27,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVTextConfig, accelerate_on_cpu, bundled_model
+from visualrwkv_hf.cpu.rounding import rounding_of
 from visualrwkv_hf.inference import load_model, load_processor
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -79,6 +81,9 @@ def main(
         tuple[int, int, int] | None,
         typer.Option(help="Generation, width and layers of a model of random weights."),
     ] = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Round one kind of layer at a time, in groups of 32 and of 64.")
+    ] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file as well.")] = None,
 ) -> None:
     """Print a table of what each format of the weights costs."""
@@ -90,10 +95,11 @@ def main(
     else:
         source = model or str(bundled_model())
         sets = {"": read_questions(questions)} if questions else own_test_sets(emoji)
+        compare = compared_tensors if tensors else compared
         rows = [
             row
             for name, exams in sets.items()
-            for row in compared(source, names, name, exams[:limit], batch, max_new_tokens)
+            for row in compare(source, names, name, exams[:limit], batch, max_new_tokens)
         ]
     report(markdown_table(rows), {"machine": machine(), "rows": rows}, markdown)
 
@@ -218,6 +224,59 @@ def batches(
         pictures = [[exam.picture] for exam in some]
         inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
         yield slice(start, start + len(some)), dict(inputs.to(model.device, dtype=model.dtype))
+
+
+# --- one kind of layer at a time ------------------------------------------------------------------------------
+
+
+def compared_tensors(
+    source: str, formats: Sequence[str], name: str, exams: Sequence[Exam], batch: int, max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each kind of linear layer that is rounded alone, and for all of them.
+
+    The rounded weights are multiplied in float32, so that they alone make the difference. `formats` is not used.
+    """
+    processor = load_processor(source)
+    model = load_model(source, "cpu", "float32", accelerate=False)
+    texts = [exam.answer or "" for exam in exams]
+    if not all(texts):
+        texts = answers(model, processor, exams, batch, max_new_tokens)
+    reference = read_answers(model, processor, exams, texts, batch)
+    layers = {
+        path: layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and rounding_of(path, layer.in_features, "int4")
+    }
+    kinds = dict.fromkeys(".".join(path.split(".")[-2:]) for path in layers)
+    choices = [
+        *((kind,) for kind in kinds),
+        tuple(kind for kind in kinds if "head" not in kind),
+        tuple(kinds),
+    ]
+    for chosen in choices:
+        some = [layer for path, layer in layers.items() if path.endswith(chosen)]
+        kept = [layer.weight.data for layer in some]
+        row: dict[str, Any] = {"questions": f"{len(exams)} {name}".strip(), "in int4": " ".join(chosen)}
+        for group in (32, 64):
+            for layer, weight in zip(some, kept):
+                layer.weight.data = in_4_bits(weight, group)
+            found = reading_row(read_answers(model, processor, exams, texts, batch), reference)
+            row |= {f"{key}, groups of {group}": value for key, value in found.items() if "same" not in key}
+        for layer, weight in zip(some, kept):
+            layer.weight.data = weight
+        typer.echo(", ".join(f"{key} {value}" for key, value in row.items()), err=True)
+        yield row
+
+
+def in_4_bits(weight: Tensor, group: int) -> Tensor:
+    """Return a weight [out, in] rounded to 4 bits with a scale for each `group` neighbours, as float32."""
+    columns = weight.shape[1]
+    short = weight if columns % group == 0 else torch.nn.functional.pad(weight, (0, group - columns % group))
+    groups = short.reshape(-1, group)
+    largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))  # [groups, 1]
+    scale = (largest / -8).bfloat16().float()
+    steps = (groups / torch.where(scale == 0, 1, scale)).round().clamp(-8, 7)
+    return (steps * scale).reshape(short.shape)[:, :columns].contiguous()
 
 
 # --- random weights ------------------------------------------------------------------------------------------

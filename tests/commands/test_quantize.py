@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -146,9 +147,13 @@ def test_a_stopped_quantize_leaves_nothing(dense, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_bar_ends_at_its_total(dense, tmp_path):
-    from visualrwkv_hf.conversion.quantize import bytes_of
-
-    written = []
-    quantize(dense, tmp_path / "out", weights="int4", progress=lambda file, count: written.append(count))
-    assert sum(written) == bytes_of(dense, "int4")
+def test_the_bars_end_at_their_totals(dense, tmp_path):
+    counts = Counter()
+    quantize(
+        dense,
+        tmp_path / "out",
+        weights="int4",
+        progress=lambda file, n: counts.update({file: n}),
+        expect=lambda n: counts.update(expected=n),
+    )
+    assert counts["model.safetensors"] == counts["verifying"] == counts["expected"] > 0

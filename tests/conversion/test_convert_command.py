@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import huggingface_hub
@@ -20,7 +21,6 @@ from safetensors.torch import load_file
 from tiny_checkpoint import write_checkpoint
 
 from visualrwkv_hf import VisualRWKVConfig
-from visualrwkv_hf.cli import convert as cli_convert
 from visualrwkv_hf.cli.bars import bytes_bar
 from visualrwkv_hf.conversion import ConversionError
 from visualrwkv_hf.conversion.checkpoint import sha256_of
@@ -130,7 +130,8 @@ def test_progress_names_the_file_and_counts_to_the_total(checkpoint, monkeypatch
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    with bytes_bar(total=2_000_000) as progress:
+    with bytes_bar() as progress:
+        progress.expect(2_000_000)
         progress("model-00001-of-00002.safetensors", 1_500_000)
         progress("model-00002-of-00002.safetensors", 500_000)
         progress("verifying", 2_000_000)
@@ -141,15 +142,21 @@ def test_progress_names_the_file_and_counts_to_the_total(checkpoint, monkeypatch
     assert last.startswith("verifying: 100%") and "2.00M/2.00M" in last
 
 
-@pytest.mark.parametrize("dtype, width", [(None, 2), ("float32", 4)])
-def test_bytes_to_write_is_what_is_written(checkpoint, tmp_path, dtype, width):
+@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"weights": "int4"}])
+def test_as_many_bytes_are_written_and_compared_as_are_expected(checkpoint, tmp_path, options):
     from visualrwkv_hf.conversion import to_hf
 
-    written = []
-    count = lambda file, n: written.append(n)  # noqa: E731
-    to_hf(checkpoint, tmp_path / "model", dtype=dtype, progress=count, verify=False)
-    assert sum(written) == cli_convert.bytes_to_write([checkpoint], dtype)
-    assert sum(written) == width * sum(tensor.numel() for tensor in torch.load(checkpoint).values())
+    counts = Counter()
+    to_hf(
+        checkpoint,
+        tmp_path / "model",
+        progress=lambda file, n: counts.update({file: n}),
+        expect=lambda n: counts.update(expected=n),
+        **options,
+    )
+    files = [path for path in (tmp_path / "model").glob("*.safetensors") if path.name in counts]
+    assert sum(counts[path.name] for path in files) == counts["expected"] > 0
+    assert counts["verifying"] == counts["model.safetensors"]
 
 
 MODELS = [(family, model) for family, release in RELEASES.items() for model in release.models]

@@ -73,6 +73,10 @@ def test_a_checkpoint_is_written_as_described(example, tmp_path):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    again = models.RandomWeights(shapes)
+    assert list(again) == list(shapes) and all(
+        torch.equal(again[name], tensor) for name, tensor in tensors.items()
+    )
     assert tensors["rwkv.head.weight"].float().std().item() == pytest.approx(256**-0.5, rel=0.02)
     assert tensors["rwkv.blocks.0.ln1.weight"].float().mean().item() == pytest.approx(1, abs=0.1)
 

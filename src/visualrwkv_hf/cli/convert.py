@@ -160,8 +160,9 @@ def assemble(world: str, vision_tower: Sequence[str], output: str, **options: An
     from visualrwkv_hf.conversion import assemble_vlm
     from visualrwkv_hf.conversion.hub_files import local_file
 
-    with bytes_bar() as progress:
-        return assemble_vlm(local_file(world, say), vision_tower, output, progress=progress, **options)
+    with bytes_bar() as bar:
+        options |= dict(progress=bar, expect=bar.expect)
+        return assemble_vlm(local_file(world, say), vision_tower, output, **options)
 
 
 def convert_sources(
@@ -174,8 +175,8 @@ def convert_sources(
     files = [local_file(source, say) for source in sources]
     if vision_tower:
         options["vision_tower"] = vision_tower
-    with bytes_bar(None if vision_tower else bytes_to_write(files, dtype)) as progress:
-        return to_hf(files, output, dtype=dtype, progress=progress, **options)
+    with bytes_bar() as bar:
+        return to_hf(files, output, dtype=dtype, progress=bar, expect=bar.expect, **options)
 
 
 def push(folder: Path, repo: str, **options: Any) -> str:
@@ -198,15 +199,3 @@ def say_next(folder: Path, *, is_trained: bool) -> None:
         say(f'Next: visualrwkv ask --model {shlex.quote(str(folder))} PICTURE "What is in the picture?"')
     else:
         say(f"Next: visualrwkv info {shlex.quote(str(folder))}")
-
-
-def bytes_to_write(sources: Sequence[Path], dtype: str | None) -> int:
-    """Return the size of the sources' tensors in `dtype`."""
-    from visualrwkv_hf.conversion.checkpoint import read_checkpoint
-    from visualrwkv_hf.conversion.folders import parse_dtype
-
-    asked = parse_dtype(dtype)
-    return sum(
-        info._replace(dtype=asked if asked and info.dtype.is_floating_point else info.dtype).num_bytes
-        for info in read_checkpoint(*sources).infos.values()
-    )

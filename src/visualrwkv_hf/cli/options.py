@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -178,31 +178,11 @@ def fetched(model: str | None, weights: str | None = None) -> str:
         from .bars import bytes_bar
         from .steps import say
 
-        with contextlib.ExitStack() as bar:
-            return str(
-                cached_model(
-                    source,
-                    weights,
-                    LateBar(bar, bytes_bar),
-                    say if sys.stderr.isatty() else lambda text: None,
-                )
-            )
+        with bytes_bar() as bar:
+            return str(cached_model(source, weights, bar, say if sys.stderr.isatty() else lambda text: None))
     if may_be_on_hub(source):
         model_folder(source)
     return source
-
-
-class LateBar:
-    """A bar that appears with the first bytes, so that a model that is in the cache shows none."""
-
-    def __init__(self, stack: contextlib.ExitStack, make: Callable[[], Any]):
-        self.stack, self.make = stack, make
-        self.bar: Any = None
-
-    def __call__(self, file: str, num_bytes: int) -> None:
-        if self.bar is None:
-            self.bar = self.stack.enter_context(self.make())
-        self.bar(file, num_bytes)
 
 
 def answering_source(model: str | None, weights: str | None = None) -> str:

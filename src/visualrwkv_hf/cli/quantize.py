@@ -57,11 +57,12 @@ def quantize(
             refuse_push(push_to_hub, private)
         folder = model_folder(model_source(model))
         from visualrwkv_hf.conversion import quantize as quantize_folder
-        from visualrwkv_hf.conversion.quantize import bytes_of
 
         options = dict(dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, verify=verify)
-        with bytes_bar(bytes_of(folder, weights, dtype)) as progress:
-            result = quantize_folder(folder, output, weights=weights, progress=progress, **options)
+        with bytes_bar() as bar:
+            result = quantize_folder(
+                folder, output, weights=weights, progress=bar, expect=bar.expect, **options
+            )
         address = push(result, push_to_hub, private=private, revision=revision) if push_to_hub else None
         typer.echo(result)
         if address:
