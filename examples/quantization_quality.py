@@ -17,6 +17,7 @@ folder in which examples/train_tiny.py keeps them.
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -28,7 +29,6 @@ from PIL import Image
 from torch import Tensor
 
 from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVTextConfig, accelerate_on_cpu, bundled_model
-from visualrwkv_hf.cpu.rounding import rounding_of
 from visualrwkv_hf.inference import load_model, load_processor
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -245,7 +245,7 @@ def compared_tensors(
     layers = {
         path: layer
         for path, layer in model.named_modules()
-        if isinstance(layer, torch.nn.Linear) and rounding_of(path, layer.in_features, "int4")
+        if isinstance(layer, torch.nn.Linear) and re.search(r"language_model\.layers\.|lm_head", path)
     }
     kinds = dict.fromkeys(".".join(path.split(".")[-2:]) for path in layers)
     choices = [
