@@ -2,7 +2,7 @@
 
     python examples/watch_frames.py holiday.gif --question "What is happening?" --every 50
     python examples/watch_frames.py frames/ --model visualrwkv-6-1b6
-    python examples/watch_frames.py film.mp4                      # needs `pip install -e ".[video]"`
+    python examples/watch_frames.py film.mp4 --fps 1              # needs `pip install -e ".[video]"`
 
 All frames belong to one message, like the pictures of a chat, and each is read once into the same state: time
 and memory per frame are what they were for the first one. A question is asked of a copy of the state, so that it does
@@ -19,53 +19,33 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image
 
-from visualrwkv_hf import VisualRWKVCache, bundled_model
+from visualrwkv_hf import FrameSampling, VisualRWKVCache, bundled_model
+from visualrwkv_hf.films import iterate_film
 from visualrwkv_hf.inference import load_model, load_processor
 
 
-def frames_of(source: Path) -> Iterator[Image.Image]:
-    """The pictures of a folder by name, the frames of an animation or those of a video, one at a time.
+def frames_of(source: Path, fps: float | None = None) -> Iterator[Image.Image]:
+    """The pictures of a folder by name, or the frames of a film or an animation, one at a time.
+
+    Args:
+        source: the folder or the file.
+        fps: take so many frames a second of a film; None takes all.
 
     Raises:
-        ValueError: nothing there can be read.
+        ValueError: the film cannot be read.
+        ImportError: its decoder is not installed.
     """
-    if source.is_dir():
-        for path in sorted(source.iterdir()):
-            try:
-                yield Image.open(path).convert("RGB")
-            except OSError:  # no picture, half of one, or a folder
-                typer.secho(f"Left out, for it is no picture: {path}", err=True, fg="yellow")
+    if not source.is_dir():
+        sampling = FrameSampling(num_frames=sys.maxsize) if fps is None else FrameSampling(fps=fps)
+        yield from iterate_film(source, sampling)
         return
-    try:
-        with Image.open(source) as animation:
-            for frame in ImageSequence.Iterator(animation):
-                yield frame.convert("RGB")
-    except UnidentifiedImageError:
-        yield from video_frames(source)
-    except OSError as error:
-        raise ValueError(f"{source} is damaged: {error}") from error
-
-
-def video_frames(source: Path) -> Iterator[Image.Image]:
-    """The frames of a film, decoded one at a time.
-
-    Raises:
-        ValueError: it is not a film, it is damaged, or its decoder is not installed.
-    """
-    try:
-        import imageio.v3 as imageio
-
-        # Named, for imageio would otherwise try its plugins for formats of science on whatever is no film.
-        for frame in imageio.imiter(source, plugin="pyav"):
-            yield Image.fromarray(frame)
-    except ImportError as error:
-        raise ValueError(
-            f"{source} is no picture that Pillow reads. If it is a video: pip install 'visualrwkv-hf[video]'."
-        ) from error
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{source} cannot be read as a video: {error}") from error
+    for path in sorted(source.iterdir()):
+        try:
+            yield Image.open(path).convert("RGB")
+        except OSError:  # no picture, half of one, or a folder
+            typer.secho(f"Left out, for it is no picture: {path}", err=True, fg="yellow")
 
 
 class Watcher:
@@ -139,6 +119,7 @@ def main(
     ] = None,
     question: Annotated[str, typer.Option(help="What is asked.")] = "What can be seen?",
     every: Annotated[int, typer.Option(min=1, help="After how many frames.")] = 100,
+    fps: Annotated[float | None, typer.Option(help="Frames a second of a film; all without it.")] = None,
     max_frames: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 32,
@@ -148,12 +129,12 @@ def main(
     vlm = load_model(folder, device)
     watcher, times = Watcher(vlm, processor), []
     try:
-        for seen in watch(watcher, islice(frames_of(source), max_frames)):
+        for seen in watch(watcher, islice(frames_of(source, fps), max_frames)):
             times.append(seen.seconds)
             if seen.number % every == 0:
                 print(seen._replace(seconds=statistics.median(times[-every:])))
                 print(f"  {question} {watcher.ask(question, max_new_tokens)}")
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         typer.secho(f"Error: {error}", err=True, fg="red")
         raise typer.Exit(1) from error
     if not times:

@@ -1,11 +1,10 @@
 """Films in prompts: each becomes its frames, which are pictures on lines of their own."""
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .films import FrameSampling, film_frames
+from .films import ALL_FRAMES, FrameSampling, film_frames
 
 FILM_TOKEN = "<video>"
 """Where a film stands in a text that is given to the processor together with `videos`. It is no token of a model."""
@@ -34,7 +33,7 @@ def sampling_of(options: dict[str, Any]) -> FrameSampling:
     if unknown:
         raise ValueError(f"Films have the options num_frames and fps, not {', '.join(sorted(unknown))}.")
     if is_sampled is False:
-        return FrameSampling(num_frames=sys.maxsize)  # all of them
+        return FrameSampling(num_frames=ALL_FRAMES)
     return FrameSampling(num_frames=given.get("num_frames"), fps=given.get("fps"))
 
 

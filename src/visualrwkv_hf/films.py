@@ -6,6 +6,7 @@ are wanted are kept.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,14 +14,16 @@ from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageSequence
 
 from .film_formats import SIGNATURE_BYTES, demuxer_of, first_bytes, is_animation
-from .pictures import MAX_PIXELS, array_to_rgb, file_of, name_of, open_picture, to_rgb
+from .pictures import MAX_PIXELS, array_to_rgb, file_of, is_tensor, name_of, open_picture, to_rgb
 
 DEFAULT_FRAMES = 8
 """Frames of a film where neither their number nor their rate is given."""
+
+ALL_FRAMES = sys.maxsize
+"""As a number of frames: all of a film, however many there are."""
 
 CLOCK_DIGITS, CLOCK_ERROR = 6, 1e-6
 """Times in seconds are fractions of a film's clock, and rounded."""
@@ -35,7 +38,7 @@ class FrameSampling:
 
     Args:
         num_frames: so many, evenly over the film's time: the frames that are shown at i / num_frames of its duration.
-            A film of fewer frames gives all of them.
+            A film of fewer frames gives all of them; `sys.maxsize` asks for all without counting them first.
         fps: so many a second, from the first frame on. At most one of the two may be given; without either,
             `DEFAULT_FRAMES` are taken.
         max_pixels: largest width times height of a frame.
@@ -56,15 +59,23 @@ class FrameSampling:
         if self.fps is not None and not 0 < self.fps < float("inf"):
             raise ValueError(f"fps must be a positive number, got {self.fps!r}.")
 
+    @property
+    def needs_times(self) -> bool:
+        """Whether the times of all frames must be known before the first one is taken."""
+        return self.fps is None and self.num_frames != ALL_FRAMES
+
     def choose(self, frames: Iterable["TimedFrame"], times: Sequence[float] | None) -> Iterator[Image.Image]:
         """Yield the wanted frames as pictures.
 
         Args:
             frames: the frames in order. Only one of them is held at a time.
-            times: the times of all frames in seconds, in order; needed to take `num_frames`.
+            times: the times of all frames in seconds, in order, where `needs_times`.
         """
         if self.fps is not None:
             yield from _at_rate(frames, self.fps)
+            return
+        if not self.needs_times:
+            yield from (frame.picture() for frame in frames)
             return
         assert times is not None
         number = DEFAULT_FRAMES if self.num_frames is None else self.num_frames
@@ -119,7 +130,7 @@ def film_frames(source, sampling: FrameSampling = FrameSampling()) -> list[Image
     Raises:
         ValueError: it cannot be read as a film, a frame is too large, or `av` is not installed.
     """
-    if isinstance(source, list | tuple | np.ndarray | torch.Tensor):
+    if isinstance(source, list | tuple | np.ndarray) or is_tensor(source):
         return _listed(source, sampling)
     frames = [*iterate_film(source, sampling)]
     if not frames:
@@ -154,7 +165,7 @@ def _listed(frames, sampling: FrameSampling) -> list[Image.Image]:
     wanted = [*range(len(frames))]
     if sampling.num_frames is not None:
         wanted = _evenly([float(index) for index in range(len(frames))], sampling.num_frames)
-    is_array = isinstance(frames, np.ndarray | torch.Tensor)
+    is_array = isinstance(frames, np.ndarray) or is_tensor(frames)
     if is_array and frames.ndim != 4:
         raise ValueError(f"A film must be [N, H, W, 3] or [N, 3, H, W], got shape {tuple(frames.shape)}.")
     return [_opened(frames[index], index + 1, sampling.max_pixels) for index in wanted]
@@ -186,7 +197,7 @@ def _animation(file: str | BytesIO, sampling: FrameSampling) -> Iterator[Image.I
     with Image.open(file, formats=("GIF", "PNG", "WEBP")) as animation:
         _refuse_size(animation.width, animation.height, sampling.max_pixels)
         times, time = [], 0.0
-        if sampling.fps is None:
+        if sampling.needs_times:
             for frame in ImageSequence.Iterator(animation):
                 times.append(time)
                 time += _shown_for(frame)
@@ -215,7 +226,7 @@ def _decoded(file: str | BytesIO, demuxer: str, sampling: FrameSampling) -> Iter
     except ImportError as error:
         raise ImportError("Films need the package av: pip install 'visualrwkv-hf[video]'.") from error
     times = None
-    if sampling.fps is None:
+    if sampling.needs_times:
         with av.open(file, format=demuxer) as container:
             times = _packet_times(container)
     if isinstance(file, BytesIO):

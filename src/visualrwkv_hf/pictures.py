@@ -1,18 +1,22 @@
 """Open pictures: whatever a caller may give as a picture becomes a decoded Pillow picture in RGB.
 
 A picture may come from a stranger, so only the usual formats are decoded, the number of pixels is checked before
-anything is decoded, and errors never quote the contents of a picture.
+anything is decoded, and errors never quote the contents of a picture. torch and transformers are not imported here:
+processes that only decode start in a fraction of a second.
 """
 
 import binascii
 import os
 import re
+import sys
 from io import BytesIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
+
+if TYPE_CHECKING:
+    from transformers.image_utils import ChannelDimension
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 """Formats that are opened, by Pillow's names. AVIF and HEIF need a Pillow, or a plugin of it, that reads them."""
@@ -40,7 +44,7 @@ SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 def open_picture(
-    source, input_data_format: str | ChannelDimension | None = None, *, max_pixels: int = MAX_PIXELS
+    source, input_data_format: "str | ChannelDimension | None" = None, *, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """Return a picture, decoded and in RGB.
 
@@ -68,8 +72,8 @@ def open_picture(
         raise ValueError(f"{name_of(source)} cannot be read as a picture: {_reason(error)}") from error
 
 
-def _opened(source, input_data_format: str | ChannelDimension | None, max_pixels: int) -> Image.Image:
-    if isinstance(source, torch.Tensor):
+def _opened(source, input_data_format: "str | ChannelDimension | None", max_pixels: int) -> Image.Image:
+    if is_tensor(source):
         source = source.detach().cpu()
         source = (source.float() if source.is_floating_point() else source).numpy()
     if isinstance(source, np.ndarray):
@@ -89,6 +93,12 @@ def _opened(source, input_data_format: str | ChannelDimension | None, max_pixels
         ImageOps.exif_transpose(picture, in_place=True)
         rgb = _decoded(picture, max_pixels)
         return rgb.copy() if rgb is picture else rgb  # the copy knows of no file
+
+
+def is_tensor(value: Any) -> bool:
+    """Return whether a value is a tensor of torch. torch need not be imported: whoever has a tensor has imported it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _decoded(picture: Image.Image, max_pixels: int) -> Image.Image:
@@ -206,11 +216,13 @@ WHITE = {"bool": 1, "uint16": 65535}
 """The largest value of an array's dtype where it is neither 1 (floats) nor 255 (all other integers)."""
 
 
-def array_to_rgb(array: np.ndarray, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
+def array_to_rgb(array: np.ndarray, input_data_format: "str | ChannelDimension | None" = None) -> Image.Image:
     """Return an array [H, W], [H, W, c] or [c, H, W] as a picture; see [`open_picture`] for its values."""
     if array.ndim == 2:
         array = array[..., None]
     elif array.ndim == 3:
+        from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
+
         axis = input_data_format or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
         array = np.moveaxis(array, 0, -1) if axis == ChannelDimension.FIRST else array
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):

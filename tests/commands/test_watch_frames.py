@@ -173,16 +173,20 @@ BROKEN = {
 def test_what_is_no_film_is_refused(example, folder, tmp_path, capsys, write):
     path = tmp_path / "film.mp4"
     write(path)
-    assert f"Error: {path} cannot be read as a video: " in refused(example, path, folder, capsys)
+    assert f"Error: {str(path)!r} cannot be read as a film: " in refused(example, path, folder, capsys)
 
 
-@pytest.mark.parametrize("missing", ["imageio.v3", "imageio.plugins.pyav"])
-def test_what_reads_films_is_named_where_it_is_missing(
-    example, folder, tmp_path, capsys, monkeypatch, missing
-):
+def test_what_reads_films_is_named_where_it_is_missing(example, folder, tmp_path, capsys, monkeypatch):
     path = film(tmp_path / "film.mp4", 2)
-    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setitem(sys.modules, "av", None)
     assert "pip install 'visualrwkv-hf[video]'" in refused(example, path, folder, capsys)
+
+
+def test_frames_are_taken_by_time(example, tmp_path):
+    path = film(tmp_path / "film.mp4", 20)
+    assert len(list(example.frames_of(path, fps=2))) == 4
+    with pytest.raises(ValueError, match="fps must be a positive number"):
+        next(example.frames_of(path, fps=0))
 
 
 def test_half_a_picture_is_left_out_of_a_folder_and_refused_alone(example, folder, tmp_path, capsys):
@@ -191,4 +195,6 @@ def test_half_a_picture_is_left_out_of_a_folder_and_refused_alone(example, folde
     (tmp_path / "c.png").write_bytes((tmp_path / "b.png").read_bytes()[:2000])
     assert len(list(example.frames_of(tmp_path))) == 2
     assert f"no picture: {tmp_path / 'c.png'}" in capsys.readouterr().err
-    assert f"{tmp_path / 'c.png'} is damaged: " in refused(example, tmp_path / "c.png", folder, capsys)
+    assert f"{str(tmp_path / 'c.png')!r} cannot be read as a film: " in refused(
+        example, tmp_path / "c.png", folder, capsys
+    )

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_training import tiny_model, tiny_processor
 
 from visualrwkv_hf import FrameSampling, film_frames
-from visualrwkv_hf.films import DEFAULT_FRAMES, iterate_film
+from visualrwkv_hf.films import ALL_FRAMES, DEFAULT_FRAMES, iterate_film
 
 NUMBER, RATE, STEP = 30, 10, 8
 """Frames of a test film, how many a second, and how much brighter each is than the one before."""
@@ -57,6 +57,7 @@ def test_frames_are_taken_by_time(ending, tmp_path):
     assert numbers(film_frames(path.read_bytes(), FrameSampling(fps=2))) == [0, 5, 10, 15, 20, 25]
     assert numbers(film_frames(path, FrameSampling(num_frames=99))) == [*range(NUMBER)]
     assert numbers(film_frames(path, FrameSampling(fps=99))) == [*range(NUMBER)]
+    assert numbers(iterate_film(path, FrameSampling(num_frames=ALL_FRAMES))) == [*range(NUMBER)]
 
 
 def test_frames_of_uneven_length_are_taken_by_time(tmp_path):
