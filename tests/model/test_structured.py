@@ -154,6 +154,37 @@ def test_ten_thousand_random_schemas_give_json_that_fits(world):
     check_fuzz(world, range(60, 10_060))
 
 
+def check_own_answers(world, seeds) -> None:
+    """A model whose greedy answer fits a random schema writes the same tokens under it, and the same end."""
+    followed = 0
+    for seed in seeds:
+        schema = random_schema(random.Random(seed))
+        text = written(structured_output(world, json_schema=schema), world, seed)
+        if text is None:
+            continue
+        followed += 1
+        own = [
+            *world.encode(text.decode(), add_special_tokens=False),
+            TURN_END,
+        ]  # as the model was trained to write
+        fits, ids = structured_output(world, json_schema=schema), PROMPT
+        for token in own:
+            scores = torch.randn(1, 65536, generator=torch.Generator().manual_seed(seed))
+            scores[0, token] = 10.0
+            assert int(fits(ids, scores).argmax()) == token, (schema, text, world.decode([token]))
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+    assert followed > 0.95 * len(seeds)
+
+
+def test_random_answers_that_fit_stay_as_they_are(world):
+    check_own_answers(world, range(20))
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_answers_that_fit_stay_as_they_are(world):
+    check_own_answers(world, range(20, 10_020))
+
+
 @pytest.mark.parametrize(
     "regex", [r"[0-9]{4}-[0-9]{2}", r"(?i:ja|nein)!*", r"a/b|c\/d", r".{1,8}", r"[é🦜]+x"]
 )
