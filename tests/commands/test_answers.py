@@ -1,6 +1,7 @@
 """`visualrwkv ask --choices` and `--json-schema`, and `caption --json-schema`: they print what the model says."""
 
 import json
+import re
 
 import pytest
 from chats import picture
@@ -85,6 +86,24 @@ def test_an_answer_fits_the_schema(folder, red, schema):
     assert json.loads(result.stdout)["colour"] in ("red", "blue")
 
 
+def test_an_answer_matches_an_expression_or_a_grammar(folder, red, tmp_path):
+    pytest.importorskip("llguidance", reason="needs the extra structured")
+    (tmp_path / "grammar.lark").write_text('start: "x" ("y" | "z") "w"')
+    for options, wanted in (
+        (["--regex", "[0-9]{4}"], "[0-9]{4}"),
+        (["--grammar", tmp_path / "grammar.lark"], "x[yz]w"),
+    ):
+        result = run("ask", "--model", folder, red, QUESTION, *options)
+        assert result.exit_code == 0, result.stderr
+        assert re.fullmatch(wanted, result.stdout.strip())
+        (pictures := tmp_path / f"pictures{options[0]}").mkdir()
+        picture("red").save(pictures / "red.png")
+        arguments = ["--model", folder, "--prompt", QUESTION, pictures, "--output", pictures / "out.jsonl"]
+        result = run("caption", *arguments, *options)
+        assert result.exit_code == 0, result.stderr
+        assert re.fullmatch(wanted, json.loads((pictures / "out.jsonl").read_text())["text"])
+
+
 def test_captions_fit_the_schema(folder, red, schema, tmp_path):
     pytest.importorskip("llguidance", reason="needs the extra structured")
     (pictures := tmp_path / "pictures").mkdir()
@@ -111,10 +130,27 @@ def test_captions_fit_the_schema(folder, red, schema, tmp_path):
         (["--json"], "--json prints the probabilities of --choices, which are missing."),
         (["--choices", "yes", "--json-schema", "none.json"], "Give either --choices or --json-schema"),
         (["--json-schema", "none.json"], "none.json"),
+        (["--grammar", "none.lark"], "none.lark"),
+        (["--choices", "yes", "--regex", "a"], "Give either --choices or --regex, not both"),
+        (["--regex", "a", "--json-schema", "a.json"], "--json-schema and --regex cannot be given together"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(folder, red, options, sentence):
     assert_refused(run("ask", "--model", folder, red, QUESTION, *options), sentence)
+
+
+@pytest.mark.parametrize("options", [["--regex", "(a"], ["--regex", ""], ["--grammar", "{}"]])
+def test_a_form_that_is_wrong_is_refused_before_the_weights_are_read(folder, red, tmp_path, options):
+    pytest.importorskip("llguidance", reason="needs the extra structured")
+    (tmp_path / "wrong").write_bytes(b"start: other")
+    result = run(
+        "ask", "--model", folder, red, QUESTION, *[option.format(tmp_path / "wrong") for option in options]
+    )
+    assert_refused(result, "")
+    (tmp_path / "wrong").write_bytes(b"\xff\xfe")
+    assert_refused(
+        run("ask", "--model", folder, red, QUESTION, "--grammar", tmp_path / "wrong"), "is no text in UTF-8"
+    )
 
 
 @pytest.mark.parametrize(

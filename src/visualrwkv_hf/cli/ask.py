@@ -12,16 +12,18 @@ from .options import (
     DeviceOption,
     DtypeOption,
     FpsOption,
+    GrammarOption,
     ImagePositionOption,
     JsonSchemaOption,
     MaxNewTokensOption,
     ModelOption,
     NumFramesOption,
+    RegexOption,
     VerboseOption,
     WeightsOption,
     answering_source,
     errors_in_a_sentence,
-    schema_text,
+    form_of,
     show_answer,
     structured,
 )
@@ -53,6 +55,8 @@ def ask(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --choices: print JSON.")] = False,
     json_schema: JsonSchemaOption = None,
+    regex: RegexOption = None,
+    grammar: GrammarOption = None,
     accelerate: AccelerateOption = True,
     weights: WeightsOption = None,
     verbose: VerboseOption = False,
@@ -65,10 +69,11 @@ def ask(
         refuse_weights(weights, "cpu", accelerate)
         if as_json and choices is None:
             raise ValueError("--json prints the probabilities of --choices, which are missing.")
-        if choices is not None and json_schema is not None:
-            raise ValueError("Give either --choices or --json-schema, not both.")
+        for option, value in (("json-schema", json_schema), ("regex", regex), ("grammar", grammar)):
+            if choices is not None and value is not None:
+                raise ValueError(f"Give either --choices or --{option}, not both.")
+        form = form_of(json_schema, regex, grammar)
         answers = None if choices is None else listed(choices)
-        schema = None if json_schema is None else schema_text(json_schema)
         source = answering_source(model, weights)
         sampling = dict(num_frames=num_frames, fps=fps)
         try:
@@ -82,7 +87,7 @@ def ask(
                 sampling,
                 accelerate,
                 weights,
-                schema,
+                form,
             )
             if answers is not None:
                 choose(asked, answers, as_json)
@@ -126,7 +131,7 @@ def read(
     sampling: dict[str, Any],
     accelerate: bool,
     weights: str | None,
-    schema: str | None,
+    form: dict[str, str],
 ) -> Asked:
     """Load the model and make its inputs."""
     with steps("loading libraries") as step:
@@ -137,7 +142,7 @@ def read(
         content = [*content_parts(picture, **sampling), {"type": "text", "text": question}]
         # The inputs come before the weights, so that what is wrong with them is said without a wait.
         inputs = chat_inputs(processor, [{"role": "user", "content": content}], image_position)
-        processors = [] if schema is None else [structured(processor, schema)]
+        processors = structured(processor, form)
         vlm = load_model(source, device, dtype, accelerate, report=step, weights=weights)
     say_backend(vlm)
     return Asked(vlm, processor, inputs.to(vlm.device, dtype=vlm.dtype), processors)

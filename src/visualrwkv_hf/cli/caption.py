@@ -15,16 +15,18 @@ from .options import (
     DeviceOption,
     DtypeOption,
     FpsOption,
+    GrammarOption,
     ImagePositionOption,
     JsonSchemaOption,
     MaxNewTokensOption,
     ModelOption,
     NumFramesOption,
+    RegexOption,
     VerboseOption,
     WeightsOption,
     answering_source,
     errors_in_a_sentence,
-    schema_text,
+    form_of,
     structured,
 )
 from .steps import say_backend
@@ -53,6 +55,8 @@ def caption(
     num_frames: NumFramesOption = None,
     fps: FpsOption = None,
     json_schema: JsonSchemaOption = None,
+    regex: RegexOption = None,
+    grammar: GrammarOption = None,
     accelerate: AccelerateOption = True,
     weights: WeightsOption = None,
     verbose: VerboseOption = False,
@@ -65,7 +69,7 @@ def caption(
     with errors_in_a_sentence(verbose):
         refuse_unknown_dtype(dtype)
         refuse_weights(weights, "cpu", accelerate)
-        schema = None if json_schema is None else schema_text(json_schema)
+        form = form_of(json_schema, regex, grammar)
         source = answering_source(model, weights)
 
         from ..inference.captioning import Captioning
@@ -75,16 +79,14 @@ def caption(
         )
         if films:
             settings |= dict(films=True, num_frames=num_frames, fps=fps)
-        if schema is not None:
-            settings["json_schema"] = schema
+        settings |= form
         if weights:
             settings["weights"] = weights
         work = Captioning(folder, output, settings)
         with work.locked():
             if work.todo():
                 processor = asked_processor(source, prompt, image_position)
-                if schema is not None:
-                    structured(processor, schema)  # refuses a wrong schema before the weights are read
+                structured(processor, form)  # refuses a wrong schema before the weights are read
                 vlm = load_model(source, device, dtype, accelerate, weights=weights)
                 say_backend(vlm)
                 caption_all(work, vlm, processor, batch_size)

@@ -61,6 +61,16 @@ JsonSchemaOption = Annotated[
     Path | None,
     typer.Option("--json-schema", help="File of a JSON schema: the answer is JSON that fits it."),
 ]
+RegexOption = Annotated[
+    str | None,
+    typer.Option("--regex", help="Regular expression, in Rust's syntax, that the whole answer matches."),
+]
+GrammarOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--grammar", help="File of a grammar, in llguidance's Lark: the answer is a sentence of it."
+    ),
+]
 AccelerateOption = Annotated[
     bool,
     typer.Option(
@@ -135,30 +145,58 @@ def is_of_jinja(error: BaseException) -> bool:
     return any(cls.__name__ == "TemplateError" for cls in type(error).__mro__)
 
 
-def schema_text(path: Path) -> str:
-    """Return the text of a JSON schema's file, before anything slow is imported.
+def form_of(json_schema: Path | None, regex: str | None, grammar: Path | None) -> dict[str, str]:
+    """Return what the answer must fit as an argument of `structured_output`, before anything slow is imported.
+
+    Returns:
+        dict: empty if nothing is asked for; files are read.
 
     Raises:
-        ValueError, OSError: it cannot be read, or is no JSON.
+        ValueError, OSError: several are given, a file cannot be read, or a schema is no JSON.
     """
-    if path.stat().st_size > MAX_SCHEMA_BYTES:
-        raise ValueError(f"{path} has more than {MAX_SCHEMA_BYTES} bytes.")
+    given: dict[str, str | Path | None] = dict(json_schema=json_schema, regex=regex, grammar=grammar)
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise ValueError(f"{options} cannot be given together: an answer has one form.")
+    form = {
+        name: text_of(value) if isinstance(value, Path) else value
+        for name, value in given.items()
+        if value is not None
+    }
+    if "json_schema" in form:
+        try:
+            json.loads(form["json_schema"])
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{json_schema} is no JSON: {error}.") from error
+    return form
+
+
+def text_of(path: Path) -> str:
+    """Return the text of a small file.
+
+    Raises:
+        ValueError, OSError: it cannot be read, or is too large.
+    """
+    if path.stat().st_size > MAX_FORM_BYTES:
+        raise ValueError(f"{path} has more than {MAX_FORM_BYTES} bytes.")
     try:
-        text = path.read_text("utf-8")
-        json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
-    return text
+        return path.read_text("utf-8")
+    except ValueError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
 
 
-MAX_SCHEMA_BYTES = 2**20
+MAX_FORM_BYTES = 2**20
+"""The largest file of a schema or a grammar."""
 
 
-def structured(processor: Any, schema: str) -> Any:
-    """Return the logits processor that lets only JSON pass that fits a schema."""
+def structured(processor: Any, form: dict[str, str]) -> list[Any]:
+    """Return the logits processors that let only answers of a form pass: one, or none without a form."""
+    if not form:
+        return []
     from ..inference.structured import structured_output
 
-    return structured_output(processor, json_schema=schema)
+    return [structured_output(processor, **form)]  # type: ignore[arg-type]
 
 
 def show_answer(text: str, end: str = "") -> None:

@@ -19,6 +19,9 @@ from .chat import chat_inputs
 from .pictures import content_parts
 from .structured import structured_output
 
+FORMS = ("json_schema", "regex", "grammar")
+"""Settings that say what the answers must fit, as arguments of `structured_output`."""
+
 PICTURE_SUFFIXES = frozenset(
     (
         ".avif",
@@ -61,8 +64,8 @@ class Captioning:
         output: the JSON Lines file.
         settings: `prompt`, `max_new_tokens`, `image_position` and whatever else the answers depend on, as JSON
             values. A file that was begun with other settings is not continued. If `films` is true, films are asked
-            about as well, and `num_frames` or `fps` say which of their frames are taken. `json_schema` is the text of
-            a JSON schema that the answers fit.
+            about as well, and `num_frames` or `fps` say which of their frames are taken. `json_schema`,
+            `regex` or `grammar` is the text of what the answers must fit.
 
     Attributes:
         names: the pictures, sorted.
@@ -214,8 +217,8 @@ class Captioning:
 
     def _answers(self, model, processor, inputs: BatchFeature) -> list[str]:
         inputs = inputs.to(model.device, dtype=model.dtype)
-        schema = self.settings.get("json_schema")
-        fits = [] if schema is None else [structured_output(processor, json_schema=schema)]
+        form = {name: self.settings[name] for name in FORMS if name in self.settings}
+        fits = [structured_output(processor, **form)] if form else []
         output = model.generate(
             **inputs,
             max_new_tokens=self.settings["max_new_tokens"],
