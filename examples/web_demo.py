@@ -1,4 +1,4 @@
-"""A page to talk with a model about pictures: streamed answers, several pictures, and how the model reads them.
+"""A page to talk with a model about pictures and films: streamed answers, and how the model reads them.
 
     pip install -e ".[demo]"
     python examples/web_demo.py [--model visualrwkv-6-1b6] [--port 7860]
@@ -27,8 +27,8 @@ import typer
 from jinja2 import TemplateError
 from PIL import Image, ImageDraw, ImageFont
 
-from visualrwkv_hf import Chat, StateStore, bundled_model
-from visualrwkv_hf.inference import load_model, load_processor, reading_figure
+from visualrwkv_hf import Chat, FrameSampling, StateStore, bundled_model
+from visualrwkv_hf.inference import load_model, load_processor, read_film, reading_figure
 
 TITLE = "VisualRWKV"
 BUNDLED = (
@@ -51,7 +51,7 @@ footer { display: none !important; }
 #chat { height: max(300px, calc(100dvh - 250px)) !important; }
 #chat .examples { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; max-width: 560px; margin: 0 auto; }
 #chat .example { min-width: 0 !important; max-width: none !important; }
-#chat [data-testid=user] img { max-height: 160px; width: auto; }
+#chat [data-testid=user] :is(img, video) { max-height: 160px; width: auto; }
 #figure { overflow-x: auto; background: white; border-radius: 8px; }
 #figure img { min-width: 680px; max-width: none; width: 100%; }
 @media (max-width: 600px) {
@@ -67,8 +67,14 @@ SIDE = 256
 # What a visitor may send. The page's own checks run in the browser, where a stranger can leave them out.
 MAX_FILE_BYTES = 20 * 2**20
 MAX_PIXELS = 25_000_000
-MAX_PICTURES = 8
-"""The most pictures in a conversation."""
+MAX_PICTURES = 16
+"""The most pictures in a conversation, the frames of films included."""
+FILM = FrameSampling(num_frames=8, max_pixels=MAX_PIXELS)
+"""Which frames of a film are read."""
+FILM_SECONDS = 30
+"""The longest time that decoding a film may take."""
+FILMS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm")
+"""Names of files that are read as films; all others are pictures."""
 MAX_CHARACTERS = 20_000
 """The most characters in a conversation."""
 MAX_MESSAGES = 200
@@ -76,7 +82,7 @@ MAX_WAITING = 32
 """How many questions may wait for the model."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 UPLOAD_HOURS = 6
-"""How long an uploaded picture is kept."""
+"""How long an upload is kept."""
 
 
 def main(
@@ -137,7 +143,7 @@ def answerer(source: str, processor: Any, vlm: Any, max_new_tokens: int, folders
         processor: the model's.
         vlm: the loaded model.
         max_new_tokens: the longest answer.
-        folders: where pictures may lie.
+        folders: where pictures and films may lie.
     """
     states = StateStore()
     stopped: list[Chat] = []  # whose prompt may still be being read
@@ -157,8 +163,13 @@ def answerer(source: str, processor: Any, vlm: Any, max_new_tokens: int, folders
         try:
             question, files = checked_question(message, folders)
             earlier = [message_of(one, folders) for one in without_unanswered(history)]
-            refuse_too_much([*earlier, message_of_question(question, files)])
-        except (ValueError, TypeError, KeyError) as error:
+            asked = [*earlier, message_of_question(question, files)]
+            refuse_too_much(asked)
+            if any(part["type"] == "video" for one in asked for part in one["content"]):
+                yield status_of("decoding the film"), gr.skip(), gr.skip()
+            earlier = [{**one, "content": with_frames(one["content"])} for one in earlier]
+            pictures = [picture for file in files for picture in pictures_of(file)]
+        except (ValueError, TypeError, KeyError, ImportError) as error:
             yield refusal_of(error), gr.skip(), gr.skip()
             return
         visitor = states.scoped(f"visitor {request.session_hash}")
@@ -168,16 +179,16 @@ def answerer(source: str, processor: Any, vlm: Any, max_new_tokens: int, folders
         try:
             while stopped:
                 stopped.pop().wait()
-            for file in files:
-                chat.add_picture(file)
+            for picture in pictures:
+                chat.add_picture(picture)
             stopped.append(chat)
             for piece, status in pieces_or_status(chat, question):
                 text += piece
                 yield reply_of(text) if text else status_of(status), gr.skip(), gr.skip()
             if not text:
                 yield reply_of("(no answer)"), gr.skip(), gr.skip()
-            if files:
-                figure = reading_figure(files[0], question, source)
+            if pictures:
+                figure = reading_figure(pictures[0], question, source)
                 yield reply_of(text or "(no answer)"), figure, gr.update(visible=True)
         except (ValueError, TemplateError) as error:
             yield refusal_of(error), gr.skip(), gr.skip()
@@ -224,28 +235,37 @@ def pieces_or_status(chat: Chat, question: str) -> Iterator[tuple[str, str]]:
 
 
 def checked_question(message: Mapping[str, Any], folders: Sequence[Path]) -> tuple[str, list[str]]:
-    """Return the text of a question and the paths of its pictures.
+    """Return the text of a question and the paths of its pictures and films.
 
     Raises:
         ValueError: they are none, or may not be opened.
     """
     if not isinstance(message.get("text"), str):
         raise ValueError("A question must be a text.")
-    files = [checked_picture(file, folders) for file in message.get("files") or ()]
+    files = [checked_file(file, folders) for file in message.get("files") or ()]
     return inspect.cleandoc(message["text"]), files  # as the chatbot gives it back
 
 
-def checked_picture(path: Any, folders: Sequence[Path]) -> str:
-    """Return the path of a picture that a visitor uploaded, or of an example.
+def is_film(file: str) -> bool:
+    """Return whether a file is read as a film."""
+    return file.lower().endswith(FILMS)
+
+
+def checked_file(path: Any, folders: Sequence[Path]) -> str:
+    """Return the path of a picture or a film that a visitor uploaded, or of an example.
 
     What a page sends is a path, or whatever a stranger writes in its place: another file of this machine, or a URL.
 
     Raises:
-        ValueError: it lies elsewhere, is no picture, or is too large.
+        ValueError: it lies elsewhere, is no picture, or is too large. Films are looked into when they are decoded.
     """
     file = Path(str(path)).resolve()
     if not any(file.is_relative_to(folder) for folder in folders) or not file.is_file():
-        raise ValueError("A picture must be uploaded here. If it was, it is too old: upload it again.")
+        raise ValueError(
+            "A picture or film must be uploaded here. If it was, it is too old: upload it again."
+        )
+    if is_film(str(file)):
+        return str(file)
     try:
         with Image.open(file, formats=FORMATS) as picture:
             width, height = picture.size
@@ -256,6 +276,39 @@ def checked_picture(path: Any, folders: Sequence[Path]) -> str:
     return str(file)
 
 
+def pictures_of(file: str) -> list[Any]:
+    """Return a picture's path, or the frames of a film, which a process of its own decodes.
+
+    Raises:
+        ValueError, ImportError: the film cannot be read.
+    """
+    if not is_film(file):
+        return [file]
+    try:
+        return read_film(
+            Path(file).read_bytes(),
+            FILM,
+            max_frames=MAX_PICTURES,
+            max_total_pixels=4 * MAX_PIXELS,
+            seconds=FILM_SECONDS,
+        )
+    except ValueError as error:
+        raise ValueError(f"The film {Path(file).name}: {error}") from error
+
+
+def with_frames(content: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the content of a message with the frames of each film in its place."""
+    return [
+        new
+        for part in content
+        for new in (
+            [{"type": "image", "image": frame} for frame in pictures_of(part["path"])]
+            if part["type"] == "video"
+            else [part]
+        )
+    ]
+
+
 def refuse_too_much(messages: Sequence[Mapping[str, Any]]) -> None:
     """Raise `ValueError` for a conversation that is too long to be read."""
     parts = [part for message in messages for part in message["content"]]
@@ -263,8 +316,11 @@ def refuse_too_much(messages: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError(
             f"This conversation is too long (over {MAX_CHARACTERS:,} characters): start a new one."
         )
-    if sum(part["type"] == "image" for part in parts) > MAX_PICTURES:
-        raise ValueError(f"A conversation can hold {MAX_PICTURES} pictures: start a new one.")
+    pictures = sum({"image": 1, "video": FILM.num_frames or 1}.get(part["type"], 0) for part in parts)
+    if pictures > MAX_PICTURES:
+        raise ValueError(
+            f"A conversation can hold {MAX_PICTURES} pictures, and a film is {FILM.num_frames}: start a new one."
+        )
 
 
 def reply_of(text: str) -> dict[str, Any]:
@@ -298,23 +354,27 @@ def message_of(earlier: Mapping[str, Any], folders: Sequence[Path]) -> dict[str,
     """Return a message of gradio's chatbot as a chat template takes it.
 
     Raises:
-        ValueError: it holds something else than texts and pictures.
+        ValueError: it holds something else than texts, pictures and films.
     """
     content: list[dict[str, Any]] = []
     for part in earlier["content"]:
         if part["type"] == "file":
-            content.append({"type": "image", "url": checked_picture(part["file"]["path"], folders)})
+            content.append(part_of(checked_file(part["file"]["path"], folders)))
         elif part["type"] == "text" and isinstance(part["text"], str):
             content.append({"type": "text", "text": part["text"]})
         else:
-            raise ValueError("A message must hold texts and pictures.")
+            raise ValueError("A message must hold texts, pictures and films.")
     return {"role": earlier["role"], "content": content}
 
 
 def message_of_question(question: str, files: Sequence[str]) -> dict[str, Any]:
     """Return a question as `message_of` returns messages."""
-    pictures = [{"type": "image", "url": file} for file in files]
-    return {"role": "user", "content": [*pictures, {"type": "text", "text": question}]}
+    return {"role": "user", "content": [*map(part_of, files), {"type": "text", "text": question}]}
+
+
+def part_of(file: str) -> dict[str, Any]:
+    """Return what a message contains for a checked file."""
+    return {"type": "video", "path": file} if is_film(file) else {"type": "image", "url": file}
 
 
 def build_page(answer: Callable, examples: Sequence[Mapping[str, Any]], limits: str) -> gr.Blocks:
@@ -339,10 +399,10 @@ def build_page(answer: Callable, examples: Sequence[Mapping[str, Any]], limits: 
             multimodal=True,
             chatbot=gr.Chatbot(elem_id="chat", show_label=False, buttons=["copy"], render_markdown=False),
             textbox=gr.MultimodalTextbox(
-                file_types=["image"],
+                file_types=["image", *FILMS],
                 file_count="multiple",
                 sources=["upload"],
-                placeholder="Add a picture with the clip, then ask about it",
+                placeholder="Add a picture or a film with the clip, then ask",
                 show_label=False,
                 stop_btn=True,
             ),

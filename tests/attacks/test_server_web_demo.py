@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from browser import DEMO, running_demo
+from film_files import gif
 from patience import PATIENCE
 from serving import png
 from tiny_training import save_tiny_model
@@ -19,6 +20,9 @@ httpx = pytest.importorskip("httpx", reason="needs the extra demo")
 
 META = {"meta": {"_type": "gradio.FileData"}}
 """With it gradio checks a path itself; a stranger may leave it out."""
+
+
+FILM = gif()
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +70,8 @@ class Page:
         last = said.rpartition('"process_completed"')[2]
         return '"success":true' in last and "Not answered: " not in said, said
 
-    def upload(self, data):
-        return self.client.post("/gradio_api/upload", files={"files": ("a.png", data)})
+    def upload(self, data, name="a.png"):
+        return self.client.post("/gradio_api/upload", files={"files": (name, data)})
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +127,14 @@ def test_no_other_file_of_the_machine_is_opened(page, tmp_path, meta):
     secret = tmp_path / "secret.png"
     secret.write_bytes(png("red"))
     (uploaded,) = page.upload(png("red")).json()
-    for path in (secret, f"{uploaded}/../../../../../../../..{secret}", f"file://{secret}", "/etc/hostname"):
+    (tmp_path / "secret.mp4").write_bytes(FILM)
+    for path in (
+        secret,
+        tmp_path / "secret.mp4",
+        f"{uploaded}/../../../../../../../..{secret}",
+        f"file://{secret}",
+        "/etc/hostname",
+    ):
         refused(page, question({"path": str(path)} | meta))
 
 
@@ -154,6 +165,21 @@ def test_a_history_names_no_file_either(page, inside, tmp_path, meta):
 @pytest.mark.parametrize("data", [b"no picture", png("red")[:-60], b"%PDF-1.4"], ids=["text", "half", "pdf"])
 def test_files_that_are_no_pictures_are_refused(page, data):
     refused(page, question({"path": page.upload(data).json()[0]} | META))
+
+
+@pytest.mark.parametrize(
+    "data", [b"no film", b"#EXTM3U\n/etc/passwd\n", FILM[:300]], ids=["text", "list", "half"]
+)
+def test_files_that_are_no_films_are_refused(page, data):
+    said = refused(page, question({"path": page.upload(data, "a.mp4").json()[0]} | META))
+    assert "The film a.mp4: it cannot be read as a film" in said and "passwd" not in said
+
+
+def test_an_uploaded_film_is_read(page):
+    """Whatever it is called: its format is told by its first bytes."""
+    (path,) = page.upload(FILM, "a.mp4").json()
+    answered, said = page.ask(question({"path": path} | META))
+    assert answered and "data:image" in said  # the figure
 
 
 def test_files_of_the_machine_are_not_served(page):
@@ -191,7 +217,7 @@ def test_pictures_lie_in_their_folders(demo, tmp_path):
     (uploads / "a.png").write_bytes(png("red"))
     (tmp_path / "secret.png").write_bytes(png("red"))
     (uploads / "link.png").symlink_to(tmp_path / "secret.png")
-    assert demo.checked_picture(str(uploads / "a.png"), [uploads]) == str(uploads / "a.png")
+    assert demo.checked_file(str(uploads / "a.png"), [uploads]) == str(uploads / "a.png")
     for path in (
         tmp_path / "secret.png",
         uploads / ".." / "secret.png",
@@ -201,20 +227,26 @@ def test_pictures_lie_in_their_folders(demo, tmp_path):
         None,
     ):
         with pytest.raises(ValueError, match="must be uploaded here"):
-            demo.checked_picture(path, [uploads])
+            demo.checked_file(path, [uploads])
 
 
 def test_pictures_have_a_largest_size(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "MAX_PIXELS", 100)
     (tmp_path / "a.png").write_bytes(png("red"))
     with pytest.raises(ValueError, match="60 x 56"):
-        demo.checked_picture(tmp_path / "a.png", [tmp_path])
+        demo.checked_file(tmp_path / "a.png", [tmp_path])
 
 
 def test_conversations_have_a_longest_length(demo):
     text, picture = {"type": "text", "text": "a" * 1000}, {"type": "image", "url": "a"}
-    demo.refuse_too_much([{"content": [text] * 20}, {"content": [picture] * 8}])
-    for messages in ([{"content": [text] * 21}], [{"content": [picture]}] * 9, [{"content": []}] * 201):
+    film = {"type": "video", "path": "a.mp4"}
+    demo.refuse_too_much([{"content": [text] * 20}, {"content": [picture] * 8}, {"content": [film]}])
+    for messages in (
+        [{"content": [text] * 21}],
+        [{"content": [picture]}] * 17,
+        [{"content": [film] * 2}, {"content": [picture]}],
+        [{"content": []}] * 201,
+    ):
         with pytest.raises(ValueError, match="start a new one"):
             demo.refuse_too_much(messages)
 
@@ -225,6 +257,6 @@ def test_a_history_that_a_stranger_wrote_names_no_files(demo, tmp_path):
         with pytest.raises(ValueError, match="must be uploaded here"):
             demo.message_of(message, [tmp_path])
     for content in ([{"type": "component"}], [{"type": "text", "text": 7}]):
-        with pytest.raises(ValueError, match="texts and pictures"):
+        with pytest.raises(ValueError, match="texts, pictures and films"):
             demo.message_of({"role": "user", "content": content}, [tmp_path])
     assert json.dumps(demo.message_of({"role": "user", "content": []}, [tmp_path]))

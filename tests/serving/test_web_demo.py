@@ -7,13 +7,15 @@ from types import ModuleType
 
 import pytest
 from browser import CHROMIUM, DEMO, DRIVER, Page, running_demo, wait_for
+from film_files import mp4
 from patience import PATIENCE
 from PIL import Image
 from serving import png
 from tiny_training import save_tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from visualrwkv_hf import Chat, bundled_model
+from visualrwkv_hf import Chat, bundled_model, film_frames
+from visualrwkv_hf.inference import load_model
 
 for module in ("gradio", "matplotlib", "selenium"):
     pytest.importorskip(module, reason="needs the extras demo and browser")
@@ -80,6 +82,26 @@ def test_a_conversation_about_pictures(page, chat, pictures):
 
     elsewhere = [url for url in page.requests() if not url.startswith((page.url, "data:", "blob:"))]
     assert not elsewhere
+
+
+@needs_chromium
+def test_a_conversation_about_a_film(page, folder, tmp_path, pictures):
+    """The answers are those about its frames, also when the conversation goes on."""
+    pytest.importorskip("av", reason="needs the extra video")
+    film = tmp_path / "film.mp4"
+    film.write_bytes(mp4(tmp_path))
+    page.open()
+    page.attach(film)
+    seen = page.ask("What moves?")
+    model = load_model(str(folder))  # as the page loads it: with random weights the last digit decides
+    chat = Chat(model, AutoProcessor.from_pretrained(folder), max_new_tokens=TOKENS, do_sample=False)
+    for frame in film_frames(film):
+        chat.add_picture(frame)
+    assert shown(seen[-1]) == shown("".join(chat.ask("What moves?")))
+    assert len(page.find("[data-testid=user] video")) == 1
+    page.attach(pictures[0])
+    chat.add_picture(pictures[0])
+    assert shown(page.ask("And this?")[-1]) == shown("".join(chat.ask("And this?")))
 
 
 @needs_chromium
