@@ -16,6 +16,7 @@ from serving import png
 
 from visualrwkv_hf.inference.server_fetch import MAX_FETCHES_OF_A_CLIENT, Fetcher, is_public
 from visualrwkv_hf.inference.server_limits import Access, Limits, Refusal
+from visualrwkv_hf.inference.server_messages import Medium
 
 httpx = pytest.importorskip("httpx", reason="needs the extra serve")
 
@@ -85,9 +86,13 @@ def address(web):
 
 def fetched(*pictures, access=OPEN, limits=LIMITS):
     async def run():
-        return await Fetcher(limits, access).fetch_all(pictures)
+        return await Fetcher(limits, access).fetch_all(media_of(pictures))
 
-    return asyncio.run(run())
+    return [medium.content for medium in asyncio.run(run())]
+
+
+def media_of(contents):
+    return [Medium(f"Picture {n}", content) for n, content in enumerate(contents, start=1)]
 
 
 def sentence_of(url, access=OPEN):
@@ -324,6 +329,31 @@ def test_a_compressed_body_is_counted_as_it_unfolds(address):
     assert process.memory_info().rss - before < 450 * MEBI
 
 
+@pytest.mark.parametrize("path", ["nothing", "large", "bomb", "to=file:||etc|passwd"])
+def test_films_are_fetched_as_pictures_are(address, path):
+    for url in (f"{address}/{path}", "http://169.254.169.254/film.mp4"):
+        with pytest.raises(Refusal) as refused:
+            fetched_film(url)
+        assert str(refused.value) == "Film 2: there is no film that can be fetched at its URL."
+
+
+def test_films_have_a_largest_size_of_their_own(address):
+    limits = Limits(picture_bytes=10, film_bytes=MEBI, body_bytes=4 * MEBI)
+    assert fetched_film(f"{address}/red.png", limits) == png("red")
+    with pytest.raises(Refusal, match=f"Film 2: it has more than {MEBI} bytes") as refused:
+        fetched_film(bytes(MEBI + 1), limits)
+    assert refused.value.status == 413
+
+
+FILMS = Limits(fetch_seconds=2, film_bytes=MEBI)
+
+
+def fetched_film(content, limits=FILMS):
+    access = OPEN if "127.0.0.1" in str(content) else Access()
+    (film,) = asyncio.run(Fetcher(limits, access).fetch_all([Medium("Film 2", content, is_film=True)]))
+    return film.content
+
+
 def test_pictures_of_a_request_together_have_a_limit():
     with pytest.raises(Refusal, match=f"Picture 2: it has more than {MEBI} bytes") as refused:
         fetched(b"a", bytes(MEBI + 1))
@@ -338,14 +368,15 @@ def test_one_clients_slow_pictures_do_not_hold_the_others(web, address):
 
     async def run():
         fetcher = Fetcher(Limits(fetch_seconds=PATIENCE), OPEN)
-        slow = asyncio.ensure_future(fetcher.fetch_all([f"{address}/held?{n}" for n in range(20)], "one"))
+        held = media_of(f"{address}/held?{n}" for n in range(20))
+        slow = asyncio.ensure_future(fetcher.fetch_all(held, "one"))
         while len(web.hosts) < MAX_FETCHES_OF_A_CLIENT:
             await asyncio.sleep(0.01)
-        quick = await fetcher.fetch_all([f"{address}/red.png"], "other")
-        assert quick == [png("red")] and not slow.done()
+        (quick,) = await fetcher.fetch_all(media_of([f"{address}/red.png"]), "other")
+        assert quick.content == png("red") and not slow.done()
         assert len(web.hosts) == MAX_FETCHES_OF_A_CLIENT + 1
         web.released.set()
-        assert await slow == [png("red")] * 20
+        assert [medium.content for medium in await slow] == [png("red")] * 20
         del slow
         return len(fetcher.slots_of_clients)
 

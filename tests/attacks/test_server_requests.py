@@ -18,6 +18,7 @@ from serving import data_url, running, user
 from tiny_training import save_tiny_model
 
 from visualrwkv_hf.inference.server import Access, Limits, build_app
+from visualrwkv_hf.inference.server_decisions import decision_config
 from visualrwkv_hf.inference.server_limits import Refusal
 from visualrwkv_hf.inference.server_requests import FIELDS, Rules, parse_json, read_request
 
@@ -444,7 +445,14 @@ def test_scopes_are_keys_or_addresses(app):
 
 # --- anything ----------------------------------------------------------------------------------------------
 
-RULES = Rules(LIMITS, "model", frozenset({"alias"}), 1024, {"image_position": str, "sandwich_history": bool})
+RULES = Rules(
+    LIMITS,
+    "model",
+    frozenset({"alias"}),
+    1024,
+    {"image_position": str, "sandwich_history": bool},
+    decision_config(""),
+)
 scalars = st.one_of(
     st.none(),
     st.booleans(),
@@ -466,6 +474,8 @@ keys = st.one_of(
             "format",
             "include_usage",
             "image_position",
+            "video",
+            "num_frames",
             "tool_calls",
             "effort",
         ]
@@ -477,8 +487,12 @@ values = st.recursive(
     max_leaves=10,
 )
 parts = st.fixed_dictionaries(
-    {"type": st.sampled_from(["text", "image_url", "input_image", "input_text", "output_text", "x"])},
-    optional={"text": values, "image_url": values, "detail": values},
+    {
+        "type": st.sampled_from(
+            ["text", "image_url", "input_image", "input_text", "output_text", "video_url", "x"]
+        )
+    },
+    optional={"text": values, "image_url": values, "video_url": values, "detail": values},
 )
 messages = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "system", "developer", "tool"])},
@@ -497,7 +511,9 @@ def test_any_request_is_read_or_refused(kind, data):
     names = data.draw(st.lists(st.sampled_from([*FIELDS[kind], "other"]), max_size=4, unique=True))
     lists = st.one_of(values, st.lists(messages, max_size=3))
     body = {name: data.draw(lists if name in ("messages", "input") else values) for name in names}
-    body.setdefault({"chat": "messages", "completion": "prompt", "response": "input"}[kind], "Hello")
+    body.setdefault(
+        {"chat": "messages", "completion": "prompt", "response": "input"}.get(kind, "state"), "Hello"
+    )
     try:
         asked = read_request(kind, body, RULES)
     except Refusal as refusal:

@@ -1,13 +1,16 @@
 """The server, asked by the `openai` client: its answers are those of `generate`, whatever else happens."""
 
 import json
+import re
 import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
+from film_files import about_film, film_url, gif
 from patience import PATIENCE, wait_until
 from serving import data_url, picture_host, running, served_apart, user
 from tiny_training import save_tiny_model
@@ -87,10 +90,13 @@ def ours(content):
     """OpenAI's content in the words of transformers."""
     if isinstance(content, str):
         return content
-    return [
-        {"type": "image", "url": part["image_url"]["url"]} if part["type"] == "image_url" else part
-        for part in content
-    ]
+    return [OURS.get(part["type"], dict)(part) for part in content]
+
+
+OURS = {
+    "image_url": lambda part: {"type": "image", "url": part["image_url"]["url"]},
+    "video_url": lambda part: {"type": "video", "base64": part["video_url"]["url"]},
+}
 
 
 def ask(client, messages, tokens=12, **fields):
@@ -107,7 +113,11 @@ def stream(client, messages, tokens=12, **fields):
 
 
 def pieces(chunks):
-    return [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    return list(pieces_as_they_come(chunks))
+
+
+def pieces_as_they_come(chunks):
+    return (chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
 CHATS = {
@@ -127,14 +137,65 @@ CHATS = {
 def test_answer_is_that_of_generate(client, expected, messages):
     wanted = expected(messages)
     assert ask(client, messages) == wanted
-    parts = pieces(stream(client, messages))
-    assert "".join(parts) == wanted
-    assert sum(map(bool, parts)) > 1  # it came in pieces; those that wait for a slow client are joined
+    assert "".join(pieces(stream(client, messages))) == wanted
+
+
+def test_the_first_words_come_before_the_last_ones_are_chosen(client, served, expected):
+    go_on, calls = threading.Event(), []
+
+    def hold(*_):
+        calls.append(1)
+        assert len(calls) < 10 or go_on.wait(PATIENCE)
+
+    hook = served.model.model.language_model.register_forward_pre_hook(hold)
+    try:
+        chunks = stream(client, [QUESTION])
+        parts = [next(part for part in pieces_as_they_come(chunks) if part)]
+        go_on.set()
+        parts += pieces(chunks)
+    finally:
+        go_on.set()
+        hook.remove()
+    assert "".join(parts) == expected([QUESTION])
 
 
 def test_picture_at_a_url_is_the_picture(client, pictures):
     answer = ask(client, [user("Which colour is it?", f"{pictures}/red.png")])
     assert answer == ask(client, [QUESTION]) != ask(client, [user("Which colour is it?", GREEN)])
+
+
+FILM = film_url(gif(), "image/gif")
+
+
+def test_a_film_is_read_as_its_frames_are(client, served, expected):
+    messages = [about_film("What moves?", FILM)]
+    answer = ask(client, messages)
+    assert answer == expected(messages) == "".join(pieces(stream(client, messages)))
+    few = {"media_io_kwargs": {"video": {"num_frames": 2}}}
+    assert ask(client, messages, extra_body=few) == expected(messages, num_frames=2)
+    slow = {"media_io_kwargs": {"video": {"fps": 1}}}
+    assert ask(client, messages, extra_body=slow) == expected(messages, fps=1)
+    reply = client.responses.create(model="visualrwkv-tiny", input=messages, max_output_tokens=12)
+    assert reply.output_text == answer
+    # The question is repeated before the pictures of this model; after them nothing is read twice.
+    served.pictures.clear()
+    messages = [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
+    assert ask(client, messages) == expected(messages)
+    assert not served.pictures
+
+
+def test_films_and_pictures_keep_their_places(client, expected):
+    picture = user("", RED)["content"][0]
+    film, text = about_film("Which is warmer?", FILM)["content"]
+    for content in ([picture, film, text], [film, picture, text], [film, text, picture, film]):
+        messages = [{"role": "user", "content": content}]
+        few = {"media_io_kwargs": {"video": {"num_frames": 3}}}
+        assert ask(client, messages, extra_body=few) == expected(messages, num_frames=3)
+
+
+def test_a_film_at_a_url_is_the_film(client, pictures, expected):
+    answer = ask(client, [about_film("What moves?", f"{pictures}/film.gif")])
+    assert answer == expected([about_film("What moves?", FILM)])
 
 
 def test_answer_goes_back_as_it_came_and_is_not_read_again(client, served, expected):
@@ -209,7 +270,7 @@ def test_the_model_is_listed_and_answers_to_its_folder_too(client, folder):
 
 
 def test_routes_that_load_and_unload_models_are_not_there(served):
-    for route in ("load_model", "reset", "v1/audio/transcriptions", "v1/systemone"):
+    for route in ("load_model", "reset", "v1/audio/transcriptions"):
         with client_of(served.url) as client, pytest.raises(openai.NotFoundError):
             client.post(f"/../{route}", body={"model": "gpt2"}, cast_to=object)
 
@@ -251,6 +312,28 @@ def test_an_answer_fits_the_schema_whole_and_streamed(client, options):
         model="visualrwkv-tiny", input="Hello", text=text, max_output_tokens=100, temperature=0
     )
     assert json.loads(reply.output_text).keys() == answer.keys()
+
+
+FORMS = {
+    "json": ({"json": {"type": "integer", "minimum": 10, "maximum": 99}}, r"[1-9][0-9]"),
+    "regex": ({"regex": "[0-9]{4}-[0-9]{2}"}, r"[0-9]{4}-[0-9]{2}"),
+    "choice": ({"choice": ["a red dot", "a line"]}, "a red dot|a line"),
+    "grammar": ({"grammar": 'start: "x" ("y" | "z") "w"', "regex": None}, "x[yz]w"),
+}
+
+
+@pytest.mark.parametrize("form, wanted", FORMS.values(), ids=FORMS)
+def test_answers_have_the_form_that_vllms_clients_ask_for(client, form, wanted):
+    pytest.importorskip("llguidance", reason="needs the extra structured")
+    fields = {"structured_outputs": form}
+    whole = ask(client, [QUESTION], tokens=40, extra_body=fields)
+    assert re.fullmatch(wanted, whole)
+    assert "".join(pieces(stream(client, [QUESTION], tokens=40, extra_body=fields))) == whole
+    asked = dict(model="visualrwkv-tiny", extra_body=fields)
+    reply = client.responses.create(**asked, input="Hello", max_output_tokens=40)
+    assert re.fullmatch(wanted, reply.output_text)
+    reply = client.completions.create(**asked, prompt="Hello:", max_tokens=40)
+    assert re.fullmatch(wanted, reply.choices[0].text.strip())
 
 
 NOTHING = {"role": "assistant", "content": ""}
@@ -369,6 +452,29 @@ REFUSALS = {
     "seed": (dict(seed=2**70), "seed must be an integer from"),
     "choices": (dict(n=2), "n can only be 1 or null here, got 2"),
     "tools": (dict(tools=[{"type": "function"}]), r"tools can only be \[\] or null here"),
+    "no form": (
+        dict(extra_body={"structured_outputs": {}}),
+        "structured_outputs must be an object with one of json, regex, choice, grammar",
+    ),
+    "two forms": (
+        dict(extra_body={"structured_outputs": {"regex": "a", "choice": ["a"]}}),
+        "structured_outputs must be an object with one of",
+    ),
+    "another form": (
+        dict(extra_body={"structured_outputs": {"structural_tag": "a"}}),
+        "structured_outputs must be an object with one of",
+    ),
+    "form and format": (
+        dict(extra_body={"structured_outputs": {"regex": "a"}}, response_format={"type": "json_object"}),
+        "An answer can have one form",
+    ),
+    "no choices": (
+        dict(extra_body={"structured_outputs": {"choice": []}}),
+        r"Choices must be a list of at least one text, got \[\]",
+    ),
+    "expression": (dict(extra_body={"structured_outputs": {"regex": "(a"}}), "unclosed group"),
+    "grammar": (dict(extra_body={"structured_outputs": {"grammar": "start: other"}}), "unknown name"),
+    "no text fits": (dict(extra_body={"structured_outputs": {"json": False}}), "No text fits"),
     "format": (dict(response_format={"type": "xml"}), "type is text, json_object or json_schema"),
     "no schema": (
         dict(response_format={"type": "json_schema", "json_schema": {"name": "a"}}),

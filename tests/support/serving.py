@@ -15,6 +15,7 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from film_files import gif
 from patience import PATIENCE
 from PIL import Image
 
@@ -45,7 +46,7 @@ def user(text: str, *urls: str) -> dict:
 
 
 class PictureHandler(BaseHTTPRequestHandler):
-    """`/COLOUR.png` is a picture, `/slow.png` takes 20 s, anything else is not there."""
+    """`/COLOUR.png` is a picture, `/film.gif` a film, `/slow.png` takes 20 s, anything else is not there."""
 
     def log_message(self, *_: object) -> None:
         """Nothing."""
@@ -54,10 +55,11 @@ class PictureHandler(BaseHTTPRequestHandler):
         colour = self.path.strip("/").removesuffix(".png")
         if colour == "slow":
             time.sleep(20)
-        self.send_response(200 if colour in ("red", "green", "blue") else 404)
+        is_there = colour in ("red", "green", "blue", "film.gif")
+        self.send_response(200 if is_there else 404)
         self.end_headers()
-        if colour in ("red", "green", "blue"):
-            self.wfile.write(png(colour))
+        if is_there:
+            self.wfile.write(gif() if colour == "film.gif" else png(colour))
 
 
 @contextmanager

@@ -88,13 +88,13 @@ def serve(
     ] = "",
     media_domains: Annotated[
         str,
-        typer.Option(help="The only hosts from which pictures are fetched, separated by commas."),
+        typer.Option(help="The only hosts from which pictures and films are fetched, separated by commas."),
     ] = "",
     allow_private_urls: Annotated[
         bool,
         typer.Option(
             "--allow-private-urls",
-            help="Fetch pictures also from addresses that are not public, such as those of the local network.",
+            help="Fetch pictures and films also from addresses that are not public, such as your network's.",
         ),
     ] = False,
     trusted_proxies: Annotated[

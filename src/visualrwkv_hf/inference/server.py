@@ -1,8 +1,8 @@
 """`visualrwkv serve`: one VisualRWKV model for clients of OpenAI's API.
 
 The parts: `server_limits` says what is allowed, `server_connections` holds uvicorn to it, `server_requests` and
-`server_messages` read what is asked, `server_fetch` gets pictures, `server_generation` answers, and `server_replies`
-words the answer. Here they come together as an ASGI application.
+`server_messages` read what is asked, `server_fetch` and `server_media` get pictures and films, `server_generation`
+answers, and `server_replies` words the answer. Here they come together as an ASGI application.
 """
 
 from collections.abc import AsyncIterator
@@ -15,6 +15,7 @@ from .loading import load_model, load_processor
 from .printable import printable
 from .progress import backend_of
 from .server_connections import bound_socket, make_server
+from .server_decisions import decision_config
 from .server_generation import Answerer, Line
 from .server_limits import Access, Limits
 from .server_requests import Rules, template_variables
@@ -118,8 +119,9 @@ def build_app(
         frozenset({str(source), str(folder)}),
         model.config.text_config.vocab_size,
         template_variables(processor.chat_template),
+        decision_config(source),
     )
-    line = Line(Answerer(model, processor, limits, access), limits.waiting)
+    line = Line(Answerer(model, processor, limits, access, rules.decisions), limits.waiting)
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:

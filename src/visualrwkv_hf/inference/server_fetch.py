@@ -1,4 +1,4 @@
-"""Pictures at URLs: fetched from public addresses only, in bounded time and memory, and without telling what is there.
+"""Pictures and films at URLs: fetched from public addresses only, in bounded time and memory, without telling more.
 
 A client that names a URL makes the server connect to it. So the name is resolved first, every address must be public,
 and the connection goes to the very address that was checked; a redirect is a new URL. Whatever fails, the client reads
@@ -15,11 +15,12 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from .server_limits import Access, Limits, Refusal
+from .server_messages import Medium
 
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_FETCHES = 16
-"""Pictures that are fetched at the same time."""
+"""Pictures and films that are fetched at the same time."""
 MAX_FETCHES_OF_A_CLIENT = 4
 """Of them, those of one client: whose pictures come slowly, or never, leaves the other places to the others."""
 
@@ -37,7 +38,7 @@ IPV4_IN_IPV6 = {
 
 
 class Unfetchable(Exception):
-    """A URL that gives no picture, and why: for the server's own log, never for the client."""
+    """A URL that gives no picture or film, and why: for the server's own log, never for the client."""
 
 
 def is_public(address: str) -> bool:
@@ -59,11 +60,11 @@ def is_public(address: str) -> bool:
 
 
 class Fetcher:
-    """Fetches the pictures of requests.
+    """Fetches the pictures and films of requests.
 
     Args:
         limits: on bytes and seconds.
-        access: from where pictures may be fetched.
+        access: from where they may be fetched.
     """
 
     def __init__(self, limits: Limits, access: Access):
@@ -74,41 +75,46 @@ class Fetcher:
         # Their own threads: a resolver that does not answer must not hold what else runs in threads.
         self.resolvers = ThreadPoolExecutor(MAX_FETCHES, "resolver")
 
-    async def fetch_all(self, pictures: Sequence[str | bytes], client: str = "") -> list[bytes]:
-        """Return the bytes of all pictures of a request, those at URLs fetched.
+    async def fetch_all(self, media: Sequence[Medium], client: str = "") -> list[Medium]:
+        """Return all pictures and films of a request as bytes, those at URLs fetched.
 
         Args:
-            pictures: URLs, or the bytes of files.
+            media: as the request gives them.
             client: who asks, since a client can only have so many fetched at a time.
 
         Raises:
             Refusal: one cannot be fetched, or they take more bytes than a request may; it says which one it is.
         """
         own = self.slots_of_clients.setdefault(client, asyncio.Semaphore(MAX_FETCHES_OF_A_CLIENT))
-        tasks = [
-            asyncio.ensure_future(self._bytes_of(picture, n, own))
-            for n, picture in enumerate(pictures, start=1)
-        ]
+        tasks = [asyncio.ensure_future(self._bytes_of(medium, own)) for medium in media]
         try:
             files = list(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
         if sum(map(len, files)) > self.limits.body_bytes:
-            raise Refusal(f"The pictures of a request may take {self.limits.body_bytes} bytes together.", 413)
-        return files
+            raise Refusal(
+                f"The pictures and films of a request may take {self.limits.body_bytes} bytes together.", 413
+            )
+        return [medium._replace(content=file) for medium, file in zip(media, files)]
 
-    async def _bytes_of(self, picture: str | bytes, number: int, own: asyncio.Semaphore) -> bytes:
-        if isinstance(picture, bytes):
-            if len(picture) > self.limits.picture_bytes:
-                raise Refusal(f"Picture {number}: it has more than {self.limits.picture_bytes} bytes.", 413)
-            return picture
+    async def _bytes_of(self, medium: Medium, own: asyncio.Semaphore) -> bytes:
+        most = self.limits.film_bytes if medium.is_film else self.limits.picture_bytes
+        if isinstance(medium.content, bytes):
+            if len(medium.content) > most:
+                raise Refusal(f"{medium.name}: it has more than {most} bytes.", 413)
+            return medium.content
+        accepted = "video/*, image/*" if medium.is_film else "image/*"
         try:
-            return await asyncio.wait_for(self._fetch(picture, own), self.limits.fetch_seconds)
+            return await asyncio.wait_for(
+                self._fetch(medium.content, accepted, most, own), self.limits.fetch_seconds
+            )
         except (Unfetchable, asyncio.TimeoutError) as error:
-            raise Refusal(f"Picture {number}: there is no picture that can be fetched at its URL.") from error
+            raise Refusal(
+                f"{medium.name}: there is no {medium.kind} that can be fetched at its URL."
+            ) from error
 
-    async def _fetch(self, url: str, own: asyncio.Semaphore) -> bytes:
+    async def _fetch(self, url: str, accepted: str, most: int, own: asyncio.Semaphore) -> bytes:
         import httpx
 
         # trust_env would take proxies from the environment, which connect to whatever they like, and passwords.
@@ -116,15 +122,15 @@ class Fetcher:
         async with own, self.slots, client:
             try:
                 for _ in range(MAX_REDIRECTS + 1):
-                    async with await self._open(client, httpx.URL(url)) as response:
+                    async with await self._open(client, httpx.URL(url), accepted) as response:
                         if response.status_code not in REDIRECTS or "location" not in response.headers:
-                            return await self._read(response)
+                            return await self._read(response, most)
                         url = str(response.url_as_named.join(response.headers["location"]))
                 raise Unfetchable("too many redirects")
             except Exception as error:  # whatever it was, the client reads the one sentence
                 raise Unfetchable(repr(error)) from error
 
-    async def _open(self, client: Any, url: Any) -> "_Response":
+    async def _open(self, client: Any, url: Any, accepted: str) -> "_Response":
         """Send the request to the first address of the URL's host that answers."""
         import httpx
 
@@ -137,7 +143,7 @@ class Fetcher:
             request = client.build_request(
                 "GET",
                 url.copy_with(host=address),
-                headers={"host": url.netloc.decode(), "accept-encoding": "identity", "accept": "image/*"},
+                headers={"host": url.netloc.decode(), "accept-encoding": "identity", "accept": accepted},
                 extensions={"sni_hostname": url.host},
             )
             try:
@@ -161,13 +167,13 @@ class Fetcher:
             raise Unfetchable(f"{host} is not public")
         return addresses
 
-    async def _read(self, response: "_Response") -> bytes:
+    async def _read(self, response: "_Response", most: int) -> bytes:
         if response.status_code != 200:
             raise Unfetchable(f"status {response.status_code}")
         read = bytearray()
-        async for piece in _decompressed(response, self.limits.picture_bytes + 1):
+        async for piece in _decompressed(response, most + 1):
             read += piece
-            if len(read) > self.limits.picture_bytes:
+            if len(read) > most:
                 raise Unfetchable("too large")
         return bytes(read)
 

@@ -1,17 +1,52 @@
-"""What a request says about the form of its answer: text, any JSON object, or JSON that fits a schema."""
+"""What a request says about the form of its answer: text, JSON, or what an expression or a grammar describes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from .server_limits import Refusal
+from .server_limits import Refusal, sentence_of, shown
 from .structured import Grammar
 
 ANY_OBJECT = {"type": "object"}
 _KEYS = {"name", "description", "schema", "strict"}
+FORMS: dict[str, Callable[[Any], Grammar]] = {
+    "json": Grammar.of_json_schema,
+    "regex": Grammar.of_regex,
+    "choice": Grammar.of_choices,
+    "grammar": Grammar.of_lark,
+}
+"""Key of `structured_outputs`, as vLLM's server has it -> what makes a grammar of its value."""
 
 
-def answer_schema(name: str, value: Any) -> Mapping[str, Any] | None:
-    """Return the JSON schema that an answer must fit; None for text.
+def structured_outputs(name: str, value: Any) -> Grammar:
+    """Return what an answer must fit by the field `structured_outputs`.
+
+    Args:
+        name: the field's, for messages.
+        value: an object with one of the keys of [`FORMS`].
+
+    Raises:
+        Refusal: it has another form.
+    """
+    given = (
+        {key: entry for key, entry in value.items() if entry is not None}
+        if isinstance(value, Mapping)
+        else {}
+    )
+    if len(given) != 1 or given.keys() - FORMS.keys():
+        raise Refusal(f"{name} must be an object with one of {', '.join(FORMS)}, got {shown(value)}.")
+    ((kind, entry),) = given.items()
+    return _grammar(FORMS[kind], entry)
+
+
+def _grammar(make: Callable[[Any], Grammar], value: Any) -> Grammar:
+    try:
+        return make(value)
+    except ValueError as error:
+        raise Refusal(sentence_of(error)) from error
+
+
+def answer_format(name: str, value: Any) -> Grammar | None:
+    """Return what an answer must fit; None for text.
 
     Args:
         name: the field's, for messages.
@@ -31,20 +66,16 @@ def answer_schema(name: str, value: Any) -> Mapping[str, Any] | None:
         return _schema(f"{name}.json_schema" if "json_schema" in value else name, given)
     if given:
         raise Refusal(f"{name} of type {kind} has no other keys.")
-    return ANY_OBJECT if kind == "json_object" else None
+    return Grammar.of_json_schema(ANY_OBJECT) if kind == "json_object" else None
 
 
-def _schema(name: str, given: Any) -> Mapping[str, Any]:
+def _schema(name: str, given: Any) -> Grammar:
     schema = given.get("schema") if isinstance(given, Mapping) else None
     if not isinstance(schema, Mapping) or given.keys() - _KEYS:
         raise Refusal(
             f"{name} must be an object of {', '.join(sorted(_KEYS))}, with an object as its schema."
         )
-    try:
-        Grammar.of_json_schema(schema)
-    except ValueError as error:
-        raise Refusal(str(error)) from error
-    return schema
+    return _grammar(Grammar.of_json_schema, schema)
 
 
-__all__ = ["answer_schema"]
+__all__ = ["answer_format", "structured_outputs"]

@@ -3,11 +3,12 @@
 import asyncio
 import copy
 import hashlib
+import json
 import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,19 +23,19 @@ from transformers import (
 )
 
 from ..chat_template import TURN_END
-from ..pictures import open_picture
 from ..state_store import StateStore
 from .progress import Left, Watch
-from .server_limits import Access, Limits, Refusal
+from .server_decisions import Decider, Decision
+from .server_limits import Access, Limits, Refusal, sentence_of
+from .server_media import open_media, with_pictures
+from .server_messages import Medium
 from .server_requests import Asked
-from .structured import structured_output
+from .structured import Grammar, StructuredOutput
 
 logger = logging.getLogger(__name__)
 
 INCOMPLETE = "\ufffd"
 """What the tokenizer makes of bytes that are not a whole character yet."""
-PICTURES_IN_FULL = 4
-"""How many pictures of the largest size a request may hold; smaller ones may be more."""
 LONGEST_CHARACTER = 4
 """In tokens: of UTF-8 in single bytes."""
 
@@ -54,11 +55,11 @@ class Job:
 
     Args:
         asked: what is to be answered.
-        files: the bytes of its pictures.
+        files: its pictures and films, as bytes.
         client: who asks; clients take turns.
     """
 
-    def __init__(self, asked: Asked, files: Sequence[bytes], client: str):
+    def __init__(self, asked: Asked, files: Sequence[Medium], client: str):
         self.asked, self.files, self.client = asked, list(files), client
         self.cancelled = threading.Event()
         self.events: asyncio.Queue[str | Finished | Refusal | None] = asyncio.Queue()
@@ -150,20 +151,13 @@ class Line:
             try:
                 self._work(job)
             except (ValueError, TemplateError) as error:
-                job.put(error if isinstance(error, Refusal) else Refusal(_sentence(error)))
+                job.put(error if isinstance(error, Refusal) else Refusal(sentence_of(error)))
             except Exception:
                 logger.exception("An answer failed")
                 job.put(Refusal("The answer failed. The server's log says why.", 500))
             finally:
                 self._current = None
             del job  # its pictures, while the next one is waited for
-
-
-def _sentence(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if len(text) > 500:
-        return f"{text[:500]}..."
-    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 class AnswerText:
@@ -332,10 +326,12 @@ class Answerer:
         processor: the model's.
         limits: on pictures, prompts and answers.
         access: whether clients go on from one another's states.
+        decisions: transformers' settings of decisions; None where none are taken.
     """
 
-    def __init__(self, model: Any, processor: Any, limits: Limits, access: Access):
+    def __init__(self, model: Any, processor: Any, limits: Limits, access: Access, decisions: Any = None):
         self.model, self.processor, self.limits, self.access = model, processor, limits, access
+        self.decide = Decider(model, processor, decisions, limits)
 
     def __call__(self, job: Job) -> None:
         """Answer a job.
@@ -346,7 +342,13 @@ class Answerer:
         asked, tokenizer = job.asked, self.processor.tokenizer
         if job.cancelled.is_set():
             return
-        inputs = self._inputs(asked, job.files)
+        if asked.decision is not None:
+            self._decide(job, asked.decision)
+            return
+        try:
+            inputs = self._inputs(asked, job)
+        except Left:
+            return
         job.files.clear()
         length = inputs["input_ids"].shape[1]
         if not 0 < length <= self.limits.prompt_tokens:
@@ -365,8 +367,8 @@ class Answerer:
             strip=is_chat,
         )
         fits: list[LogitsProcessor] = []
-        if asked.json_schema is not None:
-            fits.append(_structured(tokenizer, asked.json_schema))
+        if asked.form is not None:
+            fits.append(_structured(tokenizer, asked.form))
         fits.append(Sampler(asked, length, temperature, top_p))  # chooses among the tokens that are left
         writer = Writer(job, text, _ends_of(config), self.limits.answer_seconds)
         if asked.echo and asked.prompt:
@@ -388,6 +390,27 @@ class Answerer:
             watch.close()
         job.put(Finished(writer.reason or "length", length, writer.count))
 
+    def _decide(self, job: Job, decision: Decision) -> None:
+        deadline = time.monotonic() + self.limits.answer_seconds
+
+        def is_over() -> bool:
+            return job.cancelled.is_set() or time.monotonic() > deadline
+
+        pictures = [one for (one,) in open_media(job.files, job.asked.sampling, self.limits, is_over)]
+        job.files.clear()
+        watch = Watch(self.model, 0, is_left=is_over)
+        try:
+            answers, length = self.decide(decision, pictures, self._store_of(job), is_over)
+        except Left:
+            job.put(
+                Refusal(f"The questions could not be answered within {self.limits.answer_seconds:g} s.", 503)
+            )
+            return
+        finally:
+            watch.close()
+        job.put(json.dumps(answers))
+        job.put(Finished("stop", length, 0))
+
     def _store_of(self, job: Job) -> StateStore | None:
         """Return the client's own part of the store of states, or all of it where states are shared."""
         store = self.model.state_store
@@ -396,24 +419,12 @@ class Answerer:
         scope = f"{job.client} {job.asked.scope}".encode("utf-8", "backslashreplace")
         return store.scoped(hashlib.sha256(scope).hexdigest())
 
-    def _inputs(self, asked: Asked, files: Sequence[bytes]) -> Any:
+    def _inputs(self, asked: Asked, job: Job) -> Any:
         if asked.messages is None:
             return self.processor.tokenizer(asked.prompt, return_tensors="pt").to(self.model.device)
-        pictures: list[Any] = []
-        left = PICTURES_IN_FULL * self.limits.picture_pixels
-        for number, file in enumerate(files, start=1):
-            try:
-                picture = open_picture(file, max_pixels=min(self.limits.picture_pixels, left))
-            except ValueError as error:
-                reason = _sentence(error).removeprefix("bytes ")
-                raise Refusal(f"Picture {number}: it {reason}") from error
-            left -= picture.width * picture.height
-            pictures.append(picture)
-        messages = [
-            message | {"content": _with_pictures(message["content"], pictures)} for message in asked.messages
-        ]
+        opened = open_media(job.files, asked.sampling, self.limits, job.cancelled.is_set)
         inputs = self.processor.apply_chat_template(
-            messages,
+            with_pictures(asked.messages, opened),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -423,19 +434,11 @@ class Answerer:
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
 
-def _with_pictures(content: Any, pictures: Sequence[Any]) -> Any:
-    if isinstance(content, str):
-        return content
-    return [
-        part | {"image": pictures[part["image"]]} if part["type"] == "image" else part for part in content
-    ]
-
-
-def _structured(tokenizer: Any, schema: Mapping[str, Any]) -> LogitsProcessor:
+def _structured(tokenizer: Any, form: Grammar) -> LogitsProcessor:
     try:
-        return structured_output(tokenizer, json_schema=schema)
+        return StructuredOutput(form, tokenizer)
     except ImportError as error:
-        raise Refusal(f"This server cannot write JSON by a schema. {error}", 501) from error
+        raise Refusal(f"This server cannot give answers a form. {error}", 501) from error
 
 
 def _ends_of(config: GenerationConfig) -> list[int]:

@@ -16,6 +16,14 @@ class Refusal(ValueError):
         self.status = status
 
 
+def sentence_of(error: Exception) -> str:
+    """Return what an error says as one sentence of at most 500 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > 500:
+        return f"{text[:500]}..."
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
 def shown(value: Any) -> str:
     """Return a value as an error may quote it: short, and nothing of a picture."""
     return _DATA.sub("data:...", _SHORT.repr(value))
@@ -43,14 +51,18 @@ class Limits:
 
     body_bytes: int = _limit(32 * 2**20, "The largest body of a request, in bytes.")
     picture_bytes: int = _limit(20 * 2**20, "The largest picture, in bytes, counted after decompression.")
-    picture_pixels: int = _limit(25_000_000, "The most pixels of a picture; four times as many in a request.")
-    pictures: int = _limit(16, "The most pictures in a request.")
+    picture_pixels: int = _limit(
+        25_000_000, "The most pixels of a picture, or of a frame; four times as many in a request."
+    )
+    pictures: int = _limit(16, "The most pictures in a request, the frames of its films included.")
+    film_bytes: int = _limit(32 * 2**20, "The largest film, in bytes, counted after decompression.")
+    film_seconds: float = _limit(30.0, "How long it may take to decode a film, in seconds.")
     prompt_tokens: int = _limit(16_384, "The longest prompt, in tokens, those of pictures included.")
     new_tokens: int = _limit(4096, "The longest answer, in tokens.")
     stops: int = _limit(16, "The most stop strings in a request.")
     stop_characters: int = _limit(256, "The longest stop string, in characters.")
     answer_seconds: float = _limit(300.0, "The longest time that the model works on one answer, in seconds.")
-    fetch_seconds: float = _limit(30.0, "The longest time to fetch the pictures of a request, in seconds.")
+    fetch_seconds: float = _limit(30.0, "The longest time to fetch a picture or a film, in seconds.")
     head_seconds: float = _limit(10.0, "How long a client may take to send a request's head, in seconds.")
     body_seconds: float = _limit(60.0, "How long a client may take to send a request's body, in seconds.")
     write_seconds: float = _limit(
@@ -85,7 +97,7 @@ class Limits:
 
     @property
     def bytes_in_flight(self) -> int:
-        """The most bytes that the bodies and fetched pictures of all requests may take together."""
+        """The most bytes that the bodies and fetched pictures and films of all requests may take together."""
         return 8 * self.body_bytes
 
 
@@ -96,8 +108,8 @@ class Access:
     Args:
         api_keys: if there are any, a request to `/v1/...` must carry one of them as its bearer token.
         allowed_hosts: names that the Host header may hold beside IP addresses and `localhost`; "*" allows all.
-        allow_private_urls: whether pictures may be fetched from addresses that are not public.
-        media_domains: if there are any, the only hosts from which pictures are fetched.
+        allow_private_urls: whether pictures and films may be fetched from addresses that are not public.
+        media_domains: if there are any, the only hosts from which pictures and films are fetched.
         trusted_proxies: addresses of proxies whose `X-Forwarded-For` names the client.
         share_states: whether clients go on from one another's states, which lets each find out by the time of an
             answer what others have sent.
@@ -173,4 +185,4 @@ class Budget:
             del self.taken[client]
 
 
-__all__ = ["Access", "Budget", "Limits", "Refusal", "shown"]
+__all__ = ["Access", "Budget", "Limits", "Refusal", "sentence_of", "shown"]

@@ -195,10 +195,19 @@ class ResponseReply(Reply):
         }
 
 
+class DecisionReply(Reply):
+    """/v1/systemone. Its text is JSON, and comes whole."""
+
+    def whole(self, text: str, finished: Finished) -> dict[str, Any]:
+        usage = {"input_tokens": finished.prompt_tokens, "output_tokens": 0}
+        return {"model": self.name, "answers": json.loads(text), "usage": usage}
+
+
 REPLIES: dict[str, type[Reply]] = {
     "chat": ChatReply,
     "completion": CompletionReply,
     "response": ResponseReply,
+    "decision": DecisionReply,
 }
 """Kind of request -> the words of its answer."""
 

@@ -13,12 +13,17 @@ from typing import Any
 from jinja2 import nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from .server_formats import answer_schema
+from ..films import FrameSampling
+from .server_decisions import Decision, read_decision
+from .server_formats import answer_format, structured_outputs
 from .server_limits import Limits, Refusal, shown
-from .server_messages import read_messages, refuse_long_text
+from .server_messages import Medium, read_messages, refuse_long_text
+from .structured import Grammar
 
 DEFAULT_NEW_TOKENS = 1024
 """The longest answer to a request that does not say how long it may be."""
+LEAST_FPS, MOST_FPS = 1e-3, 1000.0
+"""Of a film: frames a second that may be taken."""
 LEAST_TEMPERATURE = 1e-6
 """Below it logits divided by the temperature leave the range of float32; 0 is greedy decoding."""
 
@@ -28,23 +33,26 @@ class Asked:
     """What a request asks for.
 
     Args:
-        kind: "chat", "completion" or "response".
-        messages: a chat for the processor, in which the content `{"type": "image", "image": n}` is picture n; None for
-            a completion.
+        kind: "chat", "completion", "response" or "decision".
+        messages: a chat for the processor, in which the content `{"type": "image", "image": n}`, or
+            `{"type": "video", "video": n}`, is medium n; None for the others.
         prompt: the text of a completion.
-        pictures: the pictures in their order: a URL, or the bytes of a file.
+        media: the pictures and films in their order.
+        sampling: which frames of films are taken.
         template: variables of the chat template.
         new_tokens: the longest answer.
         temperature, top_p: None: as the model's generation_config says.
         stop: texts that end an answer.
         bias: token -> what is added to its logit.
-        json_schema: what the answer must fit as JSON.
+        form: what the answer must fit.
+        decision: the questions of a decision.
     """
 
     kind: str
     messages: list[dict[str, Any]] | None = None
     prompt: str | None = None
-    pictures: list[str | bytes] = field(default_factory=list)
+    media: list[Medium] = field(default_factory=list)
+    sampling: FrameSampling = field(default_factory=FrameSampling)
     template: dict[str, Any] = field(default_factory=dict)
     new_tokens: int = DEFAULT_NEW_TOKENS
     temperature: float | None = None
@@ -58,7 +66,8 @@ class Asked:
     include_usage: bool = False
     echo: bool = False
     scope: str = ""
-    json_schema: Mapping[str, Any] | None = None
+    form: Grammar | None = None
+    decision: Decision | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class Rules:
         aliases: what clients may call it as well.
         vocab_size: the ids that `logit_bias` may name are below it.
         template: the variables of the model's chat template and their types, see [`template_variables`].
+        decisions: transformers' settings of decisions; None where none are taken.
     """
 
     limits: Limits
@@ -78,6 +88,7 @@ class Rules:
     aliases: frozenset[str]
     vocab_size: int
     template: Mapping[str, type]
+    decisions: Any = None
 
 
 def template_variables(template: str) -> dict[str, type]:
@@ -129,7 +140,7 @@ def read_request(kind: str, body: Mapping[str, Any], rules: Rules) -> Asked:
     """Return what the body of a request asks for.
 
     Args:
-        kind: "chat", "completion" or "response".
+        kind: "chat", "completion", "response" or "decision".
         body: the JSON object.
         rules: of the server and its model.
 
@@ -143,6 +154,10 @@ def read_request(kind: str, body: Mapping[str, Any], rules: Rules) -> Asked:
         if value is not None:
             values[name] = FIELDS[kind][name](name, value, rules)
     asked = Asked(kind)
+    if kind == "decision":
+        asked.decision, asked.media = read_decision(values, rules.decisions, rules.limits)
+        asked.scope = values.get("prompt_cache_key", "")
+        return asked
     new_tokens = ("max_completion_tokens", "max_tokens", "max_output_tokens")
     default = min(DEFAULT_NEW_TOKENS, rules.limits.new_tokens)
     asked.new_tokens = next((values[name] for name in new_tokens if name in values), default)
@@ -153,7 +168,10 @@ def read_request(kind: str, body: Mapping[str, Any], rules: Rules) -> Asked:
     asked.template = values.get("chat_template_kwargs", {})
     asked.include_usage = values.get("stream_options", False)
     asked.scope = values.get("prompt_cache_key", "")
-    asked.json_schema = values.get("response_format" if kind == "chat" else "text")
+    forms = [values[name] for name in ("response_format", "text", "structured_outputs") if values.get(name)]
+    if len(forms) > 1:
+        raise Refusal("An answer can have one form: leave out structured_outputs or the other one.")
+    asked.form = forms[0] if forms else None
     if kind == "completion":
         asked.prompt = values.get("prompt")
         if asked.prompt is None:
@@ -165,7 +183,8 @@ def read_request(kind: str, body: Mapping[str, Any], rules: Rules) -> Asked:
             raise Refusal(
                 f"{source} must be {'a list of at least one message' if kind == 'chat' else 'a text or a list'}."
             )
-        asked.messages, asked.pictures = read_messages(
+        asked.sampling = values.get("media_io_kwargs", asked.sampling)
+        asked.messages, asked.media = read_messages(
             values[source], values.get("instructions"), source, rules.limits
         )
     return asked
@@ -285,6 +304,20 @@ def _template(name: str, value: Any, rules: Rules) -> dict[str, Any]:
     return value
 
 
+def _media_options(name: str, value: Any, rules: Rules) -> FrameSampling:
+    given = value.get("video", {}) if isinstance(value, dict) and not value.keys() - {"video"} else None
+    if not isinstance(given, dict) or given.keys() - {"num_frames", "fps"}:
+        raise _refuse(name, 'an object such as {"video": {"num_frames": 4}} or {"video": {"fps": 1}}', value)
+    given = {key: entry for key, entry in given.items() if entry is not None}
+    if "num_frames" in given:
+        given["num_frames"] = _whole("num_frames", given["num_frames"], 1, rules.limits.pictures)
+    if "fps" in given:
+        given["fps"] = _number(LEAST_FPS, MOST_FPS)("fps", given["fps"], rules)
+    if len(given) > 1:
+        raise Refusal(f"{name} can have either num_frames or fps.")
+    return FrameSampling(**given)
+
+
 def _stream_options(name: str, value: Any, rules: Rules) -> bool:
     known = {"include_usage", "include_obfuscation"}
     if not isinstance(value, dict) or value.keys() - known:
@@ -292,16 +325,20 @@ def _stream_options(name: str, value: Any, rules: Rules) -> bool:
     return value.get("include_usage") is not None and _flag(name, value["include_usage"], rules)
 
 
-def _format(name: str, value: Any, rules: Rules) -> Mapping[str, Any] | None:
-    return answer_schema(name, value)
+def _format(name: str, value: Any, rules: Rules) -> Grammar | None:
+    return answer_format(name, value)
 
 
-def _text_options(name: str, value: Any, rules: Rules) -> Mapping[str, Any] | None:
+def _structured(name: str, value: Any, rules: Rules) -> Grammar:
+    return structured_outputs(name, value)
+
+
+def _text_options(name: str, value: Any, rules: Rules) -> Grammar | None:
     if not isinstance(value, dict) or value.keys() - {"format", "verbosity"}:
         raise _refuse(name, "an object of format and verbosity", value)
     if value.get("verbosity") is not None:
         _only("medium")("text.verbosity", value["verbosity"], rules)
-    return None if value.get("format") is None else answer_schema("text.format", value["format"])
+    return None if value.get("format") is None else answer_format("text.format", value["format"])
 
 
 def _reasoning(name: str, value: Any, rules: Rules) -> None:
@@ -317,6 +354,7 @@ _SHARED: dict[str, Check] = {
     "top_p": _number(0, 1),
     "seed": _seed,
     "prompt_cache_key": _text,
+    "structured_outputs": _structured,
     # Without influence on an answer.
     "user": _anything,
     "metadata": _anything,
@@ -328,6 +366,7 @@ _SHARED: dict[str, Check] = {
 }
 _OF_CHATS: dict[str, Check] = {
     "chat_template_kwargs": _template,
+    "media_io_kwargs": _media_options,
     "parallel_tool_calls": _anything,  # without tools it has no influence
     "tools": _only([]),
     "tool_choice": _only("none", "auto"),
@@ -379,6 +418,13 @@ FIELDS: dict[str, dict[str, Check]] = {
         "previous_response_id": _only(),
         "prompt": _only(),
         "truncation": _only("disabled"),
+    },
+    "decision": {
+        "model": _model,
+        "state": _anything,
+        "questions": _anything,
+        "assets": _anything,
+        "prompt_cache_key": _text,
     },
 }
 """Route -> field -> its check."""

@@ -20,7 +20,12 @@ from .server_limits import Access, Budget, Limits, Refusal
 from .server_replies import REPLIES, Reply, dumps, error_body
 from .server_requests import Asked, Rules, parse_json, read_request
 
-PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "completion", "/v1/responses": "response"}
+PATHS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completion",
+    "/v1/responses": "response",
+    "/v1/systemone": "decision",
+}
 """Path -> the kind of request that it takes."""
 
 HEADERS = {401: {"www-authenticate": "Bearer"}, 408: {"connection": "close"}, 503: {"retry-after": "1"}}
@@ -142,7 +147,7 @@ class Answering:
 
     Args:
         service: what it belongs to.
-        kind: "chat", "completion" or "response".
+        kind: "chat", "completion", "response" or "decision".
     """
 
     def __init__(self, service: Service, kind: str):
@@ -160,9 +165,15 @@ class Answering:
             asked = await self._read(request, spend)
             gone = asyncio.ensure_future(_leaving(receive))
             try:
-                files = await _unless(gone, self.service.fetcher.fetch_all(asked.pictures, client))
-                spend(sum(len(file) for file, given in zip(files, asked.pictures) if isinstance(given, str)))
-                asked.pictures.clear()
+                files = await _unless(gone, self.service.fetcher.fetch_all(asked.media, client))
+                spend(
+                    sum(
+                        len(file.content)
+                        for file, given in zip(files, asked.media)
+                        if isinstance(given.content, str)
+                    )
+                )
+                asked.media.clear()
                 job = Job(asked, files, client)
                 del files
                 await self._answer(job, gone, send)
