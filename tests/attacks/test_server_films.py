@@ -211,6 +211,15 @@ def test_a_decoder_that_fails_is_a_sentence(film, monkeypatch, end):
         read_film(film, FrameSampling(), **WITHIN)
 
 
+def test_the_process_knows_no_keys(film, monkeypatch):
+    monkeypatch.setenv("VISUALRWKV_API_KEY", "secret-key")
+    told = "import os, json; print(json.dumps({'error': 'it knows: ' + ' '.join(sorted(os.environ))}))"
+    monkeypatch.setattr(film_process, "START", told)
+    with pytest.raises(ValueError, match=r"it knows: .*PATH") as known:
+        read_film(film, FrameSampling(), **WITHIN)
+    assert not [name for name in str(known.value).split() if "KEY" in name or "TOKEN" in name]
+
+
 HUNGRY = (
     "import visualrwkv_hf.inference.film_process as process; from PIL import Image; "
     "process.iterate_film = lambda *_: [Image.new('RGB', (9, 9))] * bool(bytearray({})); process.main()"

@@ -125,6 +125,27 @@ def test_marks_of_templates_are_text(client):
     assert client.post("/v1/chat/completions", json=body).status_code == 200
 
 
+def test_labels_of_several_tokens_are_scored(tmp_path):
+    """Yes and No, which the vocabulary of the tiny model has in pieces only; the pipeline refuses them."""
+    folder = save_tiny_model(tmp_path / "model")
+    app = build_app(folder)
+    with running(app) as url, httpx.Client(base_url=url, timeout=PATIENCE) as client:
+        question = {"red": QUESTIONS["red"]}
+        found = decide(client, {"state": "I want a refund.", "questions": question})["answers"]["red"]["noul"]
+    processor = AutoProcessor.from_pretrained(folder)
+    text = "I want a refund.\n\nIs it red?\nAnswer Yes or No only."
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": text}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    labels = [processor.tokenizer.encode(label, add_special_tokens=False) for label in ("Yes", "No")]
+    assert max(map(len, labels)) > 1
+    assert found == pytest.approx(float(app.state.model.score(inputs, labels).probabilities[0, 0]), abs=1e-5)
+
+
 NO_QUESTION = {"q": {"type": "choice", "instructions": "?", "criteria": {}}}
 REFUSALS = {
     "no state": ({"questions": QUESTIONS}, "state must be a text, an object or a list, got None"),

@@ -20,7 +20,7 @@ import torch
 from hub_client import hub_environment
 from hub_server import Hub
 from paths import ROOT
-from PIL import Image
+from PIL import Image, ImageDraw
 from tiny import awake, text_config
 from tiny_checkpoint import write_checkpoint
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -47,6 +47,13 @@ def save_picture(path: Path) -> None:
     seed = sum(path.stem.encode())
     picture = Image.new("RGB", (96, 72), (seed % 256, 200, 90))
     picture.paste((90, 40, seed % 199), (24, 18, 60, 54))
+    picture.save(path)
+
+
+def save_circle(path: Path) -> None:
+    """A red circle on white, of a kind that the model in the package knows."""
+    picture = Image.new("RGB", (256, 256), "white")
+    ImageDraw.Draw(picture).ellipse((70, 60, 190, 180), fill="red")
     picture.save(path)
 
 
@@ -96,6 +103,7 @@ def save_tower(path: Path) -> None:
 
 MADE: list[tuple[str, Callable[[Path], None]]] = [
     (r"(cat|dog|page|first|second|third)\.(png|jpg)", save_picture),
+    (r"circle\.png", save_circle),
     (r"film\.mp4", save_film),
     ("|".join(MODELS), save_model),
     (r"(train|val)\.json", save_rows),

@@ -24,6 +24,8 @@ MEMORY_BYTES = 3 * 2**30
 """The most address space of the process: the interpreter and the libraries, the film, and a decoder's frames."""
 CPU_SECONDS = 4
 """The most processor seconds for a second on the clock: of threads together, should nobody be there to kill them."""
+ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "SYSTEMROOT", "TMPDIR")
+"""Variables of the environment that the process has."""
 POLL_SECONDS = 0.05
 """How often it is looked whether the film is still wanted."""
 START = "import sys; sys.path.pop(0); from visualrwkv_hf.inference.film_process import main; main()"
@@ -69,14 +71,13 @@ def read_film(
     ):
         film.write(content)
         film.seek(0)
-        path = os.pathsep.join(filter(None, sys.path))
         process = subprocess.Popen(
             [sys.executable, "-c", START, json.dumps(wanted)],
             stdin=film,
             stdout=frames,
             stderr=subprocess.DEVNULL,
             cwd=cwd,
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env=_environment(),
         )
         try:
             _wait(process, seconds, is_left)
@@ -85,6 +86,13 @@ def read_film(
             process.wait()
         frames.seek(0)
         return list(_read_frames(frames))
+
+
+def _environment() -> dict[str, str]:
+    """Return what the process needs of the environment: keys, for example of the server, are not there to be read."""
+    kept = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    path = os.pathsep.join(filter(None, sys.path))
+    return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def _wait(process: subprocess.Popen, seconds: float, is_left: Callable[[], bool]) -> None:

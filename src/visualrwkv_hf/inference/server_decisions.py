@@ -142,16 +142,14 @@ class Decider:
             ValueError, jinja2.TemplateError: a question cannot be asked.
             Left: `is_over` said so.
         """
-        from transformers.decision import label_token_ids
-
         store = StateStore() if store is None else store
         answers, length = {}, 0
         for question in _checked(decision.questions, self.config):
             if is_over():
                 raise Left
             inputs = self._inputs(decision, question, pictures)
-            labels = label_token_ids(self.processor.tokenizer, tuple(question.labels))
-            scores = self.model.score(inputs, [[label] for label in labels], state_store=store)
+            labels = self.processor.tokenizer(question.labels, add_special_tokens=False)["input_ids"]
+            scores = self.model.score(inputs, labels, state_store=store)
             logits = scores.log_probs / float(self.config.temperature.get(question.type, 1.0))  # [1, A]
             answers[question.name] = question.answer(logits[0].softmax(-1).tolist())
             length += inputs["input_ids"].shape[1]

@@ -25,10 +25,15 @@ MAX_DEPTH = 64
 """How deep a schema may be nested."""
 LIMITS = dict(step_max_items=20_000, max_grammar_size=100_000, max_lexer_states=50_000)
 """Of llguidance: the work for one token, the symbols of a grammar, and the memory of its lexer."""
-JSON_SPACE = r"(\n?[ \t]{0,32})?"
-"""White space between the parts of JSON: no blank line, which would end the turn, and not without end."""
-START = "start: {space}{body}\n"
-"""An answer follows "Assistant:" after a space. The blank line that ends its turn is a token that ends an answer."""
+JSON_SPACE = r"( |\n( {0,32}|\t{0,8}))?"
+"""White space between the parts of JSON: a space, or a line break and an indentation. There is no blank line, which
+would end the turn, and a model that is unsure of what comes next cannot fill its answer with tabs."""
+START = '%llguidance {{"no_forcing": true}}\nstart: {space}{body}\n'
+"""An answer follows "Assistant:" after a space. The blank line that ends its turn is a token that ends an answer.
+
+Where only one text can follow, such as the name of a property, llguidance would allow the tokens of its own choice
+alone; without forcing, all tokens that the text can begin with are left to the model.
+"""
 SPACE = '" "? '
 
 
