@@ -22,7 +22,7 @@ import typer
 from PIL import Image
 
 from visualrwkv_hf import FrameSampling, VisualRWKVCache, bundled_model
-from visualrwkv_hf.films import iterate_film
+from visualrwkv_hf.films import ALL_FRAMES, iterate_film
 from visualrwkv_hf.inference import load_model, load_processor
 
 
@@ -38,7 +38,7 @@ def frames_of(source: Path, fps: float | None = None) -> Iterator[Image.Image]:
         ImportError: its decoder is not installed.
     """
     if not source.is_dir():
-        sampling = FrameSampling(num_frames=sys.maxsize) if fps is None else FrameSampling(fps=fps)
+        sampling = FrameSampling(num_frames=ALL_FRAMES) if fps is None else FrameSampling(fps=fps)
         yield from iterate_film(source, sampling)
         return
     for path in sorted(source.iterdir()):

@@ -52,6 +52,7 @@ footer { display: none !important; }
 #chat .examples { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; max-width: 560px; margin: 0 auto; }
 #chat .example { min-width: 0 !important; max-width: none !important; }
 #chat [data-testid=user] :is(img, video) { max-height: 160px; width: auto; }
+#chat :is([aria-label=Share], [data-testid=download-link]) { display: none; }
 #figure { overflow-x: auto; background: white; border-radius: 8px; }
 #figure img { min-width: 680px; max-width: none; width: 100%; }
 @media (max-width: 600px) {
@@ -59,7 +60,10 @@ footer { display: none !important; }
     #chat { height: max(300px, calc(100dvh - 290px)) !important; }
 }
 """
-"""One column that a phone shows whole. The figure keeps a size at which it can be read, and scrolls sideways."""
+"""One column that a phone shows whole. The figure keeps a size at which it can be read, and scrolls sideways.
+
+gradio's buttons that share a film with others are not shown.
+"""
 SWITCH_THEME = "() => { document.body.classList.toggle('dark') }"
 SIDE = 256
 """Height and width of the example pictures, in pixels."""

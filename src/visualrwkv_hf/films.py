@@ -271,3 +271,6 @@ def _reason(error: Exception) -> str:
     system = getattr(error, "strerror", None)  # of FFmpeg and of the operating system, without the path
     text = system or (str(error) if isinstance(error, ValueError) else "it is damaged")
     return f"{text.rstrip('.')}."
+
+
+__all__ = ["ALL_FRAMES", "DEFAULT_FRAMES", "FrameSampling", "film_frames", "iterate_film"]

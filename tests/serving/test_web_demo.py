@@ -100,6 +100,7 @@ def test_a_conversation_about_a_film(page, folder, tmp_path, pictures):
     answer = "".join(chat.ask("What moves?"))
     assert shown(seen[-1]) == shown(answer) and shown(answer)
     assert len(page.find("[data-testid=user] video")) == 1
+    assert not [button for button in page.find("[aria-label=Share]") if button.is_displayed()]
     page.attach(pictures[0])
     chat.add_picture(pictures[0])
     assert shown(page.ask("And this?")[-1]) == shown("".join(chat.ask("And this?")))
