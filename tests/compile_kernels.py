@@ -38,8 +38,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from visualrwkv_hf.triton_kernels.decode import rwkv6_decode, rwkv7_decode
+from visualrwkv_hf.triton_kernels import launches
+from visualrwkv_hf.triton_kernels.decode import rwkv6_decode, rwkv7_decode, rwkv7_decode_low_rank
 from visualrwkv_hf.triton_kernels.low_rank import low_rank
+from visualrwkv_hf.triton_kernels.norm_shift import norm_shift
+from visualrwkv_hf.triton_kernels.products import products
 from visualrwkv_hf.triton_kernels.token_shift import token_shift
 from visualrwkv_hf.triton_kernels.wkv6 import wkv6
 from visualrwkv_hf.triton_kernels.wkv7 import wkv7
@@ -85,11 +88,11 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
-    "wkv7_fwd_prepare_kernel": Limit(2300, 70),
+    "wkv7_fwd_prepare_kernel": Limit(2200, 88),
     "wkv7_fwd_scan_kernel": Limit(800, 14),
     "wkv7_bwd_scan_kernel": Limit(620, 14),
-    "wkv7_bwd_values_kernel": Limit(1900, 55),
-    "wkv7_bwd_keys_kernel": Limit(3000, 60),
+    "wkv7_bwd_values_kernel": Limit(650, 25),
+    "wkv7_bwd_keys_kernel": Limit(2650, 56),
     "wkv6_fwd_prepare_kernel": Limit(1900, 50),
     "wkv6_bwd_gradients_kernel": Limit(3100, 62),
 }
@@ -183,6 +186,52 @@ def call_low_rank(dtype: torch.dtype, K: int, M: int = 4, C: int = 4096) -> None
     low_rank([x] * M, down, up, ("tanh", "identity", "sigmoid", "identity")[:M])
 
 
+def call_norm_shift(
+    dtype: torch.dtype,
+    K: int,
+    M: int = 6,
+    C: int = 4096,
+    mask: bool = False,
+    pool: bool = False,
+    **options: bool,
+) -> None:
+    B, row = 2, torch.zeros(C, dtype=dtype)
+    norm_shift(
+        *(torch.zeros(B, C, dtype=dtype), row, row, 1e-5, torch.zeros(B, C, dtype=dtype), [row] * M),
+        mask=torch.ones(B, dtype=torch.bool) if mask else None,
+        state_indices=torch.arange(B) if pool else None,
+        **options,
+    )
+
+
+def call_products(dtype: torch.dtype, K: int, B: int = 1, C: int = 4096, last: bool = False) -> None:
+    """The first products of RWKV-7's time mix; the last of a gated channel mix."""
+    x = torch.zeros(B, C, dtype=dtype)
+    if last:
+        products([x], [torch.zeros(C, C, dtype=dtype)], ["squared_relu"], [True], residual=x, gate=x)
+        return
+    down = [torch.zeros(C, D, dtype=dtype) for D in (128, 128, 480, 96)]
+    functions = [*["identity"] * 3, "tanh", "identity", "sigmoid", "identity"]
+    products([x] * 7, [torch.zeros(C, C, dtype=dtype)] * 3 + down, functions, [True] * 3 + [False] * 4)
+
+
+def call_rwkv7_decode_low_rank(
+    dtype: torch.dtype, K: int, B: int = 2, first_layer: bool = False, mask: bool = False, pool: bool = False
+) -> None:
+    H, ranks = 2, (128, 128, 480) if first_layer else (128, 128, 480, 96)
+    token, weight = torch.zeros(B, H * K, dtype=dtype), torch.zeros(H * K, dtype=dtype)
+    rwkv7_decode_low_rank(
+        *(token, token, token, None if first_layer else token),
+        [torch.zeros(B, D, dtype=dtype) for D in ranks],
+        [torch.zeros(D, H * K, dtype=dtype) for D in ranks],
+        *(weight, weight, None if first_layer else weight, *[weight] * 5),
+        torch.zeros(B, H, K, K),
+        torch.ones(B, dtype=torch.bool) if mask else None,
+        torch.arange(B) if pool else None,
+        64e-5,
+    )
+
+
 def call_rwkv7_decode(
     dtype: torch.dtype, K: int, first_layer: bool = False, mask: bool = False, pool: bool = False
 ) -> None:
@@ -233,7 +282,16 @@ WKV_OPTIONS = {
     "tokens, everything": dict(training=False, T=5, sequences=2, **EVERYTHING),
 }
 """Everything: order, packed sequences and an initial state."""
-QUICK = ("training", "training, many, everything", "training, any decay", "token", "order, dynamic", "")
+QUICK = (
+    "training",
+    "training, many, everything",
+    "training, any decay",
+    "token",
+    "order, dynamic",
+    "",
+    "64 rows",
+    "last",
+)
 BOUNDED = dict(min_log_decay=-0.6065306597126334)  # -e^(-1/2), what RWKV-7 passes
 
 
@@ -269,6 +327,39 @@ OPS = {
         call_low_rank,
         {"": {}, "first layer": dict(M=3), "RWKV-6": dict(M=1), "0.1B": dict(C=768)},
         head_sizes=(64,),
+    ),
+    "norm_shift": Op(
+        call_norm_shift,
+        {
+            "": {},
+            "channel mix": dict(M=1),
+            "0.1B": dict(C=768),
+            "mask, pool": dict(mask=True, pool=True),
+            "RWKV-5": dict(M=4, of_current=True),
+            "RWKV-6": dict(M=1, ends=True),
+        },
+        head_sizes=(64,),
+    ),
+    "products": Op(
+        call_products,
+        {
+            "": {},
+            "64 rows": dict(B=64),
+            "0.1B": dict(C=768),
+            "0.1B, 20 rows": dict(B=20, C=768),
+            "last": dict(last=True),
+            "last, 64 rows": dict(B=64, last=True),
+        },
+        head_sizes=(64,),
+    ),
+    "rwkv7_decode_low_rank": Op(
+        call_rwkv7_decode_low_rank,
+        {
+            "": {},
+            "64 rows": dict(B=64),
+            "first layer": dict(first_layer=True),
+            "mask, pool": dict(mask=True, pool=True),
+        },
     ),
     "rwkv7_decode": Op(
         call_rwkv7_decode,
@@ -331,8 +422,9 @@ def recorded(target: str) -> Iterator[list[dict[str, Any]]]:
     with (
         mock.patch.object(triton.runtime.driver, "_active", driver),
         mock.patch.object(JITFunction, "_do_compile", note),
-        # What the launchers look at: is it an AMD GPU, and may Triton serve tensors on the CPU?
+        # What the launchers look at: is it an AMD GPU, which one of NVIDIA's, may Triton serve tensors on the CPU?
         mock.patch.object(torch.version, "hip", "6.0" if gpu.backend == "hip" else None),
+        mock.patch.object(launches, "architecture", lambda r: 9 if gpu.backend == "hip" else gpu.arch // 10),
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
     ):
         yield found
@@ -340,7 +432,7 @@ def recorded(target: str) -> Iterator[list[dict[str, Any]]]:
 
 def launches_of(ops, dtypes, head_sizes, targets, quick: bool) -> list[Launch]:
     """Every distinct launch of these ops, or those of the `QUICK` options."""
-    launches: dict[str, Launch] = {}
+    distinct: dict[str, Launch] = {}
     for name, dtype, head_size, target in itertools.product(ops, dtypes, head_sizes, targets):
         if head_size not in OPS[name].head_sizes:
             continue
@@ -353,8 +445,8 @@ def launches_of(ops, dtypes, head_sizes, targets, quick: bool) -> list[Launch]:
                 raise RuntimeError(f"{name} ({dtype}, head size {head_size}, {options}) launched no kernel.")
             for one in found:
                 launch = Launch(name, dtype, head_size, options, target, **one)
-                launches.setdefault(launch.key, launch)
-    return list(launches.values())
+                distinct.setdefault(launch.key, launch)
+    return list(distinct.values())
 
 
 # --- what becomes of it -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .block import decode_block
 from .decode import rwkv6_decode, rwkv7_decode
 from .launches import DTYPES, HEAD_SIZES, has_matrix_units, interpreted
 from .low_rank import low_rank
@@ -23,6 +24,12 @@ def _why_not_dtype(x: Tensor, *_: Tensor, gradient: bool = False) -> str:
 def _why_not_decode(x: Tensor, state: Tensor, *_: Tensor, gradient: bool = False) -> str:
     if state.shape[-1] not in HEAD_SIZES:
         return f"head sizes K = V in {HEAD_SIZES} are served, not {state.shape[-1]}"
+    return _why_not_dtype(x)
+
+
+def _why_not_block(x: Tensor, *_: Tensor, gradient: bool = False) -> str:
+    if not has_matrix_units(x):
+        return "a GPU of compute capability 8.0 or higher is needed"
     return _why_not_dtype(x)
 
 
@@ -59,6 +66,7 @@ KERNELS: dict[str, Op] = {
     "low_rank": Op(low_rank, _why_not_dtype),
     "rwkv6_decode": Op(rwkv6_decode, _why_not_decode),
     "rwkv7_decode": Op(rwkv7_decode, _why_not_decode),
+    "block_decode": Op(decode_block, _why_not_block),
 }
 
 

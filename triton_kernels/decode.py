@@ -13,7 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import DECODE_WARPS, HEAD_SIZES, call, needs_gradient, on_device_of
+from .launches import (
+    DECODE_GROUPS,
+    DECODE_RANKS,
+    DECODE_STAGES,
+    DECODE_WARPS,
+    HEAD_SIZES,
+    call,
+    needs_gradient,
+    on_device_of,
+    product_precision,
+)
 
 DECAY_SCALE = tl.constexpr(0.6065306597126334)
 """e^(-1/2). RWKV-7's log decays lie between -e^(-1/2) and 0."""
@@ -222,45 +232,23 @@ def _gated_norm(b_y, b_bonus, norm_weight, norm_bias, gate, out, o_h, o_bh, m_re
 
 
 @triton.jit
-def rwkv7_decode_fwd_kernel(
-    r,
-    decay,
-    k,
-    v,
-    rate,
-    gate,
-    value_gate,
-    v_first,
-    w0,
-    a0,
-    v0,
-    k_k,
-    k_a,
-    r_k,
-    norm_weight,
-    norm_bias,
-    state,
-    stride,
-    mask,
-    state_indices,
-    out,
-    eps,
-    H: tl.constexpr,
-    K: tl.constexpr,
-):
-    i_bh = tl.program_id(0).to(tl.int64)
+def _rwkv7_token(
+    r, k, v, v_first, b_decay, b_rate, b_gate, b_lerp, w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias, state, stride,
+    mask, state_indices, out, i_b, i_h, eps, H: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Compute a token of sequence i_b in head i_h; b_decay, b_rate, b_gate, b_lerp (the value gate) [K] float32."""
     o_k = tl.arange(0, K)
-    o_h, o_bh = i_bh % H * K + o_k, i_bh * K + o_k
-    p_state, m_real = _state_of(state, stride, mask, state_indices, i_bh // H, i_bh % H, o_k, K)
+    o_h, o_bh = i_h * K + o_k, (i_b * H + i_h) * K + o_k
+    p_state, m_real = _state_of(state, stride, mask, state_indices, i_b, i_h, o_k, K)
     b_S = tl.load(p_state)  # loaded first, because it is by far the largest
 
     b_r = tl.load(r + o_bh).to(tl.float32)
     b_k = tl.load(k + o_bh).to(tl.float32)
     b_v = tl.load(v + o_bh).to(tl.float32)
-    b_decay = tl.load(w0 + o_h).to(tl.float32) + tl.load(decay + o_bh).to(tl.float32)
-    b_rate = tl.sigmoid(tl.load(a0 + o_h).to(tl.float32) + tl.load(rate + o_bh).to(tl.float32))
+    b_decay += tl.load(w0 + o_h).to(tl.float32)
+    b_rate = tl.sigmoid(tl.load(a0 + o_h).to(tl.float32) + b_rate)
     if v_first is not None:
-        b_lerp = tl.sigmoid(tl.load(v0 + o_h).to(tl.float32) + tl.load(value_gate + o_bh).to(tl.float32))
+        b_lerp = tl.sigmoid(tl.load(v0 + o_h).to(tl.float32) + b_lerp)
         b_v += (tl.load(v_first + o_bh).to(tl.float32) - b_v) * b_lerp
     b_kk = b_k * tl.load(k_k + o_h).to(tl.float32)
     b_kk /= tl.maximum(tl.sqrt(tl.sum(b_kk * b_kk, 0)), 1e-12)
@@ -272,8 +260,69 @@ def rwkv7_decode_fwd_kernel(
     b_S += (b_kk * b_rate)[:, None] * b_sa[None, :] + b_k[:, None] * b_v[None, :]
     tl.store(p_state, b_S, mask=m_real[:, None])
     b_y = tl.sum(b_r[:, None] * b_S, 0)  # [V]
-    b_gate = tl.load(gate + o_bh).to(tl.float32)
     _gated_norm(b_y, b_bonus, norm_weight, norm_bias, b_gate, out, o_h, o_bh, m_real, eps, K)
+
+
+@triton.jit
+def rwkv7_decode_fwd_kernel(
+    r, decay, k, v, rate, gate, value_gate, v_first, w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias, state, stride,
+    mask, state_indices, out, eps, H: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    i_bh = tl.program_id(0).to(tl.int64)
+    o_bh = i_bh * K + tl.arange(0, K)
+    b_decay = tl.load(decay + o_bh).to(tl.float32)
+    b_rate = tl.load(rate + o_bh).to(tl.float32)
+    b_gate = tl.load(gate + o_bh).to(tl.float32)
+    b_lerp = b_gate if v_first is None else tl.load(value_gate + o_bh).to(tl.float32)
+    _rwkv7_token(
+        r, k, v, v_first, b_decay, b_rate, b_gate, b_lerp, w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias, state,
+        stride, mask, state_indices, out, i_bh // H, i_bh % H, eps, H, K,
+    )  # fmt: skip
+
+
+@triton.jit
+def _map_up(
+    low, up, o_b, m_b, o_h, D: tl.constexpr, A: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Return low W2 of sequences o_b in channels o_h, float32 [len(o_b), K]; low is [B, D]."""
+    b_y = tl.zeros([o_b.shape[0], o_h.shape[0]], tl.float32)
+    for i_d in range(0, D, BD):
+        o_d = i_d + tl.arange(0, BD)
+        p_low = low + o_b[:, None] * D + o_d[None, :]
+        b_low = tl.load(p_low, mask=m_b[:, None] & (o_d[None, :] < D), other=0)
+        b_up = tl.load(up + o_d[:, None] * A + o_h[None, :], mask=o_d[:, None] < D, other=0)
+        b_y = tl.dot(b_low, b_up, b_y, input_precision=PRECISION)
+    return b_y
+
+
+@triton.jit(do_not_specialize=["B"])
+def rwkv7_decode_low_rank_fwd_kernel(
+    r, k, v, v_first, low, up, w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias, state, stride, mask, state_indices,
+    out, eps, B, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BB: tl.constexpr,
+    BD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute G sequences of one head, and first their low-rank maps W2 (decay, rate, gate, value gate) together."""
+    i_h = (tl.program_id(0) % H).to(tl.int64)
+    i_first = (tl.program_id(0) // H).to(tl.int64) * G
+    o_row, o_h = tl.arange(0, BB), i_h * K + tl.arange(0, K)
+    o_b, m_b = i_first + o_row, (o_row < G) & (i_first + o_row < B)
+    b_decays = _map_up(low[0], up[0], o_b, m_b, o_h, D[0], H * K, BD, PRECISION)
+    b_rates = _map_up(low[1], up[1], o_b, m_b, o_h, D[1], H * K, BD, PRECISION)
+    b_gates = _map_up(low[2], up[2], o_b, m_b, o_h, D[2], H * K, BD, PRECISION)
+    b_lerps = b_gates
+    if v_first is not None:
+        b_lerps = _map_up(low[3], up[3], o_b, m_b, o_h, D[3], H * K, BD, PRECISION)
+    for i in range(0, tl.minimum(B - i_first, G).to(tl.int32)):
+        m_own = o_row[:, None] == i
+        _rwkv7_token(
+            r, k, v, v_first,
+            tl.sum(tl.where(m_own, b_decays, 0.0), 0),
+            tl.sum(tl.where(m_own, b_rates, 0.0), 0),
+            tl.sum(tl.where(m_own, b_gates, 0.0), 0),
+            tl.sum(tl.where(m_own, b_lerps, 0.0), 0),
+            w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias, state, stride, mask, state_indices, out, i_first + i,
+            i_h, eps, H, K,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -366,6 +415,50 @@ def _rwkv7_decode(
 
 
 @_rwkv7_decode.register_fake
+def _(r, *args, **kwargs):
+    return torch.empty_like(r)
+
+
+@torch.library.custom_op("visualrwkv::rwkv7_decode_low_rank", mutates_args=("state",))
+def rwkv7_decode_low_rank(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    v_first: Tensor | None,
+    low: list[Tensor],
+    up: list[Tensor],
+    w0: Tensor,
+    a0: Tensor,
+    v0: Tensor | None,
+    k_k: Tensor,
+    k_a: Tensor,
+    r_k: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    state: Tensor,
+    mask: Tensor | None,
+    state_indices: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Compute `rwkv7_decode` of B sequences, and before it the products W2 of its low-rank maps.
+
+    Args: as in [`rwkv7_decode`], contiguous and not checked, but for `low`, the maps' inner values f(x W1)
+    [B, D], and `up`, their W2 [D, A]: of decay, rate, gate and, except in the first layer, value gate.
+    """
+    B, (_, H, K, _) = r.shape[0], state.shape
+    out = torch.empty_like(r)
+    G = triton.cdiv(B, DECODE_GROUPS)
+    with on_device_of(r):
+        rwkv7_decode_low_rank_fwd_kernel[(H * triton.cdiv(B, G),)](
+            r, k, v, v_first, tuple(low), tuple(up), w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias, state,
+            state.stride(0), mask, state_indices, out, eps, B, H=H, K=K, D=tuple(w.shape[0] for w in up), G=G,
+            BB=max(16, triton.next_power_of_2(G)), BD=DECODE_RANKS, PRECISION=product_precision(r),
+            num_warps=DECODE_WARPS[K], num_stages=DECODE_STAGES,
+        )  # fmt: skip
+    return out
+
+
+@rwkv7_decode_low_rank.register_fake
 def _(r, *args, **kwargs):
     return torch.empty_like(r)
 

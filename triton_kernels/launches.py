@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 HEAD_SIZES = (32, 64, 128)
@@ -54,6 +55,11 @@ def precision_of(r: Tensor) -> Precision:
     return Precision(torch.float32, "ieee" if torch.version.hip else dots)
 
 
+def product_precision(x: Tensor) -> str:
+    """Return `input_precision` of a plain matrix product of x, which float32 inputs must not round to tf32."""
+    return "tf32x3" if x.dtype == torch.float32 and not torch.version.hip else "ieee"
+
+
 # --- devices ------------------------------------------------------------------------------------------
 
 
@@ -67,6 +73,13 @@ def has_matrix_units(r: Tensor) -> bool:
     if r.device.type != "cuda" or torch.version.hip:
         return True
     return torch.cuda.get_device_capability(r.device) >= (8, 0)
+
+
+def architecture(r: Tensor) -> int:
+    """Return the major compute capability of the device of r; 9 where there is no such number."""
+    if r.device.type != "cuda" or torch.version.hip:
+        return 9
+    return torch.cuda.get_device_capability(r.device)[0]
 
 
 def needs_gradient(*inputs: Tensor | None) -> bool:
@@ -120,8 +133,11 @@ class Config(NamedTuple):
         many: the scans elsewhere.
         gradients: values per turn of its loop. In wkv7 two kernels, the first of which this launches.
         keys: wkv7's second gradients kernel; keys per program.
+        turn: values per turn of that kernel's loops. 0 is all at once.
         part: keys per turn of a product over all K, where all at once would spill registers: in wkv6's gradients and in
             wkv7's scans. 0 is all at once.
+        prepare_part: wkv7's keys per turn of `prepare`, in the same case.
+        values_part: wkv7's keys per turn of the first gradients kernel, in the same case.
     """
 
     BT: int
@@ -130,7 +146,10 @@ class Config(NamedTuple):
     many: Launch
     gradients: Launch
     keys: Launch = Launch(32, 4)
+    turn: int = 0
     part: int = 0
+    prepare_part: int = 0
+    values_part: int = 0
 
     def scan(self, programs: int) -> Launch:
         """Return the launch of a scan over so many sequences times heads."""
@@ -162,24 +181,46 @@ _NARROW, _WIDE = Launch(16, 4, 3), Launch(32, 4, 2)
 WKV7 = {
     (32, BF16, True): Config(16, Launch(32, 4), _NARROW, _WIDE, Launch(32, 4)),
     (64, BF16, True): Config(32, Launch(64, 4), _NARROW, _WIDE, Launch(64, 4), Launch(64, 4)),
-    (128, BF16, True): Config(16, Launch(64, 8), _NARROW, _WIDE, Launch(32, 8), Launch(64, 4), part=64),
-    (32, BF16, False): Config(16, Launch(32, 4), _NARROW, _WIDE, Launch(32, 4)),
-    (64, BF16, False): Config(16, Launch(64, 4), _NARROW, _WIDE, Launch(32, 4)),
-    (128, BF16, False): Config(16, Launch(64, 8), _NARROW, _WIDE, Launch(32, 8), part=64),
+    (128, BF16, True): Config(
+        16, Launch(64, 4), _NARROW, _WIDE, Launch(64, 4), Launch(64, 4), turn=64, part=64, prepare_part=32
+    ),
+    (32, BF16, False): Config(16, Launch(16, 4), _NARROW, _WIDE, Launch(32, 4), turn=16),
+    (64, BF16, False): Config(16, Launch(64, 8), _NARROW, _WIDE, Launch(32, 4), Launch(64, 4), turn=32),
+    (128, BF16, False): Config(
+        16, Launch(64, 8), _NARROW, _WIDE, Launch(64, 4), Launch(64, 4), turn=64, part=64
+    ),
     (32, FP16, True): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4)),
-    (64, FP16, True): Config(16, Launch(32, 8), _NARROW, _NARROW, Launch(16, 4)),
-    (128, FP16, True): Config(16, Launch(32, 8), Launch(16, 8), Launch(16, 8), Launch(16, 8)),
-    (32, FP16, False): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4)),
-    (64, FP16, False): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4)),
-    (128, FP16, False): Config(16, Launch(32, 8), Launch(16, 8), Launch(16, 8), Launch(16, 8)),
-    (32, FP32, True): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4)),
-    (64, FP32, True): Config(16, Launch(32, 4), Launch(16, 4, 2), Launch(16, 4, 2), Launch(16, 4)),
-    (128, FP32, True): Config(16, Launch(32, 8), Launch(16, 8), Launch(16, 8), Launch(16, 8), part=32),
-    (32, FP32, False): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4)),
-    (64, FP32, False): Config(16, Launch(32, 4), Launch(16, 4, 2), Launch(16, 4, 2), Launch(16, 4)),
-    (128, FP32, False): Config(16, Launch(32, 8), Launch(16, 8), Launch(16, 8), Launch(16, 8), part=32),
-}
+    (64, FP16, True): Config(16, Launch(32, 8), _NARROW, _NARROW, Launch(16, 4), Launch(64, 4), turn=32),
+    (128, FP16, True): Config(16, Launch(64, 8), Launch(16, 8), Launch(16, 8), Launch(16, 8), Launch(64, 4), turn=32),
+    (32, FP16, False): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4), Launch(16, 8), turn=16),
+    (64, FP16, False): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4), Launch(16, 8), turn=16),
+    (128, FP16, False): Config(
+        16, Launch(32, 8), Launch(16, 8), Launch(16, 8), Launch(16, 8), Launch(16, 8), turn=16, prepare_part=32
+    ),
+    (32, FP32, True): Config(16, Launch(16, 4), _NARROW, _NARROW, Launch(16, 4), turn=16),
+    (64, FP32, True): Config(
+        16, Launch(64, 4), Launch(16, 4, 2), Launch(16, 4, 2), Launch(64, 4), turn=16, prepare_part=32, values_part=16
+    ),
+    (128, FP32, True): Config(
+        16, Launch(16, 8), Launch(16, 8), Launch(16, 8), Launch(32, 8), Launch(16, 4), turn=16, part=32,
+        prepare_part=32, values_part=16,
+    ),
+    (32, FP32, False): Config(16, Launch(16, 4), _NARROW, _NARROW, Launch(16, 4), Launch(16, 8), turn=16),
+    (64, FP32, False): Config(
+        16, Launch(64, 8), Launch(16, 4, 2), Launch(16, 4, 2), Launch(64, 4), Launch(16, 8), turn=16,
+        prepare_part=32, values_part=16,
+    ),
+    (128, FP32, False): Config(
+        16, Launch(32, 8), Launch(16, 8), Launch(16, 8), Launch(32, 8), Launch(16, 8), turn=16, part=32,
+        prepare_part=16, values_part=16,
+    ),
+}  # fmt: skip
 """By (K, dtype of r, whether log decays are bounded). The model's own case is (64, bfloat16, True)."""
+
+WKV7_OTHER_GPUS: dict[tuple[int, torch.dtype, bool], dict[str, int | Launch]] = {
+    (64, BF16, True): dict(turn=32, prepare_part=16),
+}
+"""What differs from `WKV7` where the GPU's architecture is not 9 (H100, H200), for registers would spill there."""
 
 WKV7_STEPS = {32: Launch(16, 1), 64: Launch(16, 1), 128: Launch(16, 2)}
 """The kernel that goes token by token, by K."""
@@ -188,6 +229,11 @@ WKV7_STEPS = {32: Launch(16, 1), 64: Launch(16, 1), 128: Launch(16, 2)}
 
 DECODE_WARPS = {32: 2, 64: 4, 128: 8}
 """By head size: a head's state takes 16, 32 or 64 registers of each thread."""
+
+DECODE_GROUPS = 8
+"""Programs per head of the decoding step that has the low-rank maps in it: more sequences share the maps' weights."""
+DECODE_RANKS, DECODE_STAGES = 32, 4
+"""Ranks per product of a low-rank map there, and how many such products have their loads in flight."""
 
 
 class Tiles(NamedTuple):
@@ -202,6 +248,21 @@ SHIFT_FORWARD = Tiles(BT=8, BC=128, num_warps=4)
 SHIFT_ONE_TOKEN = Tiles(BT=1, BC=128, num_warps=1)
 SHIFT_BACKWARD = {2: Tiles(BT=64, BC=64, num_warps=8), 4: Tiles(BT=32, BC=32, num_warps=8)}
 """By bytes of an element. Each tile writes M float32 rows of the gradient of mix; long tiles keep these few."""
+
+NORM_CHANNELS, NORM_WARPS = 512, 4
+"""Channels of a program of the fused norm and token shift; each reads its whole row once more for the norm."""
+
+
+def product_tiles(x: Tensor, widest: int) -> dict[str, int]:
+    """Return the launch of matrix products of the rows of x [..., C], the widest of which has so many outputs.
+
+    A program reads BN rows of a weight in pieces of BC columns, so that 4 stages have 16 to 32 KB of them on the way.
+    """
+    B, size = x.numel() // x.shape[-1], x.element_size()
+    BN = 32 if widest >= 4096 or B > 16 else 16
+    BC = (256 if B <= 16 else 128) // size
+    return {"BB": max(16, triton.next_power_of_2(B)), "BN": BN, "BC": BC, "num_warps": 4, "num_stages": 4}
+
 
 LOW_RANK_SPLIT = 512
 """Channels of C that one program of a low-rank map sums: of a 7B model, 8 programs for each 32 ranks, some 200 in all,

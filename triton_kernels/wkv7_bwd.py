@@ -34,7 +34,10 @@ from .chunks import (
     sums_of,
 )
 from .launches import on_device_of, precision_of, serial
-from .wkv7_fwd import centred_operands, centred_products, config_of, count, level_operands, level_products
+from .wkv7_fwd import (
+    config_of,
+    count,
+)
 
 # --- kernels ------------------------------------------------------------------------------------------
 
@@ -82,45 +85,96 @@ def wkv7_bwd_scan_kernel(
 
 
 @triton.jit
-def _store_centred_gradients(
-    r, w, k, a, b, dr, dw, dk, da, db, dA_rk, dA_rb, dA_ak, dA_ab, b_dr, b_da, b_dk, b_db, b_dG,
-    rows, m_read, m_row, order, i_h, o_k, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _gradients_of_readers(
+    v, dy, u, dz, states, rows, m_read, i_ch, i_h, o_t, o_k, width, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store dr, dw, dk, da, db from the A's gradients and from what the states give xr, xa, yk, yb.
+    """Return dA_rk, dA_rb, dA_ak, dA_ab [BT, BT], and S dy, S dz [BK, BT] at keys o_k; float32, BV values at a time."""
+    dA_rk = tl.zeros([BT, BT], tl.float32)
+    dA_rb = tl.zeros([BT, BT], tl.float32)
+    dA_ak = tl.zeros([BT, BT], tl.float32)
+    dA_ab = tl.zeros([BT, BT], tl.float32)
+    b_dr = tl.zeros([BK, BT], tl.float32)
+    b_da = tl.zeros([BK, BT], tl.float32)
+    for i_v in range(0, K if BV == K else width, BV):
+        o_v = i_v + tl.arange(0, BV)
+        p_u = (i_ch * BT + o_t)[None, :] * K + o_v[:, None]
+        b_S = tl.load(states + (i_ch * K + o_k)[:, None] * K + o_v[None, :])
+        b_v = load_columns(v, rows, m_read, i_h, H, K, o_v).to(DOT)  # [BV, BT]
+        b_dy = load_columns(dy, rows, m_read, i_h, H, K, o_v).to(DOT)
+        b_u, b_dz = tl.load(u + p_u), tl.load(dz + p_u)
+        dA_rk = tl.dot(tl.trans(b_v), b_dy, dA_rk, input_precision=PRECISION)
+        dA_rb = tl.dot(tl.trans(b_u), b_dy, dA_rb, input_precision=PRECISION)
+        dA_ak = tl.dot(tl.trans(b_v), b_dz, dA_ak, input_precision=PRECISION)
+        dA_ab = tl.dot(tl.trans(b_u), b_dz, dA_ab, input_precision=PRECISION)
+        b_dr = tl.dot(b_S, b_dy, b_dr, input_precision=PRECISION)
+        b_da = tl.dot(b_S, b_dz, b_da, input_precision=PRECISION)
+    return dA_rk, dA_rb, dA_ak, dA_ab, b_dr, b_da
+
+
+@triton.jit
+def _gradients_of_writers(
+    v, u, states, dstates, rows, m_read, i_ch, i_h, o_t, o_k, width, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return E v, E u [BK, BT], and the sum of S E over values [BK], at keys o_k; float32, BV values at a time."""
+    b_dk = tl.zeros([BK, BT], tl.float32)
+    b_db = tl.zeros([BK, BT], tl.float32)
+    b_dG = tl.zeros([BK], tl.float32)
+    for i_v in range(0, K if BV == K else width, BV):
+        o_v = i_v + tl.arange(0, BV)
+        p_S = (i_ch * K + o_k)[:, None] * K + o_v[None, :]
+        b_S, b_E = tl.load(states + p_S), tl.load(dstates + p_S)
+        b_dG += tl.sum(b_S.to(tl.float32) * b_E.to(tl.float32), 1)
+        b_v = load_columns(v, rows, m_read, i_h, H, K, o_v).to(DOT)  # [BV, BT]
+        b_u = tl.load(u + (i_ch * BT + o_t)[None, :] * K + o_v[:, None])
+        b_dk = tl.dot(b_E, b_v, b_dk, input_precision=PRECISION)
+        b_db = tl.dot(b_E, b_u, b_db, input_precision=PRECISION)
+    return b_dk, b_db, b_dG
+
+
+@triton.jit
+def _store_centred_gradients(
+    w, v, u, operands, states, dstates, dr, dw, dk, da, db, dA_rk, dA_rb, dA_ak, dA_ab, b_dr, b_da,
+    rows, m_read, m_row, order, i_ch, i_h, o_t, o_k, width, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store dr, dw, dk, da, db from the A's gradients and from what the states give xr, xa.
 
     With X = xr dxr + xa dxa and Y = yk dyk + yb dyb of each token, and dyk = E v, dyb = E u before the A's add theirs,
         dw_j = sum_v S E + sum_s Y(before)_s + [xr dxr]_j + sum_{t>j} X_t - sum_{s>=j} Y_s
     The first two terms are what crosses the chunk's end, the rest removes and adds what begins or ends on the way. All
     are products of the same rounded operands, so a pair of tokens that does not lie on the two sides of j cancels; with
     bounded decays what is left is not much smaller than what cancels.
+
+    dr and da are stored before E v and E u are computed, which saves a quarter of the registers.
     """
-    row, col = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    row, col = o_t[:, None], o_t[None, :]
     dA_rk = operand(tl.where(row <= col, dA_rk, 0.0), DOT, PRECISION)
     dA_rb = operand(tl.where(row <= col, dA_rb, 0.0), DOT, PRECISION)
     dA_ak = operand(tl.where(row < col, dA_ak, 0.0), DOT, PRECISION)
     dA_ab = operand(tl.where(row < col, dA_ab, 0.0), DOT, PRECISION)
-
+    p_x = operands + i_ch * (4 * BT * K) + o_t[None, :] * K + o_k[:, None]
+    y_k, y_b = tl.load(p_x + 2 * BT * K), tl.load(p_x + 3 * BT * K)
     b_w = finite_log_decay(load_columns(w, rows, m_read, i_h, H, K, o_k))
-    b_c = centred_log_decays(b_w, BT, DOT, PRECISION)
-    b_out = tl.exp(-b_c - b_w)
-    y_k = operand(load_columns(k, rows, m_read, i_h, H, K, o_k) * b_out, DOT, PRECISION)
-    y_b = operand(load_columns(b, rows, m_read, i_h, H, K, o_k) * b_out, DOT, PRECISION)
-    b_dG += tl.sum(y_k.to(tl.float32) * b_dk + y_b.to(tl.float32) * b_db, 1)
-
+    b_in = tl.exp(centred_log_decays(b_w, BT, DOT, PRECISION))
     b_da = tl.dot(y_k, dA_ak, b_da, input_precision=PRECISION)
     b_da = tl.dot(y_b, dA_ab, b_da, input_precision=PRECISION)
-    b_in = tl.exp(b_c)
     store_columns(da, b_da * b_in, rows, m_read, m_row, order, i_h, H, K, o_k)
-    x_a = operand(load_columns(a, rows, m_read, i_h, H, K, o_k) * b_in, DOT, PRECISION)
+    x_a = tl.load(p_x + BT * K)
     b_after = x_a.to(tl.float32) * b_da
+    b_in *= tl.exp(b_w)
     b_dr = tl.dot(y_k, dA_rk, b_dr, input_precision=PRECISION)
     b_dr = tl.dot(y_b, dA_rb, b_dr, input_precision=PRECISION)
-    b_in = 1.0 / b_out  # exp(c + w), without c and w in registers
     store_columns(dr, b_dr * b_in, rows, m_read, m_row, order, i_h, H, K, o_k)
-    x_r = operand(load_columns(r, rows, m_read, i_h, H, K, o_k) * b_in, DOT, PRECISION)
+    x_r = tl.load(p_x)
     b_own = x_r.to(tl.float32) * b_dr
 
+    b_dk, b_db, b_dG = _gradients_of_writers(
+        v, u, states, dstates, rows, m_read, i_ch, i_h, o_t, o_k, width, H, K, BT, BK, BV, DOT, PRECISION
+    )  # fmt: skip
+    b_dG += tl.sum(y_k.to(tl.float32) * b_dk + y_b.to(tl.float32) * b_db, 1)
+    b_out = 1.0 / b_in
     b_dk = tl.dot(x_r, tl.trans(dA_rk), b_dk, input_precision=PRECISION)
     b_dk = tl.dot(x_a, tl.trans(dA_ak), b_dk, input_precision=PRECISION)
     store_columns(dk, b_dk * b_out, rows, m_read, m_row, order, i_h, H, K, o_k)
@@ -136,8 +190,8 @@ def _store_centred_gradients(
 @triton.jit
 def _store_level_gradients(
     r, w, k, a, b, dr, dw, dk, da, db, dA_rk, dA_rb, dA_ak, dA_ab, b_dr, b_da, b_dk, b_db, b_dG,
-    rows, m_read, m_row, order, i_h, o_k, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, LEVELS: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    rows, m_read, m_row, order, i_h, o_k, width, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
+    LEVELS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store dr, dw, dk, da, db from the A's gradients and from what the states give rin, ain, kout, bout.
 
@@ -154,8 +208,7 @@ def _store_level_gradients(
     d_abab = operand(tl.where(row < col, dA_ab, tl.trans(dA_ab)), DOT, PRECISION)
 
     b_w = finite_log_decay(load_columns(w, rows, m_read, i_h, H, K, o_k))
-    b_decay = tl.exp(b_w)
-    b_r = load_columns(r, rows, m_read, i_h, H, K, o_k) * b_decay
+    b_r = load_columns(r, rows, m_read, i_h, H, K, o_k) * tl.exp(b_w)
     b_k = load_columns(k, rows, m_read, i_h, H, K, o_k)
     b_a = load_columns(a, rows, m_read, i_h, H, K, o_k)
     b_b = load_columns(b, rows, m_read, i_h, H, K, o_k)
@@ -166,7 +219,7 @@ def _store_level_gradients(
     b_dw += sums_of(b_k * b_dk + b_b * b_db, tl.where(row < col, 1.0, 0.0), DOT, PRECISION)
     b_dw += (tl.exp(tl.sum(b_w, 1)) * b_dG)[:, None]
 
-    for level in range(0, LEVELS):
+    for level in range(0, tl.minimum(width, LEVELS)):  # LEVELS, but the compiler cannot unroll it
         b_factor, m_second, m_between, m_meet = level_decays(b_w, level, BT, DOT, PRECISION)
         x_rk = operand(tl.where(m_second, b_r, b_k) * b_factor, DOT, PRECISION)
         x_ab = operand(tl.where(m_second, b_a, b_b) * b_factor, DOT, PRECISION)
@@ -183,8 +236,10 @@ def _store_level_gradients(
         b_dw += sums_of(b_token, tl.where(tl.trans(m_between), 1.0, 0.0), DOT, PRECISION)
     b_dw += b_r * b_dr
     store_columns(dw, b_dw, rows, m_read, m_row, order, i_h, H, K, o_k)
-    store_columns(dr, b_dr * b_decay + d_rk * b_k + d_rb * b_b, rows, m_read, m_row, order, i_h, H, K, o_k)
     store_columns(da, b_da, rows, m_read, m_row, order, i_h, H, K, o_k)
+    # Read again, not kept: registers are what this kernel is short of.
+    b_dr *= tl.exp(finite_log_decay(load_columns(w, rows, m_read, i_h, H, K, o_k)))
+    store_columns(dr, b_dr + d_rk * b_k + d_rb * b_b, rows, m_read, m_row, order, i_h, H, K, o_k)
     b_r = load_columns(r, rows, m_read, i_h, H, K, o_k)
     store_columns(dk, b_dk + d_rk * b_r, rows, m_read, m_row, order, i_h, H, K, o_k)
     store_columns(db, b_db + d_rb * b_r, rows, m_read, m_row, order, i_h, H, K, o_k)
@@ -192,11 +247,11 @@ def _store_level_gradients(
 
 @triton.jit(do_not_specialize=["T", "sequences", "width"])
 def wkv7_bwd_values_kernel(
-    r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, inverse, states, dstates, dv, u, dz, T,
-    sequences, width, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
+    v, dy, order, cu_seqlens, chunk_starts, sequence_of, pairs, operands, states, dstates, dv, u, dz, T, sequences,
+    width, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store dv, u and dz of one chunk and head, given the chunk's S, E and T; BV values at a time."""
+    """Store dv, u and dz of one chunk and head, given its S, E, A's and operands; BV values, BK keys at a time."""
     i_h = tl.program_id(0) % H
     i_c = tl.program_id(0) // H
     i_s = sequence_of_chunk(i_c, T, sequence_of, BT)
@@ -206,47 +261,40 @@ def wkv7_bwd_values_kernel(
     i_ch = tl.program_id(0).to(tl.int64)
 
     DOT: tl.constexpr = states.dtype.element_ty
-    o_t, o_k = tl.arange(0, BT), tl.arange(0, K)
-    if LEVELS == 0:
-        x_r, x_a, y_k, y_b, _b_c, _b_w = centred_operands(
-            r, w, k, a, b, rows, m_read, i_h, o_k, H, K, BT, DOT, PRECISION
-        )  # fmt: skip
-        A_rk, A_rb, A_ak, _A_ab = centred_products(x_r, x_a, y_k, y_b, BT, DOT, PRECISION)
-    else:
-        A_rk, A_rb, A_ak, _A_ab = level_products(
-            r, w, k, a, b, rows, m_read, i_h, o_k, H, K, BT, LEVELS, DOT, PRECISION
-        )  # fmt: skip
-        x_r, x_a, y_k, y_b = level_operands(
-            r, w, k, a, b, rows, m_read, i_h, o_k, H, K, BT, DOT, PRECISION
-        )  # fmt: skip
-    b_T = tl.load(inverse + (i_ch * BT + o_t)[:, None] * BT + o_t[None, :])
+    o_t = tl.arange(0, BT)
+    p_A = pairs + i_ch * (4 * BT * BT) + o_t[:, None] * BT + o_t[None, :]
+    b_T, A_rk = tl.load(p_A), tl.load(p_A + BT * BT)
+    A_rb, A_ak = tl.load(p_A + 2 * BT * BT), tl.load(p_A + 3 * BT * BT)
     for i_v in range(0, K if BV == K else width, BV):
         o_v = i_v + tl.arange(0, BV)
-        p_S = (i_ch * K + o_k)[:, None] * K + o_v[None, :]
-        p_u = (i_ch * BT + o_t)[None, :] * K + o_v[:, None]
-        b_S = tl.load(states + p_S)
         b_v = load_columns(v, rows, m_read, i_h, H, K, o_v).to(DOT)  # [BV, BT]
-        b_u = tl.dot(b_v, A_ak, input_precision=PRECISION)
-        b_u = tl.dot(tl.trans(b_S), x_a, b_u, input_precision=PRECISION)
-        b_u = operand(b_u, DOT, PRECISION)
-        b_u = tl.dot(b_u, b_T, input_precision=PRECISION)
-        tl.store(u + p_u, operand(b_u, DOT, PRECISION))
-        b_E = tl.load(dstates + p_S)
         b_dy = load_columns(dy, rows, m_read, i_h, H, K, o_v).to(DOT)
-        b_du = tl.dot(tl.trans(b_E), y_b, input_precision=PRECISION)
-        b_du = operand(tl.dot(b_dy, tl.trans(A_rb), b_du, input_precision=PRECISION), DOT, PRECISION)
+        b_u = tl.dot(b_v, A_ak, input_precision=PRECISION)
+        b_du = tl.dot(b_dy, tl.trans(A_rb), input_precision=PRECISION)
+        b_dv = tl.dot(b_dy, tl.trans(A_rk), input_precision=PRECISION)
+        for i_k in range(0, K if BK == K else width, BK):
+            o_k = i_k + tl.arange(0, BK)
+            p_S = (i_ch * K + o_k)[:, None] * K + o_v[None, :]
+            p_x = operands + i_ch * (4 * BT * K) + o_t[:, None] * K + o_k[None, :]
+            b_S, b_E = tl.load(states + p_S), tl.load(dstates + p_S)
+            x_a, y_k, y_b = tl.load(p_x + BT * K), tl.load(p_x + 2 * BT * K), tl.load(p_x + 3 * BT * K)
+            b_u = tl.dot(tl.trans(b_S), tl.trans(x_a), b_u, input_precision=PRECISION)
+            b_du = tl.dot(tl.trans(b_E), tl.trans(y_b), b_du, input_precision=PRECISION)
+            b_dv = tl.dot(tl.trans(b_E), tl.trans(y_k), b_dv, input_precision=PRECISION)
+        p_u = (i_ch * BT + o_t)[None, :] * K + o_v[:, None]
+        b_u = tl.dot(operand(b_u, DOT, PRECISION), b_T, input_precision=PRECISION)
+        tl.store(u + p_u, operand(b_u, DOT, PRECISION))
+        b_du = operand(b_du, DOT, PRECISION)
         b_dz = operand(tl.dot(b_du, tl.trans(b_T), input_precision=PRECISION), DOT, PRECISION)
         tl.store(dz + p_u, b_dz)
-        b_dv = tl.dot(tl.trans(b_E), y_k, input_precision=PRECISION)
-        b_dv = tl.dot(b_dy, tl.trans(A_rk), b_dv, input_precision=PRECISION)
         b_dv = tl.dot(b_dz, tl.trans(A_ak), b_dv, input_precision=PRECISION)
         store_columns(dv, b_dv, rows, m_read, m_row, order, i_h, H, K, o_v)
 
 
 @triton.jit(do_not_specialize=["T", "sequences", "width"])
 def wkv7_bwd_keys_kernel(
-    r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, states, dstates, u, dz, dr, dw, dk, da, db, T,
-    sequences, width, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, operands, states, dstates, u, dz, dr, dw, dk,
+    da, db, T, sequences, width, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     LEVELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store dr, dw, dk, da, db of one chunk and head in BK keys, given u and dz too; BV values at a time."""
@@ -260,43 +308,21 @@ def wkv7_bwd_keys_kernel(
 
     DOT: tl.constexpr = states.dtype.element_ty
     o_t, o_k = tl.arange(0, BT), tl.program_id(0) % (K // BK) * BK + tl.arange(0, BK)
-    dA_rk = tl.zeros([BT, BT], tl.float32)
-    dA_rb = tl.zeros([BT, BT], tl.float32)
-    dA_ak = tl.zeros([BT, BT], tl.float32)
-    dA_ab = tl.zeros([BT, BT], tl.float32)
-    b_dr = tl.zeros([BK, BT], tl.float32)
-    b_da = tl.zeros([BK, BT], tl.float32)
-    b_dk = tl.zeros([BK, BT], tl.float32)
-    b_db = tl.zeros([BK, BT], tl.float32)
-    b_dG = tl.zeros([BK], tl.float32)
-    for i_v in range(0, K if BV == K else width, BV):
-        o_v = i_v + tl.arange(0, BV)
-        p_S = (i_ch * K + o_k)[:, None] * K + o_v[None, :]
-        p_u = (i_ch * BT + o_t)[None, :] * K + o_v[:, None]
-        b_S, b_E = tl.load(states + p_S), tl.load(dstates + p_S)
-        b_dG += tl.sum(b_S.to(tl.float32) * b_E.to(tl.float32), 1)
-        b_v = load_columns(v, rows, m_read, i_h, H, K, o_v).to(DOT)  # [BV, BT]
-        b_dy = load_columns(dy, rows, m_read, i_h, H, K, o_v).to(DOT)
-        b_u, b_dz = tl.load(u + p_u), tl.load(dz + p_u)
-        dA_rk = tl.dot(tl.trans(b_v), b_dy, dA_rk, input_precision=PRECISION)
-        dA_rb = tl.dot(tl.trans(b_u), b_dy, dA_rb, input_precision=PRECISION)
-        dA_ak = tl.dot(tl.trans(b_v), b_dz, dA_ak, input_precision=PRECISION)
-        dA_ab = tl.dot(tl.trans(b_u), b_dz, dA_ab, input_precision=PRECISION)
-        b_dr = tl.dot(b_S, b_dy, b_dr, input_precision=PRECISION)
-        b_da = tl.dot(b_S, b_dz, b_da, input_precision=PRECISION)
-        b_dk = tl.dot(b_E, b_v, b_dk, input_precision=PRECISION)
-        b_db = tl.dot(b_E, b_u, b_db, input_precision=PRECISION)
-    if order is not None:  # read again, not kept: registers are what this kernel is short of
-        rows, m_read, m_row, _ = rows_of_chunk(i_c, i_s, T, order, cu_seqlens, chunk_starts, BT)
+    dA_rk, dA_rb, dA_ak, dA_ab, b_dr, b_da = _gradients_of_readers(
+        v, dy, u, dz, states, rows, m_read, i_ch, i_h, o_t, o_k, width, H, K, BT, BK, BV, DOT, PRECISION
+    )  # fmt: skip
     if LEVELS == 0:
         _store_centred_gradients(
-            r, w, k, a, b, dr, dw, dk, da, db, dA_rk, dA_rb, dA_ak, dA_ab, b_dr, b_da, b_dk, b_db, b_dG,
-            rows, m_read, m_row, order, i_h, o_k, H, K, BT, DOT, PRECISION,
+            w, v, u, operands, states, dstates, dr, dw, dk, da, db, dA_rk, dA_rb, dA_ak, dA_ab, b_dr, b_da,
+            rows, m_read, m_row, order, i_ch, i_h, o_t, o_k, width, H, K, BT, BK, BV, DOT, PRECISION,
         )  # fmt: skip
     else:
+        b_dk, b_db, b_dG = _gradients_of_writers(
+            v, u, states, dstates, rows, m_read, i_ch, i_h, o_t, o_k, width, H, K, BT, BK, BV, DOT, PRECISION
+        )  # fmt: skip
         _store_level_gradients(
             r, w, k, a, b, dr, dw, dk, da, db, dA_rk, dA_rb, dA_ak, dA_ab, b_dr, b_da, b_dk, b_db, b_dG,
-            rows, m_read, m_row, order, i_h, o_k, H, K, BT, LEVELS, DOT, PRECISION,
+            rows, m_read, m_row, order, i_h, o_k, width, H, K, BT, LEVELS, DOT, PRECISION,
         )  # fmt: skip
 
 
@@ -318,7 +344,8 @@ def wkv7_backward(
     q: Tensor,
     P: Tensor,
     G: Tensor,
-    inverse: Tensor,
+    pairs: Tensor,
+    operands: Tensor,
     states: Tensor,
     dy: Tensor | None,
     dfinal_state: Tensor | None,
@@ -340,17 +367,17 @@ def wkv7_backward(
         )  # fmt: skip
         dr, dw, dk, dv, da, db = gradients
         u, dz = torch.empty_like(q), torch.empty_like(q)
-        inputs = (r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of)
-        sizes = {"H": H, "K": K, "BT": BT, "LEVELS": LEVELS, "PRECISION": PRECISION}
         BV, num_warps, num_stages = config.gradients
         wkv7_bwd_values_kernel[(chunks * H,)](
-            *inputs, inverse, states, dstates, dv, u, dz, T, sequences, K, BV=BV, **sizes,
+            v, dy, order, cu_seqlens, chunk_starts, sequence_of, pairs, operands, states, dstates, dv, u, dz, T,
+            sequences, K, H=H, K=K, BT=BT, BK=config.values_part or K, BV=BV, PRECISION=PRECISION,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         BK, num_warps, num_stages = config.keys
         wkv7_bwd_keys_kernel[(chunks * H * (K // BK),)](
-            *inputs, states, dstates, u, dz, dr, dw, dk, da, db, T, sequences, K, BK=BK, BV=BV, **sizes,
-            num_warps=num_warps, num_stages=num_stages,
+            r, w, k, v, a, b, dy, order, cu_seqlens, chunk_starts, sequence_of, operands, states, dstates, u, dz,
+            dr, dw, dk, da, db, T, sequences, K, H=H, K=K, BT=BT, BK=BK, BV=config.turn or K, LEVELS=LEVELS,
+            PRECISION=PRECISION, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     dr, dw, dk, dv, da, db = gradients
     return dr, dw, dk, dv, da, db, dinitial_state
@@ -367,6 +394,7 @@ def _gradients(
 
 @wkv7_backward.register_fake
 def _(
-    r, w, k, v, a, b, initial_state, order, cu_seqlens, min_log_decay, q, P, G, inverse, states, dy, dfinal_state
+    r, w, k, v, a, b, initial_state, order, cu_seqlens, min_log_decay, q, P, G, pairs, operands, states, dy,
+    dfinal_state,
 ):  # fmt: skip
     return _gradients(r, w, k, v, a, b, initial_state)

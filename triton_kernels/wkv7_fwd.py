@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launches
 from .chunks import (
     centred_log_decays,
     chunk_decays,
@@ -44,6 +45,7 @@ from .chunks import (
 from .launches import (
     MAX_STEPS,
     WKV7,
+    WKV7_OTHER_GPUS,
     WKV7_STEPS,
     Config,
     has_matrix_units,
@@ -72,17 +74,15 @@ def centred_operands(
 
 
 @triton.jit
-def centred_products(x_r, x_a, y_k, y_b, BT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Return A_rk, A_rb, A_ak as operands, and A_ab float32, [s, t], from the operands of the centred frame."""
+def centred_products(x_r, x_a, y_k, y_b, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """Return A_rk, A_rb, A_ak, A_ab, [s, t] float32, from the operands of the centred frame."""
     row, col = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
     A_rk = tl.dot(tl.trans(y_k), x_r, input_precision=PRECISION)
     A_rb = tl.dot(tl.trans(y_b), x_r, input_precision=PRECISION)
     A_ak = tl.dot(tl.trans(y_k), x_a, input_precision=PRECISION)
     A_ab = tl.dot(tl.trans(y_b), x_a, input_precision=PRECISION)
-    A_rk = operand(tl.where(row <= col, A_rk, 0.0), DOT, PRECISION)
-    A_rb = operand(tl.where(row <= col, A_rb, 0.0), DOT, PRECISION)
-    A_ak = operand(tl.where(row < col, A_ak, 0.0), DOT, PRECISION)
-    return A_rk, A_rb, A_ak, tl.where(row < col, A_ab, 0.0)
+    A_rk, A_rb = tl.where(row <= col, A_rk, 0.0), tl.where(row <= col, A_rb, 0.0)
+    return A_rk, A_rb, tl.where(row < col, A_ak, 0.0), tl.where(row < col, A_ab, 0.0)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def level_products(
     r, w, k, a, b, rows, m_read, i_h, o_k, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
     LEVELS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return A_rk, A_rb, A_ak as operands, and A_ab float32, [s, t], level by level (see `level_decays`)."""
+    """Return A_rk, A_rb, A_ak, A_ab, [s, t] float32, level by level (see `level_decays`)."""
     row, col = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
     b_w = finite_log_decay(load_columns(w, rows, m_read, i_h, H, K, o_k))
     b_r = load_columns(r, rows, m_read, i_h, H, K, o_k)
@@ -134,17 +134,65 @@ def level_products(
         A_rb += tl.where(m_pair, b_A, 0.0)
         A_ak += tl.where(m_pair, tl.trans(b_A), 0.0)
         A_ab += tl.where(m_pair, tl.dot(tl.trans(x_ab), x_ab, input_precision=PRECISION), 0.0)
-    return operand(A_rk, DOT, PRECISION), operand(A_rb, DOT, PRECISION), operand(A_ak, DOT, PRECISION), A_ab
+    return A_rk, A_rb, A_ak, A_ab
+
+
+@triton.jit
+def operands_of_keys(
+    r, w, k, a, b, rows, m_read, i_h, o_k, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, LEVELS: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the operands [len(o_k), BT] at keys o_k: of the centred frame if LEVELS is 0, else decayed ones."""
+    if LEVELS == 0:
+        x_r, x_a, y_k, y_b, _b_c, _b_w = centred_operands(
+            r, w, k, a, b, rows, m_read, i_h, o_k, H, K, BT, DOT, PRECISION
+        )  # fmt: skip
+    else:
+        x_r, x_a, y_k, y_b = level_operands(
+            r, w, k, a, b, rows, m_read, i_h, o_k, H, K, BT, DOT, PRECISION
+        )  # fmt: skip
+    return x_r, x_a, y_k, y_b
+
+
+@triton.jit
+def products_by_part(
+    r, w, k, a, b, rows, m_read, i_h, width, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
+    LEVELS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return A_rk, A_rb, A_ak, A_ab, [s, t] float32, summed over PART keys at a time."""
+    A_rk = tl.zeros([BT, BT], tl.float32)
+    A_rb = tl.zeros([BT, BT], tl.float32)
+    A_ak = tl.zeros([BT, BT], tl.float32)
+    A_ab = tl.zeros([BT, BT], tl.float32)
+    for i_k in range(0, width, PART):
+        o_k = i_k + tl.arange(0, PART)
+        if LEVELS == 0:
+            x_r, x_a, y_k, y_b, _b_c, _b_w = centred_operands(
+                r, w, k, a, b, rows, m_read, i_h, o_k, H, K, BT, DOT, PRECISION
+            )  # fmt: skip
+            b_rk, b_rb, b_ak, b_ab = centred_products(x_r, x_a, y_k, y_b, BT, PRECISION)
+        else:
+            b_rk, b_rb, b_ak, b_ab = level_products(
+                r, w, k, a, b, rows, m_read, i_h, o_k, H, K, BT, LEVELS, DOT, PRECISION
+            )  # fmt: skip
+        A_rk += b_rk
+        A_rb += b_rb
+        A_ak += b_ak
+        A_ab += b_ab
+    return A_rk, A_rb, A_ak, A_ab
 
 
 @triton.jit(do_not_specialize=["T", "sequences", "width"])
 def wkv7_fwd_prepare_kernel(
-    r, w, k, v, a, b, order, cu_seqlens, chunk_starts, sequence_of, q, o0, P, N, G, inverse, T, sequences, width,
-    H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    r, w, k, v, a, b, order, cu_seqlens, chunk_starts, sequence_of, q, o0, P, N, G, pairs, operands, T, sequences,
+    width, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
+    LEVELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store q, o0, P, N, G (and T, if `inverse` is not None) of one chunk and head; P and N in BK columns at a time.
+    """Store q, o0, P, N, G of one chunk and head; P and N in BK columns at a time.
 
+    For a backward it also stores T, A_rk, A_rb, A_ak as `pairs` [4, BT, BT], and xr, xa, yk, yb (or rin, ain, kout,
+    bout) as `operands` [4, BT, K]; else both are None.
+    With PART < K, which needs fewer registers, r, k, a and b are read again for PART keys at a time.
     LEVELS is 0 for the centred frame. width equals K, but is a runtime value on purpose: if the compiler knew it, it
     would unroll the loops, and the unrolled turns would compete for registers.
     """
@@ -158,11 +206,15 @@ def wkv7_fwd_prepare_kernel(
 
     DOT: tl.constexpr = q.dtype.element_ty
     o_t, o_k = tl.arange(0, BT), tl.arange(0, K)
-    if LEVELS == 0:
+    if PART < K:
+        A_rk, A_rb, A_ak, A_ab = products_by_part(
+            r, w, k, a, b, rows, m_read, i_h, width, H, K, BT, PART, LEVELS, DOT, PRECISION
+        )  # fmt: skip
+    elif LEVELS == 0:
         x_r, x_a, y_k, y_b, _b_c, b_w = centred_operands(
             r, w, k, a, b, rows, m_read, i_h, o_k, H, K, BT, DOT, PRECISION
         )  # fmt: skip
-        A_rk, A_rb, A_ak, A_ab = centred_products(x_r, x_a, y_k, y_b, BT, DOT, PRECISION)
+        A_rk, A_rb, A_ak, A_ab = centred_products(x_r, x_a, y_k, y_b, BT, PRECISION)
     else:
         A_rk, A_rb, A_ak, A_ab = level_products(
             r, w, k, a, b, rows, m_read, i_h, o_k, H, K, BT, LEVELS, DOT, PRECISION
@@ -171,19 +223,57 @@ def wkv7_fwd_prepare_kernel(
             r, w, k, a, b, rows, m_read, i_h, o_k, H, K, BT, DOT, PRECISION
         )  # fmt: skip
         b_w = finite_log_decay(load_columns(w, rows, m_read, i_h, H, K, o_k))
-    tl.store(G + i_ch * K + o_k, tl.sum(b_w, 1))
+    A_rk, A_rb = operand(A_rk, DOT, PRECISION), operand(A_rb, DOT, PRECISION)
+    A_ak = operand(A_ak, DOT, PRECISION)
+    if PART == K:
+        tl.store(G + i_ch * K + o_k, tl.sum(b_w, 1))
     b_T = inverse_of_one_minus(A_ab, BT, DOT, PRECISION)
-    if inverse is not None:
-        tl.store(inverse + (i_ch * BT + o_t)[:, None] * BT + o_t[None, :], b_T)
+    if pairs is not None:
+        p_A = pairs + i_ch * (4 * BT * BT) + o_t[:, None] * BT + o_t[None, :]
+        tl.store(p_A, b_T)
+        tl.store(p_A + BT * BT, A_rk)
+        tl.store(p_A + 2 * BT * BT, A_rb)
+        tl.store(p_A + 3 * BT * BT, A_ak)
 
-    W = operand(tl.dot(x_a, b_T, input_precision=PRECISION), DOT, PRECISION)  # [K, BT]
-    b_q = tl.dot(W, A_rb, x_r.to(tl.float32), input_precision=PRECISION)
-    tl.store(q + (i_ch * BT + o_t)[None, :] * K + o_k[:, None], operand(b_q, DOT, PRECISION))
-    for i_k in range(0, K if BK == K else width, BK):
-        o_part = i_k + tl.arange(0, BK)
-        W_part = W if BK == K else rows_of(W, i_k, BK)
-        b_P = tl.dot(y_b, tl.trans(W_part), input_precision=PRECISION)
-        tl.store(P + (i_ch * K + o_k)[:, None] * K + o_part[None, :], operand(b_P, DOT, PRECISION))
+    if PART == K:
+        if operands is not None:
+            p_x = operands + i_ch * (4 * BT * K) + o_t[None, :] * K + o_k[:, None]
+            tl.store(p_x, x_r)
+            tl.store(p_x + BT * K, x_a)
+            tl.store(p_x + 2 * BT * K, y_k)
+            tl.store(p_x + 3 * BT * K, y_b)
+        W = operand(tl.dot(x_a, b_T, input_precision=PRECISION), DOT, PRECISION)  # [K, BT]
+        b_q = tl.dot(W, A_rb, x_r.to(tl.float32), input_precision=PRECISION)
+        tl.store(q + (i_ch * BT + o_t)[None, :] * K + o_k[:, None], operand(b_q, DOT, PRECISION))
+        for i_k in range(0, K if BK == K else width, BK):
+            o_part = i_k + tl.arange(0, BK)
+            W_part = W if BK == K else rows_of(W, i_k, BK)
+            b_P = tl.dot(y_b, tl.trans(W_part), input_precision=PRECISION)
+            tl.store(P + (i_ch * K + o_k)[:, None] * K + o_part[None, :], operand(b_P, DOT, PRECISION))
+    else:
+        _x_r, _x_a, y_k, y_b = operands_of_keys(
+            r, w, k, a, b, rows, m_read, i_h, o_k, H, K, BT, LEVELS, DOT, PRECISION
+        )  # fmt: skip
+        if operands is not None:
+            p_x = operands + i_ch * (4 * BT * K) + o_t[None, :] * K + o_k[:, None]
+            tl.store(p_x + 2 * BT * K, y_k)
+            tl.store(p_x + 3 * BT * K, y_b)
+        for i_k in range(0, width, PART):
+            o_part = i_k + tl.arange(0, PART)
+            x_r, x_a, _y_k, _y_b = operands_of_keys(
+                r, w, k, a, b, rows, m_read, i_h, o_part, H, K, BT, LEVELS, DOT, PRECISION
+            )  # fmt: skip
+            if operands is not None:
+                p_part = operands + i_ch * (4 * BT * K) + o_t[None, :] * K + o_part[:, None]
+                tl.store(p_part, x_r)
+                tl.store(p_part + BT * K, x_a)
+            b_w = finite_log_decay(load_columns(w, rows, m_read, i_h, H, K, o_part))
+            tl.store(G + i_ch * K + o_part, tl.sum(b_w, 1))
+            W = operand(tl.dot(x_a, b_T, input_precision=PRECISION), DOT, PRECISION)  # [PART, BT]
+            b_q = tl.dot(W, A_rb, x_r.to(tl.float32), input_precision=PRECISION)
+            tl.store(q + (i_ch * BT + o_t)[None, :] * K + o_part[:, None], operand(b_q, DOT, PRECISION))
+            b_P = tl.dot(y_b, tl.trans(W), input_precision=PRECISION)
+            tl.store(P + (i_ch * K + o_k)[:, None] * K + o_part[None, :], operand(b_P, DOT, PRECISION))
 
     for i_v in range(0, K if BK == K else width, BK):
         o_v = i_v + tl.arange(0, BK)
@@ -288,6 +378,8 @@ def config_of(r: Tensor, min_log_decay: float) -> tuple[Config, int]:
     K = int(r.shape[3])  # under torch.compile it may be a symbol
     bounded = -min_log_decay * WKV7[K, r.dtype, True].BT / 2 <= 40
     config = WKV7[K, r.dtype, bounded]
+    if launches.architecture(r) != 9:
+        config = config._replace(**WKV7_OTHER_GPUS.get((K, r.dtype, bounded), {}))
     return config, 0 if bounded else config.BT.bit_length() - 1
 
 
@@ -302,13 +394,13 @@ def count(r: Tensor, cu_seqlens: Tensor | None, BT: int) -> tuple[int, int]:
 
 def _outputs(
     r: Tensor, cu_seqlens: Tensor | None, BT: int, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return what `wkv7_forward` returns, not written yet."""
     H, K = r.shape[2:]
     sequences, chunks = count(r, cu_seqlens, BT)
     y, final_state = torch.empty_like(r), r.new_empty((sequences, H, K, K), dtype=torch.float32)
     if not save:
-        return y, final_state, *(r.new_empty(0) for _ in range(5))  # type: ignore[return-value]
+        return y, final_state, *(r.new_empty(0) for _ in range(6))  # type: ignore[return-value]
     dtype = precision_of(r).dtype
     return (
         y,
@@ -316,7 +408,8 @@ def _outputs(
         r.new_empty((chunks, H, BT, K), dtype=dtype),
         r.new_empty((chunks, H, K, K), dtype=dtype),
         r.new_empty((chunks, H, K), dtype=torch.float32),
-        r.new_empty((chunks, H, BT, BT), dtype=dtype),
+        r.new_empty((chunks, H, 4, BT, BT), dtype=dtype),
+        r.new_empty((chunks, H, 4, BT, K), dtype=dtype),
         r.new_empty((chunks, H, K, K), dtype=dtype),
     )
 
@@ -334,8 +427,8 @@ def wkv7_forward(
     cu_seqlens: Tensor | None,
     min_log_decay: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return y, the final state and, saved for the backward (else empty), q, P, G, T and the chunks' first states."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return y, the final state and, saved for a backward (else empty), q, P, G, pairs, operands and states."""
     outputs = _outputs(r, cu_seqlens, config_of(r, min_log_decay)[0].BT, save)
     inputs = (r, w, k, v, a, b, initial_state, order, cu_seqlens)
     with on_device_of(r):
@@ -372,7 +465,8 @@ def _forward_in_chunks(
     q,
     P,
     G,
-    inverse,
+    pairs,
+    operands,
     states,
 ) -> None:
     (_, T, H, K), (dtype, PRECISION) = r.shape, precision_of(r)
@@ -387,9 +481,9 @@ def _forward_in_chunks(
 
     BK, num_warps, num_stages = config.prepare
     wkv7_fwd_prepare_kernel[(chunks * H,)](
-        r, w, k, v, a, b, order, cu_seqlens, chunk_starts, sequence_of, q, o0, P, N, G, inverse if save else None,
-        T, sequences, K, H=H, K=K, BT=BT, BK=BK, LEVELS=LEVELS, PRECISION=PRECISION, num_warps=num_warps,
-        num_stages=num_stages,
+        r, w, k, v, a, b, order, cu_seqlens, chunk_starts, sequence_of, q, o0, P, N, G, pairs if save else None,
+        operands if save else None, T, sequences, K, H=H, K=K, BT=BT, BK=BK, PART=config.prepare_part or K,
+        LEVELS=LEVELS, PRECISION=PRECISION, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     BV, num_warps, num_stages = config.scan(sequences * H)
     wkv7_fwd_scan_kernel[(sequences * H * (K // BV),)](

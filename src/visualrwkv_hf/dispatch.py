@@ -32,7 +32,7 @@ OPS = {
     "low_rank": Op(triton=True),
     "rwkv6_decode": Op(triton=True),
     "rwkv7_decode": Op(triton=True),
-    "block_decode": Op(native=True),
+    "block_decode": Op(triton=True, native=True),
     "blocks_decode": Op(native=True),
 }
 """All ops that may have a kernel. A backend computes an op that it has no kernel for with plain torch."""

@@ -15,8 +15,10 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here: T
 B, T, H, K = 1, 512, 1, 64  # long enough that the final state, which does not grow with T, does not count
 UNIT = B * T * H * K * 2
 """Bytes of one bfloat16 [B, T, H, K]. wkv6 cannot do with less than 5 of them forward and 9 backward, wkv7 7 and 13."""
-LIMITS = {wkv6: (22, 33), wkv7: (22, 40)}
-"""Forward and backward. wkv7's gradients take two kernels that both read the states, for a single one spills."""
+LIMITS = {wkv6: (22, 33), wkv7: (28, 44)}
+"""Forward and backward. wkv7's gradients take two kernels that both read the states, for a single one spills. Its
+forward writes 5.5 of these for them, which they would otherwise compute again: instructions are what these kernels wait
+for. All arguments count, also r, k, a and b of the second gradients kernel, which it reads without a bound only."""
 
 
 def bfloat16(*shape):

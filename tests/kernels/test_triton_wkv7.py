@@ -345,6 +345,16 @@ def test_registered_as_torch_demands(packed):
     torch.library.opcheck(wkv7_backward, (*arguments, *saved, torch.ones_like(y), None))
 
 
+@pytest.mark.parametrize("min_log_decay", [BOUND, -torch.inf])
+def test_recomputing_saves_nothing_and_gives_the_same_gradients(min_log_decay):
+    inputs, options = make_inputs(40), dict(min_log_decay=min_log_decay)
+    assert_equal(run(wkv7, inputs, recompute=True, **options), run(wkv7, inputs, **options))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        wkv7(*(x.requires_grad_() for x in inputs), recompute=True, **options)
+    assert len(saved) == len(inputs)
+
+
 def test_nothing_is_saved_without_gradient():
     *tensors, state = make_inputs(40)
     assert all(x.numel() == 0 for x in wkv7_forward(*tensors, state, None, None, BOUND, False)[2:])
