@@ -78,6 +78,10 @@ def ops(H: int = 4, T: int = 64) -> dict[str, Callable[[], object]]:
         f"token_shift, {T} tokens, 1 mix": lambda: token_shift(tokens, carried, [weight]),
         "token_shift, 1 token, 6 mixes": lambda: token_shift(token, carried, [weight] * 6),
         "low_rank, 1 token, 4 maps": lambda: low_rank([token] * 4, down, up, functions),
+        **{
+            f"a layer of RWKV-{version}, 1 token": launches.decoding_layer(H, ranks, 1, version)
+            for version in (5, 6, 7)
+        },
     }
 
 

@@ -103,6 +103,7 @@ instruction per scheduler and clock, and these kernels are limited by that; so m
 MAY_SPILL = {
     ("wkv7_fwd_prepare_kernel", "bf16", 64): 8,
     ("wkv7_fwd_prepare_kernel", "bf16", 128): 24,
+    ("wkv7_fwd_prepare_kernel", "fp16", 32): 8,
     ("wkv7_fwd_prepare_kernel", "fp16", 128): 88,
     ("wkv7_fwd_prepare_kernel", "fp32", 32): 128,
     ("wkv7_fwd_prepare_kernel", "fp32", 64): 248,

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 
-from visualrwkv_hf import VisualRWKVForCausalLM, wkv6, wkv7
+from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVTextConfig, wkv6, wkv7
+from visualrwkv_hf.generations import GENERATIONS
+from visualrwkv_hf.layer_state import LayerState, empty_pool
 from visualrwkv_hf.low_rank import low_rank as model_low_rank  # noqa: F401, for benchmark_launch.py
+from visualrwkv_hf.modeling_rwkv import RwkvBlock
 from visualrwkv_hf.token_order import token_shift as model_token_shift  # noqa: F401
-from visualrwkv_hf.triton_kernels import launches, low_rank, rwkv7_decode, token_shift
+from visualrwkv_hf.triton_kernels import launches
 
 TESTS = Path(__file__).parent
 MIN_LOG_DECAY = -0.6065306597126334
@@ -66,23 +69,30 @@ def call_wkv(op: str, B: int, T: int, H: int, training: bool, device: str = "cpu
         torch.autograd.grad(y, [r, w], torch.ones_like(y))
 
 
-def call_decoding(H: int = 64, ranks: tuple[int, ...] = (128, 128, 480, 96), B: int = 2) -> None:
-    """Call the ops of one layer of a 7B model for one token, in its first layer and in the others."""
-    C, dtype = H * 64, torch.bfloat16
-    token, weight, state = (
-        torch.zeros(B, 1, C, dtype=dtype),
-        torch.zeros(C, dtype=dtype),
-        torch.zeros(B, H, 64, 64),
+def decoding_layer(
+    H: int, ranks: tuple[int, ...], B: int, version: int = 7, layer: int = 1
+) -> Callable[[], object]:
+    """Return a function that computes one token of B sequences in one layer, in bfloat16 and without gradients."""
+    generation, names = GENERATIONS[version], ("decay", "a", "gate", "v")
+    config = VisualRWKVTextConfig(
+        rwkv_version=version,
+        **dict(vocab_size=8, hidden_size=H * 64, head_dim=64, num_hidden_layers=2),
+        **{f"{name}_low_rank_dim": rank for name, rank in zip(names, ranks)},
     )
-    for M in (6, 1):
-        token_shift(token, torch.zeros(B, C, dtype=dtype), [weight] * M)
-    for names in (("tanh", "identity", "sigmoid"), ("tanh", "identity", "sigmoid", "identity")):
-        down = [torch.zeros(C, D, dtype=dtype) for D in ranks[: len(names)]]
-        up = [torch.zeros(D, C, dtype=dtype) for D in ranks[: len(names)]]
-        low_rank([token] * len(names), down, up, names)
-    later = dict(value_gate=token, v_first=token, v0=weight)
-    for more in ({}, later):
-        rwkv7_decode(*[token] * 6, state, *[weight] * 7, eps=64e-5, **more)
+    with torch.device("meta"):
+        block = RwkvBlock(config, layer).bfloat16().eval()
+    # Memory that nobody writes to costs nothing.
+    block = block.to_empty(device="cpu").requires_grad_(False)
+    state = LayerState(empty_pool(generation.states, config, B, torch.bfloat16, "cpu"))
+    token = torch.zeros(B, 1, H * 64, dtype=torch.bfloat16)
+    return torch.no_grad()(lambda: block(token, token if layer and version == 7 else None, state))
+
+
+def call_decoding(H: int = 64, ranks: tuple[int, ...] = (128, 128, 480, 96)) -> None:
+    """Compute one token of 1, 8 and 64 sequences in the layers of a 7B model, of which the first differs."""
+    for B in (1, 8, 64):
+        for layer in (0, 1):
+            decoding_layer(H, ranks, B, layer=layer)()
 
 
 def call_tests() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .decode import rwkv6_decode, rwkv7_decode_low_rank
-from .launches import HEAD_SIZES
+from .launches import HEAD_SIZES, call
 from .norm_shift import norm_shift
 from .products import MAX_ROWS, products
 from .token_shift import token_shift
@@ -125,7 +125,8 @@ def _rwkv7(att, norm, x, v_first, carried, wkv, rows):
         inputs, linear + down, ["identity"] * 3 + functions, [True] * 3 + [False] * len(down)
     )
     weights = (att.w0, att.a0, None if first else att.v0, att.k_k, att.k_a, att.r_k)
-    out = rwkv7_decode_low_rank(
+    out = call(
+        rwkv7_decode_low_rank,
         *(r, k, v, None if first else v_first, low, up, *weights, att.ln_x.weight, att.ln_x.bias, wkv),
         *(rows["mask"], rows["state_indices"], att.ln_x.eps),
     )

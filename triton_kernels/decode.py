@@ -19,6 +19,7 @@ from .launches import (
     DECODE_STAGES,
     DECODE_WARPS,
     HEAD_SIZES,
+    NAMESPACE,
     call,
     needs_gradient,
     on_device_of,
@@ -370,7 +371,7 @@ def rwkv6_decode_fwd_kernel(
 # --- the ops ------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("visualrwkv::rwkv7_decode", mutates_args=("state",))
+@torch.library.custom_op(f"{NAMESPACE}::rwkv7_decode", mutates_args=("state",))
 def _rwkv7_decode(
     r: Tensor,
     decay: Tensor,
@@ -419,7 +420,7 @@ def _(r, *args, **kwargs):
     return torch.empty_like(r)
 
 
-@torch.library.custom_op("visualrwkv::rwkv7_decode_low_rank", mutates_args=("state",))
+@torch.library.custom_op(f"{NAMESPACE}::rwkv7_decode_low_rank", mutates_args=("state",))
 def rwkv7_decode_low_rank(
     r: Tensor,
     k: Tensor,
@@ -463,7 +464,7 @@ def _(r, *args, **kwargs):
     return torch.empty_like(r)
 
 
-@torch.library.custom_op("visualrwkv::rwkv6_decode", mutates_args=("state",))
+@torch.library.custom_op(f"{NAMESPACE}::rwkv6_decode", mutates_args=("state",))
 def _rwkv6_decode(
     r: Tensor,
     decay: Tensor | None,

@@ -12,6 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
+NAMESPACE = "visualrwkv"
+"""Of the ops in `torch.ops`. A copy of these files for the Hub's `kernels` library has one of its own."""
+
 HEAD_SIZES = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -189,13 +192,22 @@ WKV7 = {
     (128, BF16, False): Config(
         16, Launch(64, 8), _NARROW, _WIDE, Launch(64, 4), Launch(64, 4), turn=64, part=64
     ),
-    (32, FP16, True): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4)),
-    (64, FP16, True): Config(16, Launch(32, 8), _NARROW, _NARROW, Launch(16, 4), Launch(64, 4), turn=32),
-    (128, FP16, True): Config(16, Launch(64, 8), Launch(16, 8), Launch(16, 8), Launch(16, 8), Launch(64, 4), turn=32),
-    (32, FP16, False): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4), Launch(16, 8), turn=16),
-    (64, FP16, False): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4), Launch(16, 8), turn=16),
+    (32, FP16, True): Config(16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4), values_part=16),
+    (64, FP16, True): Config(
+        16, Launch(32, 8), _NARROW, _NARROW, Launch(16, 4), Launch(64, 4), turn=32, values_part=32
+    ),
+    (128, FP16, True): Config(
+        16, Launch(64, 8), Launch(16, 8), Launch(16, 8), Launch(16, 4), Launch(64, 4), turn=32, values_part=32
+    ),
+    (32, FP16, False): Config(
+        16, Launch(16, 4), _NARROW, _NARROW, Launch(16, 4), Launch(16, 8), turn=16, values_part=16
+    ),
+    (64, FP16, False): Config(
+        16, Launch(32, 4), _NARROW, _NARROW, Launch(16, 4), Launch(16, 8), turn=16, values_part=32
+    ),
     (128, FP16, False): Config(
-        16, Launch(32, 8), Launch(16, 8), Launch(16, 8), Launch(16, 8), Launch(16, 8), turn=16, prepare_part=32
+        16, Launch(32, 8), Launch(16, 8), Launch(16, 8), Launch(16, 4), Launch(16, 8), turn=16, prepare_part=32,
+        values_part=32,
     ),
     (32, FP32, True): Config(16, Launch(16, 4), _NARROW, _NARROW, Launch(16, 4), turn=16),
     (64, FP32, True): Config(
@@ -217,7 +229,7 @@ WKV7 = {
 }  # fmt: skip
 """By (K, dtype of r, whether log decays are bounded). The model's own case is (64, bfloat16, True)."""
 
-WKV7_OTHER_GPUS: dict[tuple[int, torch.dtype, bool], dict[str, int | Launch]] = {
+WKV7_OTHER_GPUS: dict[tuple[int, torch.dtype, bool], dict[str, Any]] = {
     (64, BF16, True): dict(turn=32, prepare_part=16),
 }
 """What differs from `WKV7` where the GPU's architecture is not 9 (H100, H200), for registers would spill there."""

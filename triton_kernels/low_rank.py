@@ -18,6 +18,7 @@ from .launches import (
     LOW_RANK_SPLIT,
     LOW_RANK_UP,
     LOW_RANK_WARPS,
+    NAMESPACE,
     call,
     needs_gradient,
     on_device_of,
@@ -202,7 +203,7 @@ def low_rank_up_fwd_kernel(
 # --- the op -------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("visualrwkv::low_rank", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::low_rank", mutates_args=())
 def _low_rank(x: list[Tensor], down: list[Tensor], up: list[Tensor], functions: list[int]) -> Tensor:
     (*batch, C), A, M = x[0].shape, up[0].shape[1], len(x)
     B, S = x[0].numel() // C, triton.cdiv(C, LOW_RANK_SPLIT)

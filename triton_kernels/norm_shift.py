@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import DTYPES, NORM_CHANNELS, NORM_WARPS, needs_gradient, on_device_of
+from .launches import DTYPES, NAMESPACE, NORM_CHANNELS, NORM_WARPS, call, needs_gradient, on_device_of
 
 
 def norm_shift(
@@ -65,11 +65,9 @@ def norm_shift(
         raise RuntimeError("norm_shift has no gradient: call it under torch.no_grad().")
     mix = [m.contiguous() for m in mix]
     x = x.contiguous()
-    return tuple(
-        _norm_shift(
-            x, norm_weight, norm_bias, eps, carried, mix, mask, state_indices, of_current, ends
-        ).unbind()
-    )
+    indices = (mask, state_indices)
+    mixed = call(_norm_shift, x, norm_weight, norm_bias, eps, carried, mix, *indices, of_current, ends)
+    return tuple(mixed.unbind())
 
 
 @triton.jit
@@ -125,7 +123,7 @@ def norm_shift_fwd_kernel(
         tl.store(mixed + ((M + 1) * B + i_b) * C + o_c, (b_x + b_step).to(mixed.dtype.element_ty), mask=m_c)
 
 
-@torch.library.custom_op("visualrwkv::norm_shift", mutates_args=("carried",))
+@torch.library.custom_op(f"{NAMESPACE}::norm_shift", mutates_args=("carried",))
 def _norm_shift(
     x: Tensor,
     norm_weight: Tensor,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import DTYPES, needs_gradient, on_device_of, product_precision, product_tiles
+from .launches import DTYPES, NAMESPACE, call, needs_gradient, on_device_of, product_precision, product_tiles
 
 FUNCTIONS = ("identity", "tanh", "sigmoid", "squared_relu")
 """Functions that a product's result may go through."""
@@ -63,7 +63,7 @@ def products(
     names = [FUNCTIONS.index(name) for name in functions]
     x, weights = [t.contiguous() for t in x], [t.contiguous() for t in weights]
     residual, gate = (None if t is None else t.contiguous() for t in (residual, gate))
-    return tuple(_products(x, weights, names, list(by_output), residual, gate))
+    return tuple(call(_products, x, weights, names, list(by_output), residual, gate))
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def products_fwd_kernel(
         i_n -= tl.cdiv(N[m], BN)
 
 
-@torch.library.custom_op("visualrwkv::products", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::products", mutates_args=())
 def _products(
     x: list[Tensor],
     weights: list[Tensor],

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .launches import (
     DTYPES,
+    NAMESPACE,
     SHIFT_BACKWARD,
     SHIFT_FORWARD,
     SHIFT_ONE_TOKEN,
@@ -334,7 +335,7 @@ def token_shift_backward(
 # --- the op -------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("visualrwkv::token_shift", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::token_shift", mutates_args=())
 def _token_shift(
     x: Tensor,
     carried: Tensor,
@@ -351,7 +352,7 @@ def _(x, carried, mix, previous, following, dynamic):
     return [torch.empty_like(x) for _ in mix]
 
 
-@torch.library.custom_op("visualrwkv::token_shift_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::token_shift_backward", mutates_args=())
 def _token_shift_backward(
     x: Tensor,
     carried: Tensor,

@@ -24,7 +24,7 @@ from .chunks import (
     span_of_sequence,
     store_columns,
 )
-from .launches import on_device_of, precision_of, serial
+from .launches import NAMESPACE, on_device_of, precision_of, serial
 from .wkv6_fwd import config_of, count, load_log_decays, with_heads_together
 
 # --- kernels ------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def _gradients(
     return dr, dw, dk, dv, du, r.new_empty((sequences, H, K, K), dtype=torch.float32)
 
 
-@torch.library.custom_op("visualrwkv::wkv6_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::wkv6_backward", mutates_args=())
 def wkv6_backward(
     r: Tensor,
     w: Tensor,

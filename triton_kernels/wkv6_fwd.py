@@ -29,6 +29,7 @@ from .chunks import (
 )
 from .launches import (
     MAX_STEPS,
+    NAMESPACE,
     WKV6,
     WKV6_STEPS,
     Config,
@@ -211,7 +212,7 @@ def _outputs(
     )
 
 
-@torch.library.custom_op("visualrwkv::wkv6", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::wkv6", mutates_args=())
 def wkv6_forward(
     r: Tensor,
     w: Tensor,

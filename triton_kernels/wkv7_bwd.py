@@ -33,7 +33,7 @@ from .chunks import (
     store_columns,
     sums_of,
 )
-from .launches import on_device_of, precision_of, serial
+from .launches import NAMESPACE, on_device_of, precision_of, serial
 from .wkv7_fwd import (
     config_of,
     count,
@@ -329,7 +329,7 @@ def wkv7_bwd_keys_kernel(
 # --- launches -----------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("visualrwkv::wkv7_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::wkv7_backward", mutates_args=())
 def wkv7_backward(
     r: Tensor,
     w: Tensor,

@@ -44,6 +44,7 @@ from .chunks import (
 )
 from .launches import (
     MAX_STEPS,
+    NAMESPACE,
     WKV7,
     WKV7_OTHER_GPUS,
     WKV7_STEPS,
@@ -414,7 +415,7 @@ def _outputs(
     )
 
 
-@torch.library.custom_op("visualrwkv::wkv7", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::wkv7", mutates_args=())
 def wkv7_forward(
     r: Tensor,
     w: Tensor,
