@@ -19,6 +19,12 @@ RWKV7_HF_NAMES = {
 
 def rwkv7_hf_logits(rwkv7_hf, model, ids: torch.Tensor) -> torch.Tensor:
     """Logits [B, T, vocab_size] of PyPI's rwkv7-hf with the weights of our `model`."""
+    with torch.no_grad():
+        return rwkv7_hf_model(rwkv7_hf, model)(ids).logits
+
+
+def rwkv7_hf_model(rwkv7_hf, model):
+    """A model of PyPI's rwkv7-hf with the weights of our `model`."""
     config = model.config
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "intermediate_size")
     ranks = ("decay_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim")
@@ -34,8 +40,7 @@ def rwkv7_hf_logits(rwkv7_hf, model, ids: torch.Tensor) -> torch.Tensor:
             weights[name[:-2] + f"{name[-2]}_lora.lora.{layer}.weight"] = weights.pop(name).T
     shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     theirs.load_state_dict({name: tensor.reshape(shapes[name]) for name, tensor in weights.items()})
-    with torch.no_grad():
-        return theirs(ids).logits
+    return theirs
 
 
 def _their_name(name: str) -> str:
