@@ -78,6 +78,9 @@ TARGETS = {
 }
 QUICK_TARGETS = ("sm_80", "sm_90", "gfx942")
 """What `--quick` compiles for: two generations of NVIDIA and one of AMD."""
+QUICK_ELSEWHERE = (("sm_86", "128"), ("sm_100", "64"), ("sm_120", "64"), ("sm_120", "128"))
+"""(target, head size) for which `--quick` compiles only wkv7's training in bfloat16: what needs the most registers and
+shared memory."""
 
 
 class Limit(NamedTuple):
@@ -431,14 +434,14 @@ def recorded(target: str) -> Iterator[list[dict[str, Any]]]:
         yield found
 
 
-def launches_of(ops, dtypes, head_sizes, targets, quick: bool) -> list[Launch]:
-    """Every distinct launch of these ops, or those of the `QUICK` options."""
+def launches_of(ops, dtypes, head_sizes, targets, only: tuple[str, ...] = ()) -> list[Launch]:
+    """Every distinct launch of these ops, or those of the options with the names in `only`."""
     distinct: dict[str, Launch] = {}
     for name, dtype, head_size, target in itertools.product(ops, dtypes, head_sizes, targets):
         if head_size not in OPS[name].head_sizes:
             continue
         for options, arguments in OPS[name].options.items():
-            if quick and options not in QUICK:
+            if only and options not in only:
                 continue
             with recorded(target) as found:
                 OPS[name].call(DTYPES[dtype], head_size, **arguments)
@@ -715,7 +718,12 @@ def main() -> int:
     # Triton 3.9 speaks of its own default, once per process.
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     torch.set_num_threads(1)
-    launches = launches_of(ops, dtypes, list(map(int, arguments.head_sizes)), targets, arguments.quick)
+    only = QUICK if arguments.quick else ()
+    launches = launches_of(ops, dtypes, list(map(int, arguments.head_sizes)), targets, only)
+    if arguments.quick and not arguments.targets and "wkv7" in ops and "bf16" in dtypes:
+        for target, head_size in QUICK_ELSEWHERE:
+            if head_size in arguments.head_sizes:
+                launches += launches_of(["wkv7"], ["bf16"], [int(head_size)], [target], ("training",))
     rows = compile_all(launches, arguments.jobs)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

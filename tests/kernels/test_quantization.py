@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 from paths import EXAMPLES
-from tiny import pixels, prompt, tiny_vlm
+from tiny import pixels, prompt, text_config, tiny_vlm
 from tiny_training import save_tiny_model
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+
+from visualrwkv_hf import kernel_backend
 
 
 def torchao_config():
@@ -17,6 +19,12 @@ def torchao_config():
 
 def torchao_float8_config():
     return TorchAoConfig(importlib.import_module("torchao.quantization").Float8WeightOnlyConfig())
+
+
+def torchao_int4_config():
+    """The rounding of `Int4WeightOnlyConfig`, whose packing needs a GPU, in numbers that a CPU can multiply."""
+    quantization = importlib.import_module("torchao.quantization")
+    return TorchAoConfig(quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(16)))
 
 
 def bitsandbytes_config():
@@ -99,6 +107,59 @@ def test_float8_weights_load_and_answer(tmp_path, version):
     assert 0 < relative_error(quantised(**inputs).logits.float(), expected) < 0.2
     answer = quantised.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@needs("torchao")
+@pytest.mark.parametrize("version", VERSIONS)
+@torch.no_grad()
+def test_int4_weights_load_and_answer(tmp_path, version):
+    model = tiny_vlm(version=version)
+    model.save_pretrained(tmp_path)
+    quantised = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=torchao_int4_config()
+    )
+    block = quantised.model.language_model.layers[0]
+    for layer in (block.att.receptance, block.att.output, block.ffn.key, block.ffn.value):
+        assert layer.weight.qdata.min() >= -8 and layer.weight.qdata.max() <= 7
+    dense = dict(model.named_parameters())
+    for name, weight in quantised.named_parameters():
+        if type(weight) is not torch.nn.Parameter:
+            # A weight is off by up to 1/15 of the largest of its 16.
+            assert 0 < relative_error(weight.dequantize(), dense[name]) < 0.15
+            dense[name].copy_(weight.dequantize())
+    inputs = inputs_for(model)
+    assert relative_error(quantised(**inputs).logits, model(**inputs).logits) < 1e-4
+    answer = quantised.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@needs("torchao")
+@needs("triton")
+@pytest.mark.parametrize("config", [torchao_config, torchao_int4_config])
+@torch.no_grad()
+def test_kernels_of_a_token_leave_quantized_products_to_torchao(tmp_path, config):
+    """They read plain weights only: a quantized layer is computed part by part."""
+    from triton_interpreter import INTERPRETED, launches
+
+    if not INTERPRETED:
+        pytest.skip("Triton compiles here: TRITON_INTERPRET is 0")
+    text = dict(text_config=text_config(7, head_dim=32).to_dict())
+    tiny_vlm(version=7, **text).save_pretrained(tmp_path)
+    outputs, seen = {}, {}
+    for quantization_config in (None, config()):
+        model = AutoModelForImageTextToText.from_pretrained(
+            tmp_path, dtype=torch.float32, quantization_config=quantization_config
+        )
+        inputs = inputs_for(model)
+        for backend in ("torch", "triton"):
+            with kernel_backend(backend), launches() as found:
+                state = model(**inputs, use_cache=True).past_key_values
+                token = torch.ones(1, 1, dtype=torch.long)
+                outputs[backend] = model(token, past_key_values=state, use_cache=True).logits
+            seen[backend] = {launch.kernel for launch in found}
+        assert ("products_fwd_kernel" in seen["triton"]) == (quantization_config is None)
+        assert "wkv7_fwd_scan_kernel" in seen["triton"] and not seen["torch"]
+        torch.testing.assert_close(outputs["triton"], outputs["torch"], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("version, config", cases(SAVED_BY_TRANSFORMERS))
