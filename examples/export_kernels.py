@@ -138,8 +138,11 @@ def main(
     folder: Annotated[Path, typer.Argument(help="The folder to make.")],
     version: Annotated[int, typer.Option(help="The repository's major version.")] = 1,
 ) -> None:
-    """Writes a repository that `kernels.get_local_kernel` loads, and `hf upload` publishes."""
-    typer.echo(export(folder, version))
+    """Writes a repository that `kernels.get_local_kernel` loads, and `hf upload --repo-type kernel` publishes."""
+    try:
+        typer.echo(export(folder, version))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 if __name__ == "__main__":

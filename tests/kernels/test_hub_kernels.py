@@ -28,12 +28,16 @@ MIN_LOG_DECAY = -0.6065306597126334
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory):
+def export():
     sys.path.insert(0, str(EXAMPLES))
     try:
-        export = importlib.import_module("export_kernels").export
+        return importlib.import_module("export_kernels").export
     finally:
         sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory, export):
     folder = tmp_path_factory.mktemp("hub") / "visualrwkv-kernels"
     export(folder)
     return folder
@@ -111,6 +115,13 @@ def test_its_files_are_those_that_it_names(repository):
     build = repository / "build" / "torch-universal"
     stated = Metadata.read_from_file(build / "metadata.json").digest
     stated.validate(Digest.hash_variant(DigestAlgorithm.SHA256, build))
+
+
+def test_a_folder_with_files_is_refused(tmp_path, export):
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(ValueError, match="is not empty"):
+        export(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_without_triton_it_is_plain_torch(repository):
