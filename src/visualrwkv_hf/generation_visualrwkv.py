@@ -94,10 +94,25 @@ class VisualRWKVGenerationMixin(GenerationMixin):
 
     Attributes:
         state_store: if set, `generate()` and `read()` look here for a state that has read the beginning of their
-            prompt, and leave their own. Both take another store for one call, as `state_store=...`.
+            prompt, and leave their own. Both take another store for one call, as `state_store=...`. A model whose
+            generation config has `max_states` has a store of so many states from the beginning.
     """
 
-    state_store: StateStore | None = None
+    _state_store: StateStore | bool | None = False  # nobody has set it
+
+    @property
+    def state_store(self) -> StateStore | None:
+        """Where states of earlier prompts are looked for and left; None for nowhere."""
+        if isinstance(self._state_store, bool):
+            most = getattr(self.generation_config, "max_states", None)
+            if not most:
+                return None
+            self._state_store = StateStore(most)
+        return self._state_store
+
+    @state_store.setter
+    def state_store(self, store: StateStore | None) -> None:
+        self._state_store = store
 
     @torch.no_grad()
     def read(

@@ -22,6 +22,27 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from visualrwkv_hf import KeptState, StateStore, VisualRWKVCache, VisualRWKVForCausalLM
 from visualrwkv_hf.prompt_identity import PromptIdentity, picture_number, refuse_other_beginning
 
+
+def test_a_generation_config_can_ask_for_a_store(tmp_path):
+    """For programs that load a model and know nothing of stores, such as `transformers serve`."""
+    model = tiny_model(**MODELS["rwkv7"])
+    processor = tiny_processor(model)
+    assert model.state_store is None
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"max_states": 3}')
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.generation_config.max_states == loaded.state_store.max_states == 3
+    inputs = inputs_of(processor, *CHAT, user("Where?"))
+    with counted_tokens(loaded) as first:
+        answer = loaded.generate(**inputs, **GREEDY)
+    with counted_tokens(loaded) as again:
+        assert torch.equal(loaded.generate(**inputs, **GREEDY), answer)
+    assert loaded.state_store.hits == 1 and sum(again) < sum(first)
+    assert torch.equal(model.generate(**inputs, **GREEDY, state_store=StateStore()), answer)
+    loaded.state_store = None  # as the server's `--max-states 0`
+    assert loaded.state_store is None
+
+
 CHAT = [user("What is it?", "red"), assistant("A dot.")]
 
 

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import psutil
 import pytest
+from film_files import about_film, film_url, gif
 from serving import data_url, png, served_apart, user
 from tiny_training import save_tiny_model
 
@@ -85,6 +86,26 @@ class Client:
             connection.sendall(body[: self.random.choice([len(body) // 2, len(body), len(body)])])
             time.sleep(self.random.random() * 0.5)
 
+    def film(self) -> None:
+        """Ask about a film, or about the beginning of one, which is read or refused."""
+        whole = gif(self.random.randrange(2, 20))
+        cut = whole[: self.random.choice([len(whole), self.random.randrange(len(whole))])]
+        response = self.http.post(
+            CHAT, json={"messages": [about_film("What moves?", film_url(cut))], "max_tokens": 4}
+        )
+        assert response.status_code == 200 or (response.status_code == 400 and len(cut) < len(whole))
+
+    def decision(self) -> None:
+        colour = f"#{self.random.randrange(2**24):06x}"
+        asset = {"type": "image", "data_base64": data_url(colour).partition(",")[2]}
+        question = {"type": "choice", "instructions": "Which is it?", "criteria": {"red": None, "blue": None}}
+        body = {
+            "state": "It is photo-1",
+            "assets": {"photo-1": asset},
+            "questions": {"a": question, "b": question},
+        }
+        assert self.whole(body, "/v1/systemone")["answers"].keys() == {"a", "b"}
+
     def bad(self) -> None:
         """Send what must be refused."""
         broken = self.question()
@@ -105,7 +126,7 @@ class Client:
         response = self.http.post(CHAT, json=body)
         assert response.status_code == status and response.json()["error"]["message"].endswith((".", "..."))
 
-    KINDS = (text, picture, seeded, follow_up, stream, leave, bad)
+    KINDS = (text, picture, seeded, follow_up, stream, leave, bad) * 4 + (film, decision)
 
     def ask(self, count: int) -> Counter[str]:
         """Send `count` requests of random kinds, and return how many of each were answered as they must be."""
