@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -18,7 +19,14 @@ from torch import nn
 from visualrwkv_hf import VisualRWKVForConditionalGeneration, accelerate_on_cpu
 from visualrwkv_hf.conversion import ConversionError, quantize, to_original
 from visualrwkv_hf.cpu.layers import Int4Linear, Int8Linear
-from visualrwkv_hf.cpu.packed import pack, quantization_config, refuse_strange_quantization, unpack
+from visualrwkv_hf.cpu.packed import (
+    pack,
+    packed_tensors,
+    quantization_config,
+    refuse_strange_quantization,
+    unpack,
+    unpacked,
+)
 from visualrwkv_hf.cpu.rounding import WEIGHTS, rounded, rounding_of
 from visualrwkv_hf.dispatch import kernel_backend
 from visualrwkv_hf.inference import model_cache
@@ -429,6 +437,21 @@ def test_strange_folders_are_refused_in_a_sentence(damage, message, tmp_path):
 
 
 # --- memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_weight_that_moves_leaves_nothing_behind(kind):
+    """A view keeps what it is a view of, also when its data is exchanged for a copy elsewhere."""
+    layer = {"int8": Int8Linear, "int4": Int4Linear}[kind](nn.Linear(64, 8, bias=False))
+    held = packed_tensors(layer.rounded())
+    for each in (layer, type(layer).of(unpacked(held["weight_packed"], held["weight_scale"], 64))):
+        for tensor in each.tensors():
+            before = weakref.ref(tensor if tensor._base is None else tensor._base)
+            storage = tensor.untyped_storage().data_ptr()
+            tensor.data = tensor.data.clone()
+            base = before()
+            assert base is tensor or base.untyped_storage().data_ptr() != storage
+
 
 PEAK = """
 import sys

@@ -22,7 +22,7 @@ from ..modeling_rwkv import RwkvBlock
 from ..modeling_vision import VisualRWKVVisionModel
 from .attention import use_native_attention
 from .formats import FLOAT_DTYPES
-from .memory import is_plain, mapped_files, move_to_huge_pages, unmap
+from .memory import give_back, is_plain, mapped_files, move_to_huge_pages, unmap
 from .ops import MAX_ROWS, linear, linear_bf16, linear_int8, unsupported, unusable
 from .packed import INTEGER_DTYPES, PACKED, SCALE, SHAPE, packed_tensors, quantization_config, unpacked
 from .products import compute_dtype, has_tiles, may_use_panels, multiply_panels
@@ -132,7 +132,8 @@ class RoundedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.integers.shape
         self.original_dtype = weight.scale.dtype
-        stored, scale = self.as_stored(weight)
+        # A view would keep what it is a view of in memory when its data moves to huge pages.
+        stored, scale = (x if x._base is None else x.clone() for x in self.as_stored(weight))
         self.bias = None
         self.register_buffer("scale", scale)
         self.register_buffer("weight", stored)
@@ -241,10 +242,10 @@ class Int4Linear(RoundedLinear):
     @staticmethod
     def as_stored(weight: Rounded) -> tuple[Tensor, Tensor]:
         quotients = (weight.integers + 8).view(torch.uint8).unflatten(1, (-1, Int4Linear.group))
-        lower, upper = quotients.split(Int4Linear.group // 2, 2)
+        lower, upper = (half.flatten(1) for half in quotients.split(Int4Linear.group // 2, 2))
         repeats = quotients.shape[1] // weight.scale.shape[1]  # a file may have larger groups
         scale = weight.scale.to(torch.bfloat16).repeat_interleave(repeats, 1)
-        return (lower | upper << 4).flatten(1), scale  # [out, in / 2], [out, in / 32]
+        return lower | upper << 4, scale  # [out, in / 2], [out, in / 32]
 
     def integers(self, rows: slice = slice(None)) -> Tensor:
         stored = self.weight[rows].unflatten(1, (-1, self.group // 2))
@@ -330,7 +331,9 @@ def round_linears(model: PreTrainedModel, weights: str | None) -> None:
     def replacement(name: str, child: Any) -> nn.Module:
         try:
             if is_packed(child):
-                return unpacked_linear(child, files)
+                layer = unpacked_linear(child, files)
+                give_back()  # its integers in int8, which were made on the way
+                return layer
             kind = rounding_of(name.removesuffix(".base_layer"), child.in_features, weights)
             if kind is None or child.bias is not None or not may_replace(child):
                 return child
@@ -338,6 +341,7 @@ def round_linears(model: PreTrainedModel, weights: str | None) -> None:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         unmap(child.weight, files)
+        give_back()
         return layer
 
     replace_linears(model, replacement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import re
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 CACHE_LINE = 64
 """Bytes."""
+
+TRIMMED_BYTES = 1 << 26
+"""Freed memory is given back in parts of about this size."""
 
 MADV_DONTNEED = 4
 """Linux's advice to unmap pages now. Pages of a file stay in the system's cache, and reading maps them again.
@@ -40,12 +44,23 @@ def move_to_huge_pages(module: nn.Module) -> None:
         pages.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel without them
         return
-    files = mapped_files()
+    files, freed = mapped_files(), 0
     for weight, offset in zip(weights, accumulate(room, initial=0)):
         moved = torch.frombuffer(pages, dtype=weight.dtype, count=weight.numel(), offset=offset)
         moved = moved.view(weight.shape).copy_(weight.data)
         unmap(weight, files)
         weight.data = moved
+        freed += weight.nbytes
+        if freed > TRIMMED_BYTES:
+            give_back()
+            freed = 0
+    give_back()
+
+
+def give_back() -> None:
+    """Give memory that was freed back to the system. C's library keeps it where other memory lies between."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has this function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def cast(module: nn.Module, dtype: torch.dtype, without: type[nn.Module]) -> None:
