@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_visualrwkv import VisualRWKVCache
 from .configuration_visualrwkv import VisualRWKVTextConfig
 from .dispatch import accelerated_ops, chosen_backend, kernel, kernel_backend
+from .embedding_visualrwkv import VisualRWKVEmbeddingMixin
 from .generation_visualrwkv import VisualRWKVGenerationMixin
 from .generations import GENERATIONS
 from .layer_state import LayerState, StateHolder, StateUpdate
@@ -126,7 +127,7 @@ class RwkvBlock(GradientCheckpointingLayer):
         return kernel("block_decode", hidden_states) if state.tensors else None
 
 
-class VisualRWKVTextModel(VisualRWKVPreTrainedModel):
+class VisualRWKVTextModel(VisualRWKVPreTrainedModel, VisualRWKVEmbeddingMixin):
     """The blocks between embedding and head. The norm after the embedding (ln0) is for text and pictures alike.
 
     Attributes:
@@ -309,7 +310,11 @@ def directions_of_layers(
 
 @predicts_next_token
 class VisualRWKVForCausalLM(
-    LanguageModelHead, VisualRWKVPreTrainedModel, VisualRWKVGenerationMixin, VisualRWKVScoringMixin
+    LanguageModelHead,
+    VisualRWKVPreTrainedModel,
+    VisualRWKVGenerationMixin,
+    VisualRWKVScoringMixin,
+    VisualRWKVEmbeddingMixin,
 ):
     """RWKV-5, 6 or 7 with a language-modelling head: what a plain RWKV-World checkpoint becomes."""
 

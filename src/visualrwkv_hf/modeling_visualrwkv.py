@@ -14,6 +14,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .configuration_visualrwkv import VisualRWKVConfig
+from .embedding_visualrwkv import VisualRWKVEmbeddingMixin
 from .generation_visualrwkv import VisualRWKVGenerationMixin
 from .image_tokens import class_token_places
 from .loss_visualrwkv import loss_options
@@ -86,7 +87,7 @@ class VisualTokenCompressor(nn.Module):
         return tokens[:, positions.start : positions.stop : positions.step]
 
 
-class VisualRWKVModel(VisualRWKVPreTrainedModel):
+class VisualRWKVModel(VisualRWKVPreTrainedModel, VisualRWKVEmbeddingMixin):
     """VisualRWKV without its language-modelling head."""
 
     config_class = VisualRWKVConfig
@@ -300,7 +301,11 @@ def is_trivial(scan: str) -> bool:
 
 @predicts_next_token
 class VisualRWKVForConditionalGeneration(
-    LanguageModelHead, VisualRWKVPreTrainedModel, VisualRWKVGenerationMixin, VisualRWKVScoringMixin
+    LanguageModelHead,
+    VisualRWKVPreTrainedModel,
+    VisualRWKVGenerationMixin,
+    VisualRWKVScoringMixin,
+    VisualRWKVEmbeddingMixin,
 ):
     """VisualRWKV with its language-modelling head: pictures and text in, text out.
 

@@ -80,6 +80,7 @@ MODEL_CODE = (
         "chat_template.py",
         "decode_graph.py",
         "decompression.py",
+        "embedding_visualrwkv.py",
         "generation_visualrwkv.py",
         "kept_state.py",
         "loss_visualrwkv.py",
