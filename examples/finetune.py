@@ -29,6 +29,7 @@ from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 
 from visualrwkv_hf import (
+    TunedState,
     VisualRWKVDataCollator,
     VisualRWKVTrainer,
     VisualRWKVTrainingArguments,
@@ -106,6 +107,14 @@ class FinetuneArguments:
         default=False,
         metadata=described("Merge the adapters into the weights and save the whole model."),
     )
+    tuned_state: bool = field(
+        default=False,
+        metadata=described("Train the state from which the model begins to read, and nothing else."),
+    )
+    tuned_layers: list[int] | None = field(
+        default=None,
+        metadata=described("Numbers of the layers whose states --tuned-state trains. Default: all."),
+    )
 
 
 def parse(arguments: list[str]) -> tuple[FinetuneArguments, VisualRWKVTrainingArguments]:
@@ -121,9 +130,12 @@ def parse(arguments: list[str]) -> tuple[FinetuneArguments, VisualRWKVTrainingAr
             parser.error(f"{preset} has unknown options: {', '.join(sorted(unknown))}.")
         parser.set_defaults(**options)
     try:
-        return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        options, training = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except ValueError as refusal:  # by the training arguments
         parser.error(str(refusal))
+    if options.tuned_state and options.lora:
+        parser.error("--tuned-state trains nothing else: leave --lora out.")
+    return options, training
 
 
 def read_preset(name: str) -> dict:
@@ -137,13 +149,15 @@ def read_preset(name: str) -> dict:
 
 
 def load_model(options: FinetuneArguments) -> torch.nn.Module:
-    """Load the model, freeze the parts that are not trained, and add adapters if asked to."""
+    """Load the model, freeze the parts that are not trained, and add adapters or a tuned state if asked to."""
     model = AutoModelForImageTextToText.from_pretrained(
         options.model, dtype=options.dtype, trust_remote_code=False
     )
     if options.loss_reduction:
         model.config.text_config.loss_reduction = options.loss_reduction
     train_only(model, options.train)
+    if options.tuned_state:
+        TunedState.attach(model, layers=options.tuned_layers)
     if options.lora:
         from peft import get_peft_model
 
@@ -164,8 +178,7 @@ def card_of(options: FinetuneArguments, trainer: VisualRWKVTrainer) -> str:
         "data": f"`{data.name}`, sha256 `{hashlib.sha256(data.read_bytes()).hexdigest()}`",
         "samples": len(trainer.train_dataset),
         "preset": options.preset or "none",
-        "trained parts": ", ".join(options.train)
-        + (f" (LoRA, rank {options.lora_r})" if options.lora else ""),
+        "trained parts": trained_parts(options),
         "epochs": f"{trainer.state.epoch:.2f}",
         "steps": trainer.state.global_step,
         "batch": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
@@ -178,8 +191,19 @@ def card_of(options: FinetuneArguments, trainer: VisualRWKVTrainer) -> str:
         title,
         facts,
         base_model=options.model,
-        is_adapter=options.lora and not options.merge_lora,
+        kind="tuned state"
+        if options.tuned_state
+        else "adapter"
+        if options.lora and not options.merge_lora
+        else "model",
     )
+
+
+def trained_parts(options: FinetuneArguments) -> str:
+    if options.tuned_state:
+        layers = "all layers" if options.tuned_layers is None else f"layers {options.tuned_layers}"
+        return f"the initial state of {layers}"
+    return ", ".join(options.train) + (f" (LoRA, rank {options.lora_r})" if options.lora else "")
 
 
 def last_losses(log: list[dict]) -> dict[str, float]:
@@ -226,6 +250,8 @@ def main(command_line: list[str]) -> None:
         trainer.create_model_card()
         if trainer.is_world_process_zero() and not (options.lora and not options.merge_lora):
             folder = shlex.quote(arguments.output_dir)
+            if options.tuned_state:
+                folder = f"{shlex.quote(options.model)} --tuned-state {folder}"
             print(f'Next: visualrwkv ask --model {folder} PICTURE "What is in the picture?"', file=sys.stderr)
     exit_together()
 

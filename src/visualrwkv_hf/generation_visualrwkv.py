@@ -27,7 +27,7 @@ from .prompt_identity import (
 )
 from .reading_plan import ReadingPlan
 from .state_store import StateStore
-from .tuned_state import TunedState
+from .tuned_state import TunedState, store_of_beginning
 
 CACHES: dict[str | None, Callable] = {
     None: VisualRWKVCache,
@@ -121,6 +121,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         messages: list[dict],
         *,
         state_store: StateStore | None = None,
+        initial_state: TunedState | None = None,
         **template_variables,
     ) -> KeptState:
         """Read a chat once, so that `generate()` can continue from there as often as wanted.
@@ -137,10 +138,12 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             processor: the model's processor; of a text model the tokenizer.
             messages: the chat, as for `apply_chat_template`; its last message may be anyone's.
             state_store: where to look for a state and to leave states in this call, in place of `model.state_store`.
+            initial_state: a [`TunedState`] with which the chat begins in place of zeros.
             template_variables: variables of the chat template, e.g. `image_position`; for films `num_frames` or `fps`.
 
         Raises:
-            ValueError: a later question would be placed before a picture, or the processor lengthens prompts.
+            ValueError: a later question would be placed before a picture, the processor lengthens prompts, or
+                `initial_state` is for another model.
             jinja2.TemplateError: the chat template refuses the messages.
         """
         if (getattr(processor, "pad_prompt_to_multiple_of", None) or 1) > 1:
@@ -164,7 +167,10 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         (prompt,) = identify_prompt(self.config, ids, mask, pictures, self.dtype)
 
         store = self.state_store if state_store is None else state_store
-        plan = ReadingPlan(ids, pictures, store=store, prompts=[prompt], pixel_dtype=self.dtype)
+        store = store_of_beginning(store, self, initial_state)
+        plan = ReadingPlan(
+            ids, pictures, store=store, initial=initial_state, prompts=[prompt], pixel_dtype=self.dtype
+        )
         found = None if plan.store is None else plan.store.find(prompt)
         plan.begin(self, found)
         plan.ends = [*piece_ends(prompt.ids, (), None, longest_piece(self.device)), length]

@@ -21,7 +21,7 @@ from .prompt_identity import (
     refuse_other_beginning,
 )
 from .state_store import StateStore
-from .tuned_state import TunedState, identity_of, initial_cache
+from .tuned_state import TunedState, initial_cache, store_of_beginning
 
 PREPARED_INPUTS = ("inputs_embeds", "scan_orders", "mm_encoder_outputs")
 """Model inputs that were computed for a whole prompt."""
@@ -101,8 +101,6 @@ class ReadingPlan:
             raise ValueError(
                 "initial_state is for prompts that are read from their start, without past_key_values."
             )
-        if initial is not None and store is not None:
-            store = store.scoped(identity_of(initial))
         for_assistant = bool(_option("is_assistant", {}, generation_config))
         return cls(
             input_ids=ids,
@@ -131,6 +129,7 @@ class ReadingPlan:
             ValueError: the prompt does not begin with what the kept state has read, or the state is another model's.
         """
         kept, rows = self.kept, len(self.input_ids)
+        self.store = store_of_beginning(self.store, model, self.initial)
         attention_mask = mask_of(self.input_ids, attention_mask)
         if kept is not None or self.store is not None:
             self.pixel_dtype = model.dtype if kept is None else kept.pixel_dtype

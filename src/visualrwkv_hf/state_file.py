@@ -317,7 +317,9 @@ def _hash(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def refuse_other(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], kind: str) -> None:
+def refuse_other(
+    name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], kind: str, relation: str = "was read by"
+) -> None:
     """Raise `ValueError` that names every field in which two fingerprints differ."""
     fields = [field for field in {**theirs, **ours} if theirs.get(field) != ours.get(field)]
     if fields:
@@ -325,7 +327,7 @@ def refuse_other(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], 
             f"{_shown(field)} {_shown(theirs.get(field))} there, {_shown(ours.get(field))} here"
             for field in fields[:20]
         )
-        raise ValueError(f"{name} was read by another {kind}: {differing}.")
+        raise ValueError(f"{name} {relation} another {kind}: {differing}.")
 
 
 def refuse_other_shapes(name: str, layers: Sequence[Mapping[str, Tensor]], config: PreTrainedConfig) -> None:

@@ -22,6 +22,7 @@ from .cache_visualrwkv import VisualRWKVCache
 from .generations import GENERATIONS
 from .layer_state import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, WKV, LayerState, PlainStateHolder
 from .state_file import model_fingerprint, refuse_other, refuse_other_shapes, replace_file
+from .state_store import StateStore
 
 FILE_NAME = "tuned_state.safetensors"
 FORMAT = "visualrwkv_hf.tuned_state"
@@ -112,7 +113,7 @@ class TunedState(nn.Module):
 
     def refuse_other_model(self, model: Any) -> None:
         """Raise `ValueError` that names the differences if this state is not for `model`."""
-        refuse_other("The tuned state", self.fingerprint, model_fingerprint(model), "model")
+        refuse_other("The tuned state", self.fingerprint, model_fingerprint(model), "model", "is for")
         refuse_other_shapes("The tuned state", self._rows(1), model.config)
 
     def _rows(self, count: int) -> list[dict[str, Tensor]]:
@@ -152,7 +153,11 @@ class TunedState(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the state into `folder` as `tuned_state.safetensors`, whole or not at all."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        about = {"base_model": self.base_model, "fingerprint": self.fingerprint}
+        base = Path(self.base_model)
+        about = {
+            "base_model": base.name if base.is_dir() else self.base_model,  # a path means nothing elsewhere
+            "fingerprint": self.fingerprint,
+        }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         replace_file(Path(folder) / FILE_NAME, save(tensors, {"format": FORMAT, "about": json.dumps(about)}))
 
@@ -163,7 +168,7 @@ class TunedState(nn.Module):
         Args:
             source: the folder or the repository's id.
             model: the model that it is for; None leaves the check to its use.
-            hub: options of `huggingface_hub.hf_hub_download`, e.g. `revision` and `token`.
+            hub: options of `huggingface_hub.hf_hub_download`, e.g. `revision` and `token`; for a repository only.
 
         Raises:
             ValueError: the file is no tuned state, or another model's.
@@ -174,6 +179,8 @@ class TunedState(nn.Module):
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(str(source), FILE_NAME, **hub))
+        elif not path.is_file():
+            raise FileNotFoundError(f"There is no {FILE_NAME} in {source}.")
         tensors, about = _read(path)
         count = about["fingerprint"]["num_hidden_layers"]
         state = cls(_by_layer(path, tensors, count), about["base_model"], about["fingerprint"])
@@ -183,7 +190,13 @@ class TunedState(nn.Module):
         return state.to(model.device)
 
     def push_to_hub(self, repo_id: str, token: str | None = None, private: bool | None = None) -> None:
-        """Upload the state to a repository of the Hub, which is made if there is none."""
+        """Upload the state to a repository of the Hub, which is made if there is none.
+
+        Args:
+            repo_id: of the repository. Files other than the state's own stay as they are.
+            token: the one to use; None takes the user's own.
+            private: whether a new repository is private; None leaves that to the owner's settings.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
@@ -259,6 +272,16 @@ def identity_of(initial: TunedState | Sequence[TunedState | None]) -> str:
     """Return a name for what a reading begins with, under which its states are stored."""
     states = [initial] if isinstance(initial, TunedState) else initial
     return " ".join("zeros" if state is None else state.identity for state in states)
+
+
+def store_of_beginning(
+    store: StateStore | None, model: Any, initial: TunedState | Sequence[TunedState | None] | None
+) -> StateStore | None:
+    """Return the part of `store` whose states began as a reading begins: with `initial`, or as `model` does."""
+    begun = attached(model) if initial is None else initial
+    if store is None or begun is None:
+        return store
+    return store.scoped(f"{store.scope} {identity_of(begun)}")  # a client's part stays the client's
 
 
 def attached(model: Any) -> TunedState | None:

@@ -4,11 +4,13 @@ import json
 import re
 
 import pytest
-from chats import picture
+import torch
+from chats import inputs_of, picture, user
 from tiny_training import save_tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
+from visualrwkv_hf import TunedState
 from visualrwkv_hf.cli.app import app
 
 QUESTION = "Which colour is it?"
@@ -168,3 +170,50 @@ def test_a_schema_that_no_answer_fits_is_refused_before_the_weights_are_read(
     pytest.importorskip("llguidance", reason="needs the extra structured")
     schema.write_text(text)
     assert_refused(run("ask", "--model", folder, red, QUESTION, "--json-schema", schema), sentence)
+
+
+# --- a tuned state --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(folder, tmp_path_factory):
+    """A state after which the model answers something else."""
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    state = TunedState.of(model)
+    generator = torch.Generator().manual_seed(0)
+    for weight in state.parameters():
+        weight.data.normal_(std=1e3, generator=generator)
+    state.save_pretrained(target := tmp_path_factory.mktemp("tuned"))
+    return target
+
+
+def test_commands_begin_with_a_tuned_state(folder, tuned, red, tmp_path):
+    question = (red, QUESTION, "--choices", "red,no", "--json")
+    plain, other = (
+        json.loads(run("ask", "--model", folder, *question, *options).stdout)["choices"][0]["tokens"]
+        for options in ((), ("--tuned-state", tuned))
+    )
+    assert plain != other
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(folder),
+        AutoProcessor.from_pretrained(folder),
+    )
+    inputs = inputs_of(processor, user(QUESTION, "red"))
+    state = TunedState.from_pretrained(tuned, model)
+    output = model.generate(**inputs, initial_state=state, max_new_tokens=8, do_sample=False)
+    (wanted,) = processor.post_process_image_text_to_text(output, prompt_length=inputs["input_ids"].shape[1])
+    (tmp_path / "pictures").mkdir()
+    red.rename(tmp_path / "pictures" / "red.png")
+    options = ("--prompt", QUESTION, "--max-new-tokens", 8, "--tuned-state", tuned, "--model", folder)
+    result = run("caption", tmp_path / "pictures", "--output", tmp_path / "out.jsonl", *options)
+    assert result.exit_code == 0, result.stderr
+    (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert row["text"] == wanted
+
+
+def test_a_tuned_state_of_another_model_or_none_is_refused(folder, tuned, red, tmp_path):
+    other = save_tiny_model(tmp_path / "other", version=7)
+    options = (red, QUESTION, "--tuned-state", tuned, "--model", other)
+    assert_refused(run("ask", *options), "The tuned state is for another model: rwkv_version 6 there, 7 here")
+    options = (red, QUESTION, "--tuned-state", tmp_path, "--model", folder)
+    assert_refused(run("ask", *options), "There is no tuned_state.safetensors")

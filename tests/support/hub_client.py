@@ -112,3 +112,23 @@ def weights_of(name: str, **kwargs: Any) -> dict[str, bytes]:
 
     model = AutoModelForImageTextToText.from_pretrained(name, **kwargs)
     return {name: as_bytes(tensor).numpy().tobytes() for name, tensor in model.state_dict().items()}
+
+
+def push_and_pull_state(folder: str, name: str, token: str) -> tuple[str, str]:
+    """Push the tuned state of a folder and read it back: its identity before and after."""
+    from visualrwkv_hf import TunedState
+
+    state = TunedState.from_pretrained(folder)
+    state.push_to_hub(name, token=token, private=True)
+    return state.identity, TunedState.from_pretrained(name, token=token).identity
+
+
+def refusal_of_state(name: str) -> str:
+    """What is said about a repository without a tuned state."""
+    from visualrwkv_hf import TunedState
+
+    try:
+        TunedState.from_pretrained(name)
+    except OSError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")

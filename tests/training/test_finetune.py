@@ -37,6 +37,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
 from visualrwkv_hf import (
+    TunedState,
     VisualRWKVDataCollator,
     VisualRWKVTrainer,
     VisualRWKVTrainingArguments,
@@ -202,10 +203,12 @@ def test_the_command_line_comes_on_top_of_a_preset(command):
     )
 
 
-@pytest.mark.parametrize("preset", ["stage1", "stage2", "lora"])
+@pytest.mark.parametrize("preset", ["stage1", "stage2", "lora", "state"])
 def test_presets_are_options(preset, command):
     options, arguments = finetune_module().parse([*map(str, command), "--preset", preset])
-    assert options.preset == preset and arguments.learning_rate_final < arguments.learning_rate
+    rates = finetune_module().read_preset(preset)
+    assert options.preset == preset and rates["learning_rate_final"] < rates["learning_rate"]
+    assert arguments.learning_rate_final == rates["learning_rate_final"]
     assert arguments.weight_decay == 0 and arguments.max_grad_norm == 1
     assert bool(arguments.activation_checkpointing) == (preset == "stage2")
 
@@ -226,9 +229,25 @@ def test_a_card_names_the_base_model_and_never_its_path(tmp_path):
     for broken in ("---\nbase_model: [\n---\n", "# no metadata", f"---\nbase_model: {tmp_path}\n---\n"):
         (folder / "README.md").write_text(broken)
         assert base_model_of(str(folder)) == "colours"
-    card = training_card("a title", {"steps": 2}, base_model="me/first", is_adapter=True)
+    card = training_card("a title", {"steps": 2}, base_model="me/first", kind="adapter")
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "me/first"
     assert 'base, adapter = "me/first"' in card and "PeftModel.from_pretrained(model, adapter)" in card
+
+
+def test_the_preset_state_trains_a_tuned_state_alone(command, model, tmp_path):
+    finetune(*command, "--output-dir", tmp_path, "--preset", "state", "--tuned-layers", 1, "--max-steps", 2)
+    assert not list(tmp_path.rglob("model*.safetensors"))
+    state = TunedState.from_pretrained(tmp_path, AutoModelForImageTextToText.from_pretrained(model))
+    assert not len(state.layers[0]) and all(weight.any() for weight in state.layers[1].values())
+    card = (tmp_path / "README.md").read_text()
+    assert "| trained parts | the initial state of layers [1] |" in card
+    assert "initial_state=TunedState.from_pretrained(state, model)" in card and str(model) not in card
+
+
+def test_a_tuned_state_is_trained_alone(command, capsys):
+    with pytest.raises(SystemExit):
+        finetune_module().parse([*map(str, command), "--preset", "state", "--lora"])
+    assert "--tuned-state trains nothing else: leave --lora out." in capsys.readouterr().err
 
 
 def test_evaluation_while_training(command, data, tmp_path):

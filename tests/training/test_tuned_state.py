@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 from chats import GREEDY, MODELS, inputs_of, user
+from hub_client import client_process, push_and_pull_state, refusal_of_state
+from hub_server import Hub
 from safetensors.torch import load_file, save_file
 from tiny_training import TEXT_SAMPLE, tiny_model, tiny_processor, write_data
+from transformers import pipeline
 
 from visualrwkv_hf import (
     StateStore,
@@ -124,6 +127,43 @@ def test_a_store_keeps_states_of_other_beginnings_apart(rwkv7):
         found = logits_of(rwkv7, inputs, state_store=store, initial_state=state)
         torch.testing.assert_close(found, tuned, rtol=0, atol=1e-3)
     assert store.hits == 2
+    clients = [store.scoped(name) for name in ("one", "other")]
+    for client in clients:  # none finds the other's states, of whichever beginning
+        logits_of(rwkv7, inputs, state_store=client, initial_state=state)
+    assert store.hits == 2
+    TunedState.attach(rwkv7, state)
+    for _ in range(2):
+        torch.testing.assert_close(logits_of(rwkv7, inputs, state_store=store), tuned, rtol=0, atol=1e-3)
+    assert store.hits == 4
+
+
+def test_a_chat_is_read_from_a_tuned_state_and_continued(rwkv7):
+    processor, state, store = tiny_processor(rwkv7), random_state(rwkv7), StateStore()
+    inputs = inputs_of(processor, user("What is it?", "red"))
+    tuned = logits_of(rwkv7, inputs, initial_state=state)
+    rwkv7.read(processor, [user(None, "red")], state_store=store)  # from zeros
+    for _ in range(2):
+        kept = rwkv7.read(processor, [user(None, "red")], state_store=store, initial_state=state)
+        found = logits_of(rwkv7, inputs, past_key_values=kept)
+        torch.testing.assert_close(found, tuned, rtol=0, atol=1e-3)
+    assert store.hits == 1
+
+
+def test_scores_and_pipelines_begin_with_it(rwkv7):
+    processor, state = tiny_processor(rwkv7), random_state(rwkv7)
+    inputs, answers = inputs_of(processor, user("What is it?", "red")), ["yes", "a dot"]
+    ask = pipeline("image-text-to-text", model=rwkv7, processor=processor)
+    chat, options = [user("What is it?", "red")], dict(return_full_text=False, generate_kwargs=GREEDY)
+    plain = rwkv7.score(inputs, answers, tokenizer=processor).log_probs
+    kept = rwkv7.read(processor, [user(None, "red")], initial_state=state)
+    continued = rwkv7.score(inputs, answers, tokenizer=processor, past_key_values=kept).log_probs
+    (told,) = ask(chat, **{**options, "generate_kwargs": {**GREEDY, "initial_state": state}})
+    TunedState.attach(rwkv7, state)
+    attached = rwkv7.score(inputs, answers, tokenizer=processor).log_probs
+    torch.testing.assert_close(attached, continued, rtol=0, atol=1e-3)
+    assert not torch.allclose(attached, plain, atol=1e-2)
+    (begun,) = ask(chat, **options)
+    assert begun["generated_text"] == told["generated_text"]
 
 
 def test_a_saved_state_is_the_same_and_small(rwkv7, tmp_path):
@@ -137,6 +177,25 @@ def test_a_saved_state_is_the_same_and_small(rwkv7, tmp_path):
     )
     cache = loaded.to_cache(rwkv7, 3)
     assert cache.batch_size == 3 and cache.get_seq_length() == 0
+
+
+def test_a_state_is_pushed_and_pulled(rwkv7, tmp_path):
+    random_state(rwkv7).save_pretrained(tmp_path / "state")
+    with Hub({"hf_ann": "ann"}) as hub, client_process(hub.url, tmp_path / "cache") as client:
+        before, after = client(push_and_pull_state, str(tmp_path / "state"), "ann/dutch", "hf_ann")
+        refusal = client(refusal_of_state, "ann/nothing")
+    assert before == after
+    assert (
+        set(hub.repos["ann/dutch"].files()) == {"tuned_state.safetensors"} and hub.repos["ann/dutch"].private
+    )
+    assert "ann/nothing" in refusal
+
+
+def test_a_folder_is_named_without_its_path(rwkv7, tmp_path):
+    state = TunedState.of(rwkv7)
+    state.base_model = str(tmp_path)
+    state.save_pretrained(tmp_path / "state")
+    assert TunedState.from_pretrained(tmp_path / "state").base_model == tmp_path.name
 
 
 def test_the_trainer_learns_saves_and_resumes_a_state(rwkv7, tmp_path):
@@ -191,7 +250,7 @@ def test_states_that_do_not_fit_are_refused(rwkv7, tmp_path):
         lambda: TunedState.from_pretrained(tmp_path, other),
         lambda: TunedState.attach(other, state),
     ):
-        with pytest.raises(ValueError, match="The tuned state was read by another model: weights"):
+        with pytest.raises(ValueError, match="The tuned state is for another model: weights"):
             attempt()
     with pytest.raises(ValueError, match="rwkv_version 7 there, 6 here"):
         TunedState.from_pretrained(tmp_path, tiny_model(version=6))

@@ -19,6 +19,7 @@ from .options import (
     ModelOption,
     NumFramesOption,
     RegexOption,
+    TunedStateOption,
     VerboseOption,
     WeightsOption,
     answering_source,
@@ -59,6 +60,7 @@ def ask(
     grammar: GrammarOption = None,
     accelerate: AccelerateOption = True,
     weights: WeightsOption = None,
+    tuned_state: TunedStateOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Ask one question about one picture or film and print the answer as it is generated."""
@@ -88,6 +90,7 @@ def ask(
                 accelerate,
                 weights,
                 form,
+                tuned_state,
             )
             if answers is not None:
                 choose(asked, answers, as_json)
@@ -132,6 +135,7 @@ def read(
     accelerate: bool,
     weights: str | None,
     form: dict[str, str],
+    tuned_state: str | None,
 ) -> Asked:
     """Load the model and make its inputs."""
     with steps("loading libraries") as step:
@@ -143,7 +147,9 @@ def read(
         # The inputs come before the weights, so that what is wrong with them is said without a wait.
         inputs = chat_inputs(processor, [{"role": "user", "content": content}], image_position)
         processors = structured(processor, form)
-        vlm = load_model(source, device, dtype, accelerate, report=step, weights=weights)
+        vlm = load_model(
+            source, device, dtype, accelerate, report=step, weights=weights, tuned_state=tuned_state
+        )
     say_backend(vlm)
     return Asked(vlm, processor, inputs.to(vlm.device, dtype=vlm.dtype), processors)
 

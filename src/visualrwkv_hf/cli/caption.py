@@ -22,6 +22,7 @@ from .options import (
     ModelOption,
     NumFramesOption,
     RegexOption,
+    TunedStateOption,
     VerboseOption,
     WeightsOption,
     answering_source,
@@ -59,6 +60,7 @@ def caption(
     grammar: GrammarOption = None,
     accelerate: AccelerateOption = True,
     weights: WeightsOption = None,
+    tuned_state: TunedStateOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Ask the same question about every picture in a folder. If it is stopped, the same command continues.
@@ -82,12 +84,14 @@ def caption(
         settings |= form
         if weights:
             settings["weights"] = weights
+        if tuned_state is not None:
+            settings["tuned_state"] = tuned_state
         work = Captioning(folder, output, settings)
         with work.locked():
             if work.todo():
                 processor = asked_processor(source, prompt, image_position)
                 structured(processor, form)  # refuses a wrong schema before the weights are read
-                vlm = load_model(source, device, dtype, accelerate, weights=weights)
+                vlm = load_model(source, device, dtype, accelerate, weights=weights, tuned_state=tuned_state)
                 say_backend(vlm)
                 caption_all(work, vlm, processor, batch_size)
             report(work)

@@ -39,6 +39,13 @@ WeightsOption = Annotated[
         "file or hf:// address is kept so in the cache. Default: as they are stored.",
     ),
 ]
+TunedStateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tuned-state",
+        help="Folder or Hub id of a tuned state: the model begins with it, and so does what it was trained to do.",
+    ),
+]
 ImagePositionOption = Annotated[
     str | None,
     typer.Option(

@@ -259,6 +259,7 @@ def load_model(
     accelerate: bool = True,
     report: Callable[[str], None] | None = None,
     weights: str | None = None,
+    tuned_state: str | None = None,
 ) -> Any:
     """Return the model of `source`, in evaluation mode on its device.
 
@@ -271,9 +272,12 @@ def load_model(
         report: takes words on how much is loaded; without it nothing is shown.
         weights: "int8" or "int4" rounds the weights on a CPU as they are loaded, one at a time; see
             `accelerate_on_cpu`. None keeps them as they are stored, which may be in int8 or int4 as well.
+        tuned_state: a folder or a Hub id with a [`TunedState`], with which the model begins every text.
 
     Raises:
-        ValueError: the model is not ours or damaged, it reads no pictures, or device and dtype do not exist here.
+        ValueError: the model is not ours or damaged, it reads no pictures, device and dtype do not exist here, or the
+            tuned state is damaged or for another model.
+        OSError: there is no tuned state.
     """
     refuse_unknown_dtype(dtype)
     device = usable_device(device)
@@ -302,7 +306,12 @@ def load_model(
             ),
         )
     refuse_strange_generation(model.generation_config, folder)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if tuned_state is not None:
+        from ..tuned_state import TunedState
+
+        TunedState.attach(model, TunedState.from_pretrained(tuned_state, model))
+    return model
 
 
 def build_native_ops(report: Callable[[str], None] | None) -> None:

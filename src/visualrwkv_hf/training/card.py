@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -26,9 +26,26 @@ model = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=True
 model = PeftModel.from_pretrained(model, adapter)
 ```"""
 
+TUNED_STATE_USAGE = """\
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from visualrwkv_hf import TunedState
+
+base, state = "{base}", "path/or/name"
+processor = AutoProcessor.from_pretrained(base)
+model = AutoModelForImageTextToText.from_pretrained(base)
+output = model.generate(**inputs, initial_state=TunedState.from_pretrained(state, model))
+```"""
+
+USAGE = {"model": MODEL_USAGE, "adapter": ADAPTER_USAGE, "tuned state": TUNED_STATE_USAGE}
+"""What a folder holds -> how it is loaded."""
+
 
 def training_card(
-    title: str, facts: Mapping[str, Any], base_model: str | None = None, is_adapter: bool = False
+    title: str,
+    facts: Mapping[str, Any],
+    base_model: str | None = None,
+    kind: Literal["model", "adapter", "tuned state"] = "model",
 ) -> str:
     """Return README.md of a fine-tuned model.
 
@@ -37,17 +54,17 @@ def training_card(
         facts: What the model was trained on and how; each becomes a row of a table.
         base_model: Hub id or folder of the model that the training started from. A folder is named without its path,
             or by the `base_model` of its own card if it has one.
-        is_adapter: Whether the folder holds a PEFT adapter and not the whole model.
+        kind: What the folder holds: a whole model, a PEFT adapter or a [`TunedState`].
     """
     metadata: dict[str, Any] = {
-        "library_name": "peft" if is_adapter else "transformers",
+        "library_name": "peft" if kind == "adapter" else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["rwkv", "visualrwkv"],
     }
     if base_model:
         metadata["base_model"] = base_model = base_model_of(base_model)
         facts = {"base model": f"`{base_model}`", **facts}
-    usage = ADAPTER_USAGE.format(base=base_model or "path/or/name") if is_adapter else MODEL_USAGE
+    usage = USAGE[kind].format(base=base_model or "path/or/name")
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"""\
 ---
