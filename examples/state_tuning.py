@@ -1,6 +1,6 @@
 """Teach the model in the package a new task with a tuned state, and for comparison with LoRA.
 
-    python examples/state_tuning.py                 # MINUTES minutes on two cores; needs easy-vqa and peft
+    python examples/state_tuning.py                 # some minutes on two cores; needs easy-vqa and peft
     python examples/state_tuning.py --steps 100     # a first look
 
 The task: a small shape lies somewhere in the picture, and the question is in which quarter. The model has seen neither
