@@ -137,7 +137,12 @@ static void fuzz_attention_bf16(Input *in) {
     if (numbers < 0) numbers = 0; /* ops.c must refuse before it reads */
     void *q = stored(in, numbers, BF16), *k = stored(in, numbers, BF16), *v = stored(in, numbers, BF16);
     void *y = stored(in, numbers, BF16);
-    if (!is_too_large) visualrwkv_attention_bf16(2, N, L, H, D, number(in), q, k, v, y);
+    int64_t rows = mostly(in, 1), columns = mostly(in, L);
+    int has_bias = byte(in) & 1;
+    int64_t queries = product_of(product_of(N, H), L);
+    float *across = has_bias ? floats(in, rows > 0 ? product_of(queries < 0 ? 0 : queries, rows) : 0) : NULL;
+    float *along = has_bias ? floats(in, columns > 0 ? product_of(queries < 0 ? 0 : queries, columns) : 0) : NULL;
+    if (!is_too_large) visualrwkv_attention_bf16(2, N, L, H, D, rows, columns, number(in), q, k, v, across, along, y);
 }
 
 static void fuzz_weights(Input *in, Sizes *sizes, Weights *weights, int is_first) {

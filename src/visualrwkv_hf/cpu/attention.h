@@ -3,13 +3,16 @@
    scores stay in the first-level cache. Scores and sums are float32; weights are rounded to bfloat16 before the second
    product, as the values are. */
 
-/* q, k, v and y are [N, L, H, D]; D is even and at most MOST_DIMS. */
+/* q, k, v and y are [N, L, H, D]; D is even and at most MOST_DIMS. Where the tokens are a map of `rows` x `columns`, a bias is
+   added to the score of each: across [N, H, L, rows] of its row, and along [N, H, L, columns] of its column. Otherwise both
+   are null. */
 #define MOST_DIMS 256
 
 typedef struct {
-    int64_t N, L, H, D;
+    int64_t N, L, H, D, rows, columns;
     float scale;
     const BF16_t *q, *k, *v;
+    const float *across, *along;
     BF16_t *y;
 } Attention;
 
@@ -19,6 +22,7 @@ typedef struct {
     int64_t L, D; /* rounded up to whole registers of keys, and to pairs of registers of dimensions */
     __m512i *keys, *values;
     float *scores, *sums;      /* [ROWS_OF_X, L], [ROWS_OF_X, D] */
+    float *bias;               /* [L], of a query */
     uint32_t *query, *weights; /* [ROWS_OF_X, D / 2], [ROWS_OF_X, L / 2] */
 } AttentionRoom;
 
@@ -65,12 +69,21 @@ static void order_values(const Attention *a, int64_t n, int64_t h, const Attenti
     }
 }
 
+/* Bring the biases of the query at `index` of [N, H, L] to each key. */
+static void lay_out_bias(const Attention *a, int64_t index, float *bias) {
+    const float *across = a->across + index * a->rows, *along = a->along + index * a->columns;
+    for (int64_t row = 0; row < a->rows; row++)
+        for (int64_t column = 0; column < a->columns; column++)
+            bias[row * a->columns + column] = across[row] + along[column];
+}
+
 /* Make weights of the scores of a query and return 1 / their sum. Those of keys beyond the last one are zero. */
 static float weigh(const Attention *a, const AttentionRoom *room, float *scores, uint32_t *weights) {
     __m512 most = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(a->scale), total = _mm512_setzero_ps();
     for (int64_t l = 0; l < room->L; l += 16) {
         __mmask16 there = l + 16 <= a->L ? 0xffff : (__mmask16)((1 << (a->L - l)) - 1);
-        __m512 s = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), there, _mm512_loadu_ps(scores + l), scale);
+        __m512 s = _mm512_fmadd_ps(_mm512_loadu_ps(scores + l), scale, _mm512_loadu_ps(room->bias + l));
+        s = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), there, s);
         _mm512_storeu_ps(scores + l, s);
         most = _mm512_max_ps(most, s);
     }
@@ -87,6 +100,7 @@ static void attend(const Attention *a, int64_t task, const AttentionRoom *room) 
     int64_t n = task / a->H, h = task % a->H, words = a->D / 2;
     order_keys(a, n, h, room);
     order_values(a, n, h, room);
+    memset(room->bias, 0, room->L * sizeof(float));
     for (int64_t first = 0; first < a->L; first += ROWS_OF_X) {
         int64_t rows = at_most(ROWS_OF_X, a->L - first), l = 0;
         for (int64_t r = 0; r < ROWS_OF_X; r++) /* the last query stands for those after it */
@@ -96,8 +110,10 @@ static void attend(const Attention *a, int64_t task, const AttentionRoom *room) 
         for (; l < room->L; l += 16)
             tile_of_1(words, room->query, words, room->keys + l / 16 * words, room->scores + l, room->L);
         float inverse[ROWS_OF_X];
-        for (int64_t r = 0; r < ROWS_OF_X; r++)
+        for (int64_t r = 0; r < ROWS_OF_X; r++) {
+            if (a->across) lay_out_bias(a, task * a->L + at_most(a->L - 1, first + r), room->bias);
             inverse[r] = weigh(a, room, room->scores + r * room->L, room->weights + r * (room->L / 2));
+        }
         for (int64_t d = 0; d < room->D; d += 32)
             tile_of_2(room->L / 2, room->weights, room->L / 2, room->values + d / 32 * room->L, room->sums + d, room->D);
         for (int64_t r = 0; r < rows; r++) {
@@ -115,27 +131,31 @@ static void attend(const Attention *a, int64_t task, const AttentionRoom *room) 
 /* Lay out a thread's room at `memory`, whose address is a multiple of 64, and return its bytes; null only counts. */
 static int64_t lay_out_attention(const Attention *a, AttentionRoom *room, char *memory) {
     int64_t L = (a->L + 15) / 16 * 16, D = (a->D + 31) / 32 * 32;
-    int64_t sizes[] = {L * a->D * 2, L * D * 2, ROWS_OF_X * L * 4, ROWS_OF_X * D * 4, ROWS_OF_X * D * 2, ROWS_OF_X * L * 2};
-    char *at[6];
+    int64_t sizes[] = {L * a->D * 2,      L * D * 2, ROWS_OF_X * L * 4, ROWS_OF_X * D * 4, L * 4,
+                       ROWS_OF_X * D * 2, ROWS_OF_X * L * 2};
+    char *at[7];
     int64_t taken = 0;
-    for (int i = 0; i < 6; i++) at[i] = memory + taken, taken += (sizes[i] + 63) / 64 * 64;
+    for (int i = 0; i < 7; i++) at[i] = memory + taken, taken += (sizes[i] + 63) / 64 * 64;
     if (memory)
         *room = (AttentionRoom){L, D, (__m512i *)at[0], (__m512i *)at[1], (float *)at[2], (float *)at[3],
-                                (uint32_t *)at[4], (uint32_t *)at[5]};
+                                (float *)at[4], (uint32_t *)at[5], (uint32_t *)at[6]};
     return taken;
 }
 #endif
 
-/* Compute y = softmax(scale q k^T) v of N pictures with L tokens and H heads of D dimensions, all bfloat16 [N, L, H, D]. */
-int visualrwkv_attention_bf16(int threads, int64_t N, int64_t L, int64_t H, int64_t D, float scale, const void *q,
-                              const void *k, const void *v, void *y) {
+/* Compute y = softmax(scale q k^T + bias) v of N pictures with L tokens and H heads of D dimensions; see `Attention`. */
+int visualrwkv_attention_bf16(int threads, int64_t N, int64_t L, int64_t H, int64_t D, int64_t rows, int64_t columns,
+                              float scale, const void *q, const void *k, const void *v, const float *across,
+                              const float *along, void *y) {
+    if (across && (!along || rows < 1 || columns < 1 || rows > 1 << 24 || columns > 1 << 24 || rows * columns != L))
+        return SIZE_OUT_OF_RANGE;
     if (N < 0 || L < 1 || H < 1 || D < 2 || D % 2 || D > MOST_DIMS || L > 1 << 24 || !is_countable(N, L, H * D))
         return SIZE_OUT_OF_RANGE;
 #if !FAST_BF16
-    (void)threads, (void)scale, (void)q, (void)k, (void)v, (void)y;
+    (void)threads, (void)scale, (void)q, (void)k, (void)v, (void)along, (void)y;
     return FORMAT_UNKNOWN;
 #else
-    Attention a = {N, L, H, D, scale, q, k, v, y};
+    Attention a = {N, L, H, D, rows, columns, scale, q, k, v, across, along, y};
     int error = OK;
 #pragma omp parallel num_threads(threads)
     {

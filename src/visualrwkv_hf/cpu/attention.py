@@ -93,9 +93,16 @@ class NativeAttentionConfig:
 
 
 def use_native_attention(tower: nn.Module) -> None:
-    """Let the layers of a tower find `attend`, in place. Layers that read causally, as in a text, are left out."""
+    """Let the layers of a tower find `attend`, in place. Layers that read causally, as in a text, are left out.
+
+    SAM's layers, which do not look for a function by name, become layers of another class.
+    """
     modules: list[Any] = [*tower.modules()]
     for module in modules:
+        if type(module).__name__ == "SamVisionSdpaAttention" and "forward" not in module.__dict__:
+            from .sam_attention import NativeSamAttention
+
+            module.__class__ = NativeSamAttention
         config = getattr(module, "config", None)
         is_layer = getattr(module, "is_causal", None) is False and hasattr(module, "head_dim")
         if is_layer and getattr(config, "_attn_implementation", None) == PLAIN:

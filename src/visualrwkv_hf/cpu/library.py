@@ -50,7 +50,7 @@ ARGUMENTS = {
     "linear": [_INT, *[_NUMBER] * 4, *[_ADDRESS] * 4],
     "linear_int8": [_INT, *[_NUMBER] * 4, *[_ADDRESS] * 2, _NUMBER, *[_ADDRESS] * 2],
     "linear_bf16": [_INT, *[_NUMBER] * 3, *[_ADDRESS] * 4],
-    "attention_bf16": [_INT, *[_NUMBER] * 4, _FLOAT, *[_ADDRESS] * 4],
+    "attention_bf16": [_INT, *[_NUMBER] * 6, _FLOAT, *[_ADDRESS] * 6],
     "blocks": [_INT, _NUMBER, *[_FLOAT] * 3, *[_ADDRESS] * 6],
 }
 """Types of the arguments of the functions visualrwkv_... in ops.c, the number of threads first."""

@@ -268,21 +268,27 @@ def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return out
 
 
-def attention_bf16(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Compute softmax(scale q k^T) v in bfloat16, of which scores and sums are float32.
+def attention_bf16(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, across: Tensor | None = None, along: Tensor | None = None
+) -> Tensor:
+    """Compute softmax(scale q k^T + bias) v in bfloat16, of which scores and sums are float32.
 
     Args:
         q: bfloat16 [N, L, H, D] of N pictures, L tokens and H heads; D is even and at most the contract's MOST_DIMS.
         k: likewise.
         v: likewise.
         scale: of the scores.
+        across: a bias of each query to each row of a map of keys, [N, H, L, rows] with L = rows * columns; or None.
+        along: a bias to each column, [N, H, L, columns].
 
     Returns:
         bfloat16 [N, L, H, D].
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    across, along = _floats(across), _floats(along)
+    rows, columns = (0, 0) if across is None or along is None else (across.shape[-1], along.shape[-1])
     out = torch.empty_like(q)
-    library().call("attention_bf16", *q.shape, scale, q, k, v, out)
+    library().call("attention_bf16", *q.shape, rows, columns, scale, q, k, v, across, along, out)
     return out
 
 
