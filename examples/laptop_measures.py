@@ -96,8 +96,8 @@ def answer_of_ours(folder: str, dtype: str, accelerate: bool, new_tokens: int) -
     )
     watch = Watch(model)
     asked = now()
-    length = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens)
-    model.generate(**inputs, **length, do_sample=False, streamer=watch)
+    model.generation_config.eos_token_id = None  # no token of random weights ends the answer
+    model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, streamer=watch)
     first = watch.tokens[0]
     return {
         "load": loaded - started,

@@ -8,6 +8,7 @@ the same addresses.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -59,19 +60,21 @@ class _Found(NamedTuple):
         blocks: the blocks as ops.c takes them.
         modules: the blocks and their parts.
         kinds: the class of each.
-        places: where each module and each tensor is kept, as a dictionary and a key.
+        held: the dictionaries in which each module and each tensor is kept.
+        names: its key there.
         kept: what was there.
         tensors: all weights.
-        memory: their addresses and bytes, and whether they are contiguous.
+        memory: their addresses, their bytes, and whether they are contiguous.
     """
 
     blocks: PackedBlocks
     modules: list[nn.Module]
     kinds: list[type]
-    places: list[tuple[dict[str, Any], str]]
+    held: list[dict[str, Any]]
+    names: list[str]
     kept: list[Any]
     tensors: list[Tensor]
-    memory: list[tuple[int, int, bool]]
+    memory: tuple[list[int], list[int], list[bool]]
 
     @classmethod
     def at(cls, layers: nn.ModuleList, hidden_states: Tensor) -> _Found | None:
@@ -97,7 +100,8 @@ class _Found(NamedTuple):
             PackedBlocks.of(blocks),
             modules,
             list(map(type, modules)),
-            places,
+            [held for held, _ in places],
+            [name for _, name in places],
             [held[name] for held, name in places],
             tensors,
             _memory_of(tensors),
@@ -112,7 +116,7 @@ class _Found(NamedTuple):
             and FORMAT_OF.get(hidden_states.dtype) == sizes.format
             and list(map(type, self.modules)) == self.kinds
             and not any(map(_has_hooks, self.modules))
-            and all(held.get(name) is kept for (held, name), kept in zip(self.places, self.kept))
+            and all(map(is_, map(dict.get, self.held, self.names), self.kept))
             and _memory_of(self.tensors) == self.memory
         )
 
@@ -122,8 +126,10 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held)
 
 
-def _memory_of(tensors: Sequence[Tensor]) -> list[tuple[int, int, bool]]:
-    return [(x.data_ptr(), x.nbytes, x.is_contiguous()) for x in tensors]
+def _memory_of(tensors: Sequence[Tensor]) -> tuple[list[int], list[int], list[bool]]:
+    # map() and not a loop: hundreds of tensors are looked at for each token.
+    pointers, contiguous = map(Tensor.data_ptr, tensors), map(Tensor.is_contiguous, tensors)
+    return list(pointers), list(map(attrgetter("nbytes"), tensors)), list(contiguous)
 
 
 _found: WeakKeyDictionary[nn.ModuleList, _Found] = WeakKeyDictionary()
