@@ -274,7 +274,7 @@ def test_files_of_the_current_folder_are_no_modules(film, tmp_path, monkeypatch)
 def test_the_process_imports_neither_torch_nor_transformers():
     """They would take more time than a film."""
     code = film_process.START.replace(
-        "main()", "print('torch' in sys.modules, 'transformers' in sys.modules)"
+        "main()", "import sys; print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "False"]

@@ -28,8 +28,8 @@ ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME"
 """Variables of the environment that the process has."""
 POLL_SECONDS = 0.05
 """How often it is looked whether the film is still wanted."""
-START = "import sys; sys.path.pop(0); from visualrwkv_hf.inference.film_process import main; main()"
-"""Without the current folder on the path: a file in it must not pass for a module."""
+START = "from visualrwkv_hf.inference.film_process import main; main()"
+"""It runs in an empty folder, so that no file of the current one passes for a module."""
 
 
 def read_film(
@@ -147,7 +147,7 @@ def _frames_within(film: bytes, wanted: dict[str, Any]) -> Iterator[Image.Image]
         count, pixels = count + 1, pixels + frame.width * frame.height
         if count > wanted["max_frames"]:
             raise ValueError(
-                f"it gives more than {wanted['max_frames']} frames, which are left for it: ask for fewer."
+                f"it gives more than {wanted['max_frames']} frames, for which there is no room: ask for fewer."
             )
         if pixels > wanted["max_total_pixels"]:
             raise ValueError(f"its frames have more than {wanted['max_total_pixels']:,} pixels together.")
