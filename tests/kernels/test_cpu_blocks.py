@@ -13,7 +13,9 @@ from torch import nn
 from visualrwkv_hf import VisualRWKVForCausalLM, accelerate_on_cpu
 from visualrwkv_hf.cpu import library
 from visualrwkv_hf.dispatch import kernel_backend
+from visualrwkv_hf.layer_state import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, WKV, LayerState, PlainStateHolder
 from visualrwkv_hf.modeling_rwkv import VisualRWKVTextModel
+from visualrwkv_hf.token_order import IN_ORDER
 
 TOLERANCE = 1e-5
 """Relative, float32: sums of some hundred terms in another order."""
@@ -245,3 +247,56 @@ def test_callers_at_the_same_time_do_not_disturb_one_another():
         assert all(torch.equal(x, y) for x, y in zip(found, expected))
     finally:
         torch.set_num_threads(before)
+
+
+# --- states in a pool, as an engine keeps them ------------------------------------------------------------
+
+
+def pools_of(model, slots: torch.Tensor, dtype: torch.dtype, count: int = 30):
+    """A holder for each block and the memory in which its states lie, one slot after the other."""
+    config, holders, memories = model.config, [], []
+    C, H, K = config.hidden_size, config.num_attention_heads, config.head_dim
+    for layer in range(config.num_hidden_layers):
+        generator = torch.Generator().manual_seed(layer)
+        memory = torch.randn(count, 2 * C + H * K * K, generator=generator)
+        shifts = memory[:, : 2 * C].to(dtype)
+        states = {TIME_MIX_SHIFT: shifts[:, :C], CHANNEL_MIX_SHIFT: shifts[:, C:]}
+        states[WKV] = memory[:, 2 * C :].view(count, H, K, K)
+        holders.append(PlainStateHolder(LayerState(states, indices=slots)))
+        memories += [memory, shifts]
+    return holders, memories
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("version", [5, 6, 7])
+@pytest.mark.parametrize("rows", [1, 7, 18])
+def test_slots_of_pools_are_read_and_written_where_they_lie(version, rows, dtype, weights, counts):
+    """Rows that fill whole grids of products and rows that do not, against plain torch."""
+    model = causal_lm(version, dtype, weights)
+    slots = torch.randperm(30, generator=torch.Generator().manual_seed(rows))[:rows]
+    x = torch.randn(rows, 1, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    (native, memories), (plain, expected_memories) = (pools_of(model, slots, dtype) for _ in range(2))
+    found = [model.model.run_blocks(x * factor, [IN_ORDER], native) for factor in (1, 2)]
+    layers = model.config.num_hidden_layers
+    assert counts == [layers, layers], "all blocks in one call"
+    with kernel_backend("torch"):
+        expected = [model.model.run_blocks(x * factor, [IN_ORDER], plain) for factor in (1, 2)]
+    # bfloat16: C rounds once for each block, torch after each op; int4: inputs in 16 bits
+    tolerance = 0.06 if dtype == torch.bfloat16 else 1e-3 if weights == "int4" else 1e-4
+    for one, other in zip((*found, *memories), (*expected, *expected_memories)):
+        assert (one - other).abs().max() <= tolerance * other.abs().max()
+    untouched = [slot for slot in range(30) if slot not in slots.tolist()]
+    before = pools_of(model, slots, dtype)[1]
+    assert all(torch.equal(one[untouched], other[untouched]) for one, other in zip(memories, before))
+
+
+def test_slots_that_differ_between_blocks_or_lie_outside_are_not_computed_together(counts):
+    model = causal_lm(7)
+    x, slots = torch.randn(2, 1, 128), torch.tensor([3, 1])
+    holders, _ = pools_of(model, slots, torch.float32)
+    holders[1] = pools_of(model, torch.tensor([1, 3]), torch.float32)[0][1]
+    model.model.run_blocks(x, [IN_ORDER], holders)
+    assert model.config.num_hidden_layers not in counts
+    with pytest.raises(RuntimeError, match="SIZE_OUT_OF_RANGE"):
+        model.model.run_blocks(x, [IN_ORDER], pools_of(model, torch.tensor([0, 30]), torch.float32)[0])

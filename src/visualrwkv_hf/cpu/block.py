@@ -6,6 +6,7 @@ Letters: B batch, H heads, K key and value size of a head, A = H K, C hidden siz
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -210,7 +211,7 @@ def decode_block(
     if not serves(hidden_states) or not has_native_parts(block):
         return None
     ready = ReadyBlock.of(block, hidden_states)
-    states = None if ready is None else state_addresses(ready.sizes, state, hidden_states.dtype)
+    states = None if ready is None else States.of(ready.sizes, [state], hidden_states.dtype)
     if ready is None or states is None:
         return None
     return call_blocks(PackedBlocks.of([ready]), states, hidden_states, v_first, token_order.mask())
@@ -246,24 +247,66 @@ class ReadyBlock(NamedTuple):
         return cls(version, eps, sizes, ([*sizes, *weights.ranks], weights.words()), weights.tensors)
 
 
-def state_addresses(sizes: Sizes, state: LayerState, dtype: torch.dtype) -> list[int] | None:
-    """Return the addresses of a block's states as ops.c's `LayerState`; None if they are not as it reads them.
+class States(NamedTuple):
+    """The states of some blocks as ops.c reads and writes them.
 
-    Those are the previous tokens of both token shifts, [B, C] each in `dtype`, and the matrices [B, H, K, K] in
-    float32.
+    Attributes:
+        words: `LayerState` of ops.c for each block.
+        slots: int64 [B], where in their pools the states of the sequences lie; None: they are rows.
     """
-    if state.indices is not None or state.record_past or not state.tensors:
+
+    words: list[int]
+    slots: Tensor | None
+
+    @classmethod
+    def of(cls, sizes: Sizes, states: Sequence[LayerState], dtype: torch.dtype) -> States | None:
+        """Return the states of blocks of the same sizes; None if one is not as ops.c reads it, or has other slots.
+
+        Those are the previous tokens of both token shifts, [B or N, C] each in `dtype`, and the matrices
+        [B or N, H, K, K] in float32. Between those of two sequences other numbers may lie.
+        """
+        words: list[int] = []
+        slots = states[0].indices
+        for state in states:
+            found = _state_words(sizes, state, dtype)
+            if found is None or not _are_the_same(state.indices, slots):
+                return None
+            words += found
+        if slots is not None and (slots.dtype != torch.int64 or not is_plain(slots) or len(slots) != sizes.B):
+            return None
+        return cls(words, slots)
+
+
+def _are_the_same(x: Tensor | None, y: Tensor | None) -> bool:
+    if x is None or y is None:
+        return x is y
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape
+
+
+def _state_words(sizes: Sizes, state: LayerState, dtype: torch.dtype) -> list[int] | None:
+    """Return `LayerState` of ops.c; None if the states are not as it reads them."""
+    if state.record_past or not state.tensors:
         return None
     _, B, C, A, _, H, _ = sizes
-    tensors = [state.tensors[name] for name in (TIME_MIX_SHIFT, CHANNEL_MIX_SHIFT, WKV)]
-    *shifts, wkv_state = tensors
-    suits = (
-        wkv_state.shape == (B, H, A // H, A // H)
-        and wkv_state.dtype == torch.float32
-        and all(x.shape == (B, C) and x.dtype == dtype for x in shifts)
-        and all(map(is_plain, tensors))
-    )
-    return [x.data_ptr() for x in tensors] if suits else None
+    wkv = state.tensors[WKV]
+    count, words = len(wkv), []
+    if state.indices is None and count != B:
+        return None
+    for tensor, shape, kind in (
+        (state.tensors[TIME_MIX_SHIFT], (C,), dtype),
+        (state.tensors[CHANNEL_MIX_SHIFT], (C,), dtype),
+        (wkv, (H, A // H, A // H), torch.float32),
+    ):
+        size = math.prod(shape)
+        stride = tensor.stride(0) if count > 1 else size
+        if tensor.shape != (count, *shape) or tensor.dtype != kind or stride < size:
+            return None
+        if not (
+            is_plain(tensor) or (state.indices is not None and tensor.is_cpu and tensor[:1].is_contiguous())
+        ):
+            return None
+        words += [tensor.data_ptr(), stride]
+    return [*words, count]
 
 
 class PackedBlocks(NamedTuple):
@@ -273,6 +316,16 @@ class PackedBlocks(NamedTuple):
     number: int
     sizes: ctypes.Array
     weights: ctypes.Array
+
+    def with_rows(self, B: int) -> PackedBlocks:
+        """Return the same blocks for hidden states of B rows."""
+        first = self.first.sizes
+        if first.B == B:
+            return self
+        numbers, fields = list(self.sizes), len(self.sizes) // self.number
+        numbers[first._fields.index("B") :: fields] = [B] * self.number
+        sizes = (ctypes.c_int64 * len(numbers))(*numbers)
+        return self._replace(first=self.first._replace(sizes=first._replace(B=B)), sizes=sizes)
 
     @classmethod
     def of(cls, blocks: Sequence[ReadyBlock]) -> PackedBlocks:
@@ -284,7 +337,7 @@ class PackedBlocks(NamedTuple):
 
 def call_blocks(
     blocks: PackedBlocks,
-    states: Sequence[int],
+    states: States,
     hidden_states: Tensor,
     v_first: Tensor | None,
     mask: Tensor | None,
@@ -293,7 +346,7 @@ def call_blocks(
 
     Args:
         blocks: the blocks.
-        states: their `state_addresses`.
+        states: theirs.
         hidden_states: x, [B, 1, C].
         v_first: as the blocks before them returned it; None if the first of the model is among them.
         mask: bool [B, 1], False at padding; None if there is none.
@@ -306,8 +359,8 @@ def call_blocks(
     library().call(
         "blocks",
         *(blocks.number, *first.eps, DECAY_SCALE),
-        *(blocks.sizes, blocks.weights, (ctypes.c_void_p * len(states))(*states)),
-        *(mask, v_first, x),
+        *(blocks.sizes, blocks.weights, (ctypes.c_int64 * len(states.words))(*states.words)),
+        *(states.slots, mask, v_first, x),
     )
     dtype = hidden_states.dtype
     return x.to(dtype), v_first.to(dtype) if first.version in HANDS_ON_VALUES else None

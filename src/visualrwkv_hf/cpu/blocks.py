@@ -18,9 +18,14 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..layer_state import LayerState
 from ..modeling_rwkv import RwkvBlock
 from ..token_order import TokenOrder
-from .block import PackedBlocks, ReadyBlock, call_blocks, has_native_parts, parts_of, state_addresses
+from .block import PackedBlocks, ReadyBlock, States, call_blocks, has_native_parts, parts_of
 from .formats import FORMAT_OF
 from .layers import serves
+from .ops import MAX_ROWS
+
+MAX_ROWS_OF_BLOCKS = 64
+"""Up to this many rows whose states lie in pools the blocks are computed here: a server has them at every token. torch
+would also have to launch some hundred ops for each block, and to gather and scatter the states."""
 
 
 def decode_blocks(
@@ -37,20 +42,14 @@ def decode_blocks(
     Returns:
         The hidden states [B, 1, C] after the last block, or None where `decode_block` would not compute one of them.
     """
-    if not serves(hidden_states) or _has_any_global_hook():
+    in_pools = bool(states) and states[0].indices is not None
+    if not serves(hidden_states, MAX_ROWS_OF_BLOCKS if in_pools else MAX_ROWS) or _has_any_global_hook():
         return None
     blocks = _ready_blocks(layers, hidden_states)
-    if blocks is None:
+    if blocks is None or len(states) != blocks.number:
         return None
-    addresses: list[int] = []
-    if len(states) != blocks.number:
-        return None
-    for state in states:
-        found = state_addresses(blocks.first.sizes, state, hidden_states.dtype)
-        if found is None:
-            return None
-        addresses += found
-    return call_blocks(blocks, addresses, hidden_states, None, token_order.mask())[0]
+    found = States.of(blocks.first.sizes, states, hidden_states.dtype)
+    return None if found is None else call_blocks(blocks, found, hidden_states, None, token_order.mask())[0]
 
 
 class _Found(NamedTuple):
@@ -112,7 +111,7 @@ class _Found(NamedTuple):
         sizes = self.blocks.first.sizes
         return (
             len(layers) == self.blocks.number
-            and hidden_states.shape == (sizes.B, 1, sizes.C)
+            and hidden_states.shape[1:] == (1, sizes.C)
             and FORMAT_OF.get(hidden_states.dtype) == sizes.format
             and list(map(type, self.modules)) == self.kinds
             and not any(map(_has_hooks, self.modules))
@@ -143,4 +142,4 @@ def _ready_blocks(layers: nn.ModuleList, hidden_states: Tensor) -> PackedBlocks 
             _found.pop(layers, None)
             return None
         _found[layers] = found
-    return found.blocks
+    return found.blocks.with_rows(len(hidden_states))

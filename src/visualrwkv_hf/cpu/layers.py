@@ -34,11 +34,11 @@ MANY_ROWS = 64
 # --- linear layers ----------------------------------------------------------------------------------------
 
 
-def serves(x: Tensor) -> bool:
+def serves(x: Tensor, most: int = MAX_ROWS) -> bool:
     """Return whether the native `linear` multiplies x: it has few rows, and no other backend was asked for."""
     return (
         chosen_backend() in ("auto", "native")
-        and x.numel() <= MAX_ROWS * x.shape[-1]
+        and x.numel() <= most * x.shape[-1]
         and not unsupported("linear", x, gradient=torch.is_grad_enabled())
     )
 

@@ -51,7 +51,8 @@ ARGUMENTS = {
     "linear_int8": [_INT, *[_NUMBER] * 4, *[_ADDRESS] * 2, _NUMBER, *[_ADDRESS] * 2],
     "linear_bf16": [_INT, *[_NUMBER] * 3, *[_ADDRESS] * 4],
     "attention_bf16": [_INT, *[_NUMBER] * 6, _FLOAT, *[_ADDRESS] * 6],
-    "blocks": [_INT, _NUMBER, *[_FLOAT] * 3, *[_ADDRESS] * 6],
+    "decode": [_INT, *[_NUMBER] * 6, *[_FLOAT] * 2, *[_ADDRESS] * 21],
+    "blocks": [_INT, _NUMBER, *[_FLOAT] * 3, *[_ADDRESS] * 7],
 }
 """Types of the arguments of the functions visualrwkv_... in ops.c, the number of threads first."""
 

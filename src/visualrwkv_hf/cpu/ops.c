@@ -78,9 +78,11 @@ const char *visualrwkv_contract(void) {
 /* --- the heads of one token's time mix ---------------------------------------------------------------- */
 
 /* r to v_first, and out, are [B, A]; w0 to norm_bias are [A]. What a version lacks is null, and so is value_gate in
-   layer 0. mask [B] is 0 at pads, or null where there are none. */
+   layer 0. mask [B] is 0 at pads, or null where there are none. The matrices of a sequence, [H, K, K], begin `stride`
+   floats after those of the one before, or at the slot of a pool that `slots` [B] gives. */
 typedef struct {
-    int64_t H, K;
+    int64_t H, K, stride;
+    const int64_t *slots;
     int is_rwkv7;
     float eps, decay_scale;
     const float *r, *decay, *k, *v, *rate, *gate, *value_gate, *v_first;
@@ -96,6 +98,12 @@ static void normalize(int64_t K, float eps, const float *weight, const float *bi
     for (int64_t i = 0; i < K; i++) y[i] = (y[i] - mean) / sqrtf(variance + eps) * weight[i] + bias[i];
 }
 
+/* The matrix [K, K] of a head. */
+static float *matrix_of(const TimeMix *x, int64_t task) {
+    int64_t sequence = task / x->H, slot = x->slots ? x->slots[sequence] : sequence;
+    return x->state + slot * x->stride + task % x->H * x->K * x->K;
+}
+
 /* One head of RWKV-6, or of RWKV-5, which has no `decay`. */
 static void rwkv6_head(const TimeMix *x, int64_t task) {
     int64_t K = x->K, token = task * K, head = task % x->H * K; /* offsets of its values and of its weights */
@@ -104,7 +112,7 @@ static void rwkv6_head(const TimeMix *x, int64_t task) {
     memcpy(value, x->v + token, K * sizeof(float));
     State S;
     for (int64_t column = 0; column < K; column += COLUMNS) {
-        float *part = x->state + token * K + column;
+        float *part = matrix_of(x, task) + column;
         load(S, part, K, K, at_most(COLUMNS, K - column));
         step_rwkv6(S, S, K, x->r + token, w, x->k + token, x->u + head, value + column, y + column);
         store(S, part, K, K, at_most(COLUMNS, K - column));
@@ -137,7 +145,7 @@ static void rwkv7_head(const TimeMix *x, int64_t task) {
     }
     State S;
     for (int64_t column = 0; column < K; column += COLUMNS) {
-        float *part = x->state + token * K + column;
+        float *part = matrix_of(x, task) + column;
         load(S, part, K, K, at_most(COLUMNS, K - column));
         step_rwkv7(S, S, K, x->r + token, w, key, a, b, value + column, sa, y + column);
         store(S, part, K, K, at_most(COLUMNS, K - column));
@@ -156,7 +164,34 @@ static void rwkv_heads(const void *phase, int64_t first, int64_t last) {
     }
 }
 
+/* Compute one token of the time mix of B sequences from its matrix products, [B, A] each; see `TimeMix`. `gate` is final.
+   state is a pool of N slots, or with null `slots` the matrices of the N = B sequences. */
+int visualrwkv_decode(int threads, int64_t B, int64_t H, int64_t K, int64_t N, int64_t stride, int64_t is_rwkv7, float eps,
+                      float decay_scale, const float *r, const float *decay, const float *k, const float *v,
+                      const float *rate, const float *gate, const float *value_gate, const float *v_first,
+                      const float *w0, const float *a0, const float *v0, const float *k_k, const float *k_a,
+                      const float *r_k, const float *u, const float *norm_weight, const float *norm_bias,
+                      const uint8_t *mask, const int64_t *slots, float *state, float *out) {
+    if (K < 1 || K > MAX_KEYS || !is_countable(B, H, K) || !is_countable(N, H, K * K) || stride < H * K * K)
+        return SIZE_OUT_OF_RANGE;
+    for (int64_t b = 0; b < B; b++)
+        if (slots ? slots[b] < 0 || slots[b] >= N : b >= N) return SIZE_OUT_OF_RANGE;
+    TimeMix mix = {H, K, stride, slots, is_rwkv7 != 0, eps, decay_scale, r, decay, k, v, rate, gate, value_gate, v_first,
+                   w0, a0, v0, k_k, k_a, r_k, u, norm_weight, norm_bias, mask, state, out};
+    Team team = begin_team(threads);
+    share(team, B * H, rwkv_heads, &mix);
+    end_team(team);
+    return OK;
+}
+
 /* --- one token through a block ------------------------------------------------------------------------ */
+
+/* The previous tokens of a token shift, [C] each in the format of the block's sizes: the one of a sequence begins `stride`
+   numbers after that of the sequence before, or at the slot of a pool that `slots` [B] gives. */
+typedef struct {
+    void *tokens;
+    int64_t stride;
+} Previous;
 
 typedef struct {
     Sizes s;
@@ -164,7 +199,8 @@ typedef struct {
     const Weights *weights;
     const float *vector[VECTORS]; /* those of `weights`, in float32 */
     const uint8_t *mask;
-    void *att_previous, *ffn_previous;                   /* [B, C], in the format `s.format` */
+    const int64_t *slots;                                /* [B], or null: see `Previous` */
+    Previous att_previous, ffn_previous;
     float *x, *normed, *back, *mixed, *shifted[TARGETS]; /* [B, C]; `back` is the previous token minus this one */
     float *low[LOW_RANK], *high[LOW_RANK];               /* [B, D], [B, A] */
     float *r, *k, *v, *gate, *out, *inner, *receptance;  /* [B, A], but for [B, F], [B, C] */
@@ -193,11 +229,11 @@ static void look_back(int64_t C, int64_t format, int is_pad, const float *x, voi
     STORE[format](C, x, previous);
 }
 
-static void enter(const Block *l, int64_t n, int weight, int bias, void *previous) {
-    int64_t C = l->s.C;
+static void enter(const Block *l, int64_t n, int weight, int bias, Previous previous) {
+    int64_t C = l->s.C, slot = l->slots ? l->slots[n] : n;
     layer_norm(C, l->eps, l->vector[weight], l->vector[bias], l->x + n * C, l->normed + n * C);
     look_back(C, l->s.format, l->mask && !l->mask[n], l->normed + n * C,
-              (char *)previous + n * C * (BITS[l->s.format] / 8), l->back + n * C);
+              (char *)previous.tokens + slot * previous.stride * (BITS[l->s.format] / 8), l->back + n * C);
 }
 
 /* y = x + back (weight + dynamic). In RWKV-5 the stored weight is that of x, so that of `back` is 1 - weight. */
@@ -360,15 +396,29 @@ static int check_block(const Sizes *s, const Weights *weights) {
     return OK;
 }
 
-/* What the token before has left to a block. */
+/* What the token before has left to a block: `count` sequences, or slots of a pool. */
 typedef struct {
-    void *att_previous, *ffn_previous; /* [B, C], in the format of the block's sizes */
-    float *state;                      /* [B, H, K, K] */
+    Previous att_previous, ffn_previous;
+    float *state; /* [count, H, K, K], of which two begin `stride` floats apart */
+    int64_t stride, count;
 } LayerState;
 
-static void one_block(Team team, Block *l, TimeMix *mix, float *state, float *v_first) {
+static int check_state(const Sizes *s, const LayerState *state, const int64_t *slots) {
+    int64_t most = 1 << 24, matrices = s->A * (s->A / s->H);
+    if (state->count < 1 || state->count > most || state->stride < matrices || !is_countable(state->count, state->stride, 1))
+        return SIZE_OUT_OF_RANGE;
+    if (state->att_previous.stride < s->C || !is_countable(state->count, state->att_previous.stride, 1) ||
+        state->ffn_previous.stride < s->C || !is_countable(state->count, state->ffn_previous.stride, 1))
+        return SIZE_OUT_OF_RANGE;
+    for (int64_t b = 0; b < s->B; b++)
+        if (slots ? slots[b] < 0 || slots[b] >= state->count : b >= state->count) return SIZE_OUT_OF_RANGE;
+    return OK;
+}
+
+static void one_block(Team team, Block *l, TimeMix *mix, const LayerState *state, float *v_first) {
     mix->H = l->s.H, mix->K = l->s.A / l->s.H, mix->is_rwkv7 = l->s.version == 7;
-    mix->mask = l->mask, mix->state = state, mix->out = l->out;
+    mix->stride = state->stride, mix->slots = l->slots;
+    mix->mask = l->mask, mix->state = state->state, mix->out = l->out;
     mix->r = l->r, mix->k = l->k, mix->v = l->v, mix->gate = mix->is_rwkv7 ? l->high[LOW_G] : l->gate;
     mix->decay = l->high[LOW_W], mix->rate = l->high[LOW_A], mix->value_gate = l->high[LOW_V], mix->v_first = v_first;
     mix->w0 = l->vector[W0], mix->a0 = l->vector[A0], mix->v0 = l->vector[V0], mix->u = l->vector[U];
@@ -390,13 +440,15 @@ static void round_to(int64_t format, int64_t n, float *x) {
 
 /* One token through `count` blocks, which have B, C, A and a format in common. x [B, C] becomes the last one's output, and
    the states are updated. v_first [B, A] is written by a block of RWKV-7 that has no LOW_V, and read by the others.
-   mask [B] is 0 at pads, or null. */
+   mask [B] is 0 at pads, or null; slots [B] says where in their pools the states of the sequences lie, or is null. */
 int visualrwkv_blocks(int threads, int64_t count, float eps, float norm_eps, float decay_scale, const Sizes *sizes,
-                      const Weights *weights, const LayerState *states, const uint8_t *mask, float *v_first, float *x) {
+                      const Weights *weights, const LayerState *states, const int64_t *slots, const uint8_t *mask,
+                      float *v_first, float *x) {
     int64_t most = 0;
-    Block l = {.eps = eps, .mask = mask, .x = x};
+    Block l = {.eps = eps, .mask = mask, .slots = slots, .x = x};
     for (int64_t i = 0; i < count; i++) {
         int error = check_block(&sizes[i], &weights[i]);
+        if (!error) error = check_state(&sizes[i], &states[i], slots);
         if (error) return error;
         if (sizes[i].B != sizes->B || sizes[i].C != sizes->C || sizes[i].A != sizes->A || sizes[i].format != sizes->format)
             return SIZE_OUT_OF_RANGE;
@@ -413,7 +465,7 @@ int visualrwkv_blocks(int threads, int64_t count, float eps, float norm_eps, flo
         l.s = sizes[i], l.weights = &weights[i];
         l.att_previous = states[i].att_previous, l.ffn_previous = states[i].ffn_previous;
         lay_out(&l, scratch);
-        one_block(team, &l, &mix, states[i].state, v_first);
+        one_block(team, &l, &mix, &states[i], v_first);
         round_to(l.s.format, l.s.B * l.s.C, x);
         if (mix.is_rwkv7 && !mix.value_gate) round_to(l.s.format, l.s.B * l.s.A, v_first);
     }

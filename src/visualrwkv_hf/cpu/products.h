@@ -72,12 +72,38 @@ typedef void Dots(int64_t n, const void *row, const void *scale, const float *x,
 FLOAT_FORMATS(DOTS)
 DOTS(INT8)
 
+/* The products of WEIGHTS_AT_ONCE rows of weights, `bytes` apart, with ROWS_AT_ONCE rows of x: for many rows, which the
+   nearest cache does not hold, so that each is read once for several weights. The next rows of weights are prefetched.
+   y[j * ROWS_AT_ONCE + m] is that of weights j and row m, without a scale. */
+enum { WEIGHTS_AT_ONCE = LANES >= 16 ? 4 : 2 }; /* as many sums as there are registers for */
+typedef void Grid(int64_t n, const char *rows, int64_t bytes, const float *x, int64_t stride, float *y);
+#define GRID(TAG)                                                                                               \
+    static void grid_##TAG(int64_t n, const char *rows, int64_t bytes, const float *x, int64_t stride, float *y) { \
+        Lanes sums[WEIGHTS_AT_ONCE][ROWS_AT_ONCE] = {0};                                                        \
+        for (int64_t i = 0; i < n; i += LANES) {                                                                \
+            Lanes x_i[ROWS_AT_ONCE];                                                                            \
+            _Pragma("GCC unroll 4") for (int m = 0; m < ROWS_AT_ONCE; m++) x_i[m] = lanes_F32(x + m * stride + i); \
+            _Pragma("GCC unroll 4") for (int j = 0; j < WEIGHTS_AT_ONCE; j++) {                                 \
+                const TAG##_t *w = (const TAG##_t *)(rows + j * bytes) + i;                                     \
+                __builtin_prefetch((const char *)w + WEIGHTS_AT_ONCE * bytes, 0, 2);                            \
+                Lanes w_i = lanes_##TAG(w);                                                                     \
+                _Pragma("GCC unroll 4") for (int m = 0; m < ROWS_AT_ONCE; m++) sums[j][m] += w_i * x_i[m];      \
+            }                                                                                                   \
+        }                                                                                                       \
+        for (int j = 0; j < WEIGHTS_AT_ONCE; j++)                                                               \
+            for (int m = 0; m < ROWS_AT_ONCE; m++) y[j * ROWS_AT_ONCE + m] = sum(sums[j][m]);                   \
+    }
+FLOAT_FORMATS(GRID)
+GRID(INT8)
+
 #include "rows16.h"
 
 #define AS_DOT(TAG) dot_##TAG,
 static Dot *const DOT_OF[] = {FORMATS(AS_DOT)};
 #define AS_DOTS(TAG) dots_##TAG,
 static Dots *const DOTS_OF[] = {FLOAT_FORMATS(AS_DOTS) dots_INT8, NULL};
+#define AS_GRID(TAG) grid_##TAG,
+static Grid *const GRID_OF[] = {FLOAT_FORMATS(AS_GRID) grid_INT8, NULL};
 
 /* Arrays of a float format <-> arrays of float32. */
 typedef void Widen(int64_t n, const void *from, float *to);
@@ -139,6 +165,26 @@ typedef void AddRows(int64_t out, int64_t width, const void *rows, const float *
             for (int i = 0; i < LOW_RANK_MULTIPLE; i++) y[j] += x[i] * value_##TAG(w[i * out + j]);              \
     }
 FLOAT_FORMATS(ADD_ROWS)
+
+/* y [ROWS_AT_ONCE, COLUMNS_AT_ONCE] = x W for as many columns of W [in, out], each of which is read once for all rows. */
+enum { COLUMNS_AT_ONCE = 2 * LANES };
+typedef void LowRankGrid(int64_t in, int64_t out, const void *columns, const float *x, int64_t stride, float *y);
+#define LOW_RANK_GRID(TAG)                                                                                      \
+    static void low_rank_grid_##TAG(int64_t in, int64_t out, const void *columns, const float *x, int64_t stride, \
+                                    float *y) {                                                                 \
+        Lanes sums[ROWS_AT_ONCE][2] = {0};                                                                      \
+        for (int64_t i = 0; i < in; i++) {                                                                      \
+            const TAG##_t *w = (const TAG##_t *)columns + i * out;                                              \
+            Lanes w_i[2] = {lanes_##TAG(w), lanes_##TAG(w + LANES)};                                            \
+            _Pragma("GCC unroll 4") for (int m = 0; m < ROWS_AT_ONCE; m++)                                      \
+                _Pragma("GCC unroll 2") for (int j = 0; j < 2; j++) sums[m][j] += x[m * stride + i] * w_i[j];   \
+        }                                                                                                       \
+        for (int m = 0; m < ROWS_AT_ONCE; m++)                                                                  \
+            for (int j = 0; j < 2; j++) store_lanes(y + m * COLUMNS_AT_ONCE + j * LANES, sums[m][j]);           \
+    }
+FLOAT_FORMATS(LOW_RANK_GRID)
+#define AS_LOW_RANK_GRID(TAG) low_rank_grid_##TAG,
+static LowRankGrid *const LOW_RANK_GRID_OF[] = {FLOAT_FORMATS(AS_LOW_RANK_GRID)};
 #define AS_ADD_ROWS(TAG) add_rows_##TAG,
 static AddRows *const ADD_ROWS_OF[] = {FLOAT_FORMATS(AS_ADD_ROWS)};
 
@@ -160,12 +206,38 @@ static int64_t tasks_of(const Product *p) {
     return p->is_low_rank ? (p->out + TILE - 1) / TILE : (p->out + UNIT - 1) / UNIT;
 }
 
+/* From this many rows on grids are faster; fewer stay in the nearest cache while a row of weights is read. */
+enum { MANY_ROWS = 8 };
+
+/* Multiply the weights from row o on with the rows of x, as far as both fill whole grids. Returns the first row of weights
+   that is left. */
+static int64_t multiply_grids(const Product *p, int64_t o, int64_t end) {
+    int64_t bytes = p->in * BITS[p->w.format] / 8;
+    const float *scale = p->w.format == INT8 ? p->w.scale : NULL;
+    for (; o + WEIGHTS_AT_ONCE <= end; o += WEIGHTS_AT_ONCE) {
+        const char *rows = (const char *)p->w.weight + o * bytes;
+        for (int64_t n = 0; n + ROWS_AT_ONCE <= p->count; n += ROWS_AT_ONCE) {
+            float y[WEIGHTS_AT_ONCE * ROWS_AT_ONCE];
+            GRID_OF[p->w.format](p->in, rows, bytes, p->x + n * p->stride, p->stride, y);
+            for (int j = 0; j < WEIGHTS_AT_ONCE; j++)
+                for (int m = 0; m < ROWS_AT_ONCE; m++)
+                    p->y[(n + m) * p->out + o + j] = p->f((scale ? scale[o + j] : 1) * y[j * ROWS_AT_ONCE + m]);
+        }
+    }
+    return o;
+}
+
 static void multiply(const Product *p, int64_t first, int64_t last) {
     int64_t bytes = p->in * BITS[p->w.format] / 8, scales = scale_bytes(p->w.format, p->in), format = p->w.format;
-    for (int64_t o = first * UNIT; o < at_most(p->out, last * UNIT); o++) {
+    int64_t end = at_most(p->out, last * UNIT), begin = first * UNIT, in_grids = begin, whole = 0;
+    if (GRID_OF[format] && !p->rows && p->count >= MANY_ROWS) {
+        in_grids = multiply_grids(p, begin, end);
+        whole = p->count / ROWS_AT_ONCE * ROWS_AT_ONCE;
+    }
+    for (int64_t o = begin; o < end; o++) {
         const char *row = (const char *)p->w.weight + o * bytes;
         const char *scale = scales ? (const char *)p->w.scale + o * scales : NULL;
-        for (int64_t n = 0; n < p->count;) {
+        for (int64_t n = o < in_grids ? whole : 0; n < p->count;) {
             const float *x = p->x + n * p->stride;
             float y[ROWS_AT_ONCE];
             int64_t some = (p->rows || DOTS_OF[format]) && n + ROWS_AT_ONCE <= p->count ? ROWS_AT_ONCE : 1;
@@ -180,10 +252,26 @@ static void multiply(const Product *p, int64_t first, int64_t last) {
     }
 }
 
+/* Multiply columns [o, o + width) with the rows of x, as far as both fill whole grids. Returns the first row that is left. */
+static int64_t multiply_low_rank_grids(const Product *p, int64_t o, int64_t width) {
+    if (width % COLUMNS_AT_ONCE || p->count < MANY_ROWS) return 0;
+    int64_t n = 0;
+    for (; n + ROWS_AT_ONCE <= p->count; n += ROWS_AT_ONCE)
+        for (int64_t j = o; j < o + width; j += COLUMNS_AT_ONCE) {
+            float y[ROWS_AT_ONCE * COLUMNS_AT_ONCE];
+            const char *columns = (const char *)p->w.weight + j * (BITS[p->w.format] / 8);
+            LOW_RANK_GRID_OF[p->w.format](p->in, p->out, columns, p->x + n * p->stride, p->stride, y);
+            for (int64_t m = 0; m < ROWS_AT_ONCE; m++)
+                for (int64_t i = 0; i < COLUMNS_AT_ONCE; i++)
+                    p->y[(n + m) * p->out + j + i] = p->f(y[m * COLUMNS_AT_ONCE + i]);
+        }
+    return n;
+}
+
 static void multiply_low_rank(const Product *p, int64_t first, int64_t last) {
     for (int64_t o = first * TILE; o < at_most(p->out, last * TILE); o += TILE) {
         int64_t width = at_most(TILE, p->out - o), format = p->w.format;
-        for (int64_t n = 0; n < p->count; n++) {
+        for (int64_t n = multiply_low_rank_grids(p, o, width); n < p->count; n++) {
             float sums[TILE] = {0};
             for (int64_t i = 0; i < p->in; i += LOW_RANK_MULTIPLE)
                 ADD_ROWS_OF[format](p->out, width, (const char *)p->w.weight + (i * p->out + o) * (BITS[format] / 8),
