@@ -106,7 +106,7 @@ WING_MAY_IMPORT = {
     "inference": {"bundled", "cpu"},
     "training": set(),
     "cpu": set(),
-    "vllm": set(),
+    "vllm": {"cpu"},
 }
 """Wing -> the other wings that it may import. Each may import the root."""
 

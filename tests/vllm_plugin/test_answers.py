@@ -12,6 +12,7 @@ from vllm_engines import (
     generated,
     mixed_chats,
     requests,
+    sampling,
 )
 
 from visualrwkv_hf import VisualRWKVForConditionalGeneration, bundled_model
@@ -34,8 +35,7 @@ def test_an_engine_writes_what_generate_writes(release, tmp_path, start_engine):
     engine = start_engine(folder, max_num_batched_tokens=max(budget, 8))
     assert answers(engine, requests(processor, chats)) == expected
     assert len({tuple(ids) for ids in expected}) > 16, "the model does not tell requests apart"
-    if release in ("v6.0", "v7.00"):
-        assert answers_after_preemption(engine, requests(processor, chats)) == expected
+    assert answers_after_preemption(engine, requests(processor, chats)) == expected
 
 
 @pytest.mark.parametrize("version", GENERATIONS)
@@ -53,6 +53,17 @@ def test_an_engine_writes_what_a_text_model_writes(version, tmp_path, start_engi
     engine = start_engine(folder, max_num_batched_tokens=11)
     assert answers(engine, texts) == expected
     assert answers(engine, texts[4:5]) == expected[4:5], "a row alone"
+    assert answers_after_preemption(engine, texts) == expected
+
+
+def test_an_answer_stops_at_the_end_of_text_and_at_two_line_breaks(tmp_path, start_engine):
+    """The tokens 0 and 261 end an answer because the folder's generation config says so."""
+    engine = start_engine(write_text_model(tmp_path / "model", 7))
+    for token, reason in ((0, "stop"), (261, "stop"), (262, "length")):
+        wanted = sampling(logit_bias={token: 100.0})
+        (done,) = engine.generate(["what is red"], wanted, use_tqdm=False)
+        assert done.outputs[0].finish_reason == reason
+        assert list(done.outputs[0].token_ids) == [token] * (1 if reason == "stop" else NEW_TOKENS)
 
 
 def test_an_engine_writes_what_the_model_in_the_package_writes(start_engine):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm.model_executor.models.config import MambaModelConfig
+from vllm.triton_utils import HAS_TRITON
 
 from ..configuration_visualrwkv import VisualRWKVConfig
 from ..modeling_visualrwkv import is_trivial
+from .media import refuse_pictures_politely
 from .pictures import max_picture_tokens
 
 if TYPE_CHECKING:
@@ -28,9 +30,15 @@ class RwkvEngineConfig(MambaModelConfig):
                 layers must see all of it.
         """
         refuse_what_is_missing(vllm_config)
+        refuse_pictures_politely()
         config = vllm_config.model_config.hf_config
         if isinstance(config, VisualRWKVConfig) and not is_trivial(config.scan):
             read_pictures_whole(vllm_config, config)
+        if vllm_config.cache_config.enable_prefix_caching and not HAS_TRITON:
+            raise ValueError(
+                "enable_prefix_caching: vLLM copies states with Triton, which is not there. Leave the option out, or "
+                "use a GPU."
+            )
         super().verify_and_update_config(vllm_config)
 
 

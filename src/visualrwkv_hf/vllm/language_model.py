@@ -18,6 +18,7 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree
 
 from ..modeling_rwkv import VisualRWKVForCausalLM, VisualRWKVTextModel
 from ..token_order import IN_ORDER, token_orders
+from .linear import use_fast_ops_of_cpu
 from .states import BlockStates, RwkvMetadata, state_dtypes, state_shapes
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
             BlockStates(text, model_config.dtype, f"{prefix}.{layer}" if prefix else f"states.{layer}")
             for layer in range(text.num_hidden_layers)
         )
-        for block in self.blocks.layers:
-            block.accelerated = True  # type: ignore[assignment]  # on a CPU the recurrence of a packed step is one call of C
 
     @property
     def blocks(self) -> VisualRWKVTextModel:
@@ -125,7 +124,11 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         except ValueError as error:
             raise ValueError(str(error).replace("None", "The folder", 1)) from error
         self.hf.load_state_dict(loaded.state_dict())
-        return {name for name, _ in self.named_parameters()}
+        names = {name for name, _ in self.named_parameters()}
+        del loaded
+        if self.hf.device.type == "cpu":
+            use_fast_ops_of_cpu(self.hf)
+        return names
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
