@@ -3,8 +3,9 @@
     python examples/benchmark_serving.py --server visualrwkv --server vllm --server llava
 
 Three servers, one after another: `visualrwkv serve`, `vllm serve` of the same model, and `vllm serve` of a LLaVA with
-as many layers of the same width, so with about as many parameters. All have random weights in float32 (`--model` takes
-a folder instead, for the first two). Each client sends its next question when it has the whole answer to the last one.
+as many layers of the same width, so with about as many parameters. All have random weights in float32. `--model` takes
+a folder for the first two instead, or "bundled", the model inside the package. Each client sends its next question when
+it has the whole answer to the last one. On a CPU every server has as many threads as OMP_NUM_THREADS says.
 """
 
 import base64
@@ -29,11 +30,13 @@ import torch
 import typer
 from benchmarking import machine, markdown_table, report
 from PIL import Image
+from transformers import AutoTokenizer
 
 from visualrwkv_hf import (
     VisualRWKVConfig,
     VisualRWKVForConditionalGeneration,
     VisualRWKVProcessor,
+    bundled_model,
 )
 from visualrwkv_hf.conversion.world_tokenizer import build_world_tokenizer
 from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
@@ -56,6 +59,8 @@ LLAVA_TEMPLATE = (
     "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}\n\n{% endfor %}Assistant:"
 )
 SERVERS = ("visualrwkv", "vllm", "llava")
+ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""What vLLM's build for a CPU is told: 1 GiB for states and caches, and not to leave a core out."""
 
 
 class Rates(NamedTuple):
@@ -80,27 +85,32 @@ def write_visualrwkv(folder: Path, shape: str) -> Path:
     return folder
 
 
-def write_llava(folder: Path, shape: str) -> Path:
-    """Write a LLaVA-1.5 with random weights, and its processor."""
+def write_llava(folder: Path, like: Path) -> Path:
+    """Write a LLaVA-1.5 with random weights, as wide and deep as a VisualRWKV, with its tokenizer, and a processor."""
     from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-    size = SHAPES[shape]
-    text = {"model_type": "llama", "vocab_size": 65536, "intermediate_size": 4 * size["hidden_size"]}
-    text |= {"num_attention_heads": size["hidden_size"] // 64, "max_position_embeddings": 4096, **size}
-    text |= {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
-    vision = {"model_type": "clip_vision_model", "projection_dim": 64, **ENCODER}
-    tokenizer = build_world_tokenizer()
-    config = LlavaConfig(
+    config = VisualRWKVConfig.from_pretrained(like)
+    tokenizer = AutoTokenizer.from_pretrained(like)
+    size, encoder = config.text_config, config.vision_config.siglip_config
+    text = {name: getattr(size, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    text |= {"model_type": "llama", "num_attention_heads": size.num_attention_heads}
+    text |= {
+        "intermediate_size": 2 * size.intermediate_size // 3
+    }  # a Llama has three such matrices, an RWKV-7 two
+    text |= {"max_position_embeddings": 4096, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+    vision = {name: getattr(encoder, name) for name in ENCODER} | {"model_type": "clip_vision_model"}
+    pixels, patch = encoder.image_size, encoder.patch_size
+    llava = LlavaConfig(
         text_config=text,
-        vision_config=vision,
-        image_token_index=tokenizer.image_token_id,
-        image_seq_length=(PIXELS // PATCH) ** 2,
+        vision_config=vision | {"projection_dim": 64},
+        image_token_index=config.image_token_id,
+        image_seq_length=(pixels // patch) ** 2,
     )
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    LlavaForConditionalGeneration(llava).save_pretrained(folder)
     processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size=PIXELS),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": pixels}, crop_size=pixels),
         tokenizer=tokenizer,
-        patch_size=PATCH,
+        patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=LLAVA_TEMPLATE,
@@ -135,7 +145,7 @@ def serving(server: str, folder: Path, clients: int, log: Path) -> Iterator[str]
             [sys.executable, "-m", *command],
             stdout=output,
             stderr=output,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            env=ON_CPU | {"HF_HUB_OFFLINE": "1"} | os.environ,
         )
     try:
         address = f"http://127.0.0.1:{port}"
@@ -208,26 +218,27 @@ def main(
     shape: Annotated[
         str, typer.Option(help=f"Language model of random weights: {', '.join(SHAPES)}.")
     ] = "0.1B",
-    model: Annotated[Path | None, typer.Option(help="A model folder in place of random weights.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help='A model folder, or "bundled", in place of random weights.')
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Of new questions, for each number of clients.")] = 10,
-    tokens: Annotated[int, typer.Option(help="The longest answer.")] = 24,
+    tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
 ) -> None:
     """Compare servers."""
     server, clients = server or list(SERVERS), clients or [1, 4, 16, 32]
+    folder_of_model = bundled_model() if str(model) == "bundled" else model
     if unknown := set(server) - set(SERVERS):
         raise typer.BadParameter(f"server must be of {', '.join(SERVERS)}, got {', '.join(unknown)}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in server:
-            place = Path(folder) / ("llava" if name == "llava" else "model")
-            if name == "llava":
-                write_llava(place, shape)
-            elif model is not None:
-                place = model
-            elif not place.exists():
+            place = folder_of_model or Path(folder) / "model"
+            if not place.exists():
                 write_visualrwkv(place, shape)
+            if name == "llava":
+                place = write_llava(Path(folder) / "llava", like=place)
             with serving(name, place, max(clients), Path(folder) / "log") as address:
                 rates(address, place.name, 1, 0.1, tokens)  # what is compiled or allocated only once
                 for count in clients:
@@ -236,7 +247,7 @@ def main(
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     about = machine() | {"shape": str(model or shape), "tokens": tokens}
     shown = [row | {"requests": f"{row['requests']:.2f}", "tokens": f"{row['tokens']:.1f}"} for row in rows]
-    text = f"{about['shape']}, answers of {tokens} tokens, float32; {about['device']}, torch {about['torch']}\n\n"
+    text = f"{about['shape']}, answers of at most {tokens} tokens; {about['device']}, {about['threads']} threads\n\n"
     report(text + markdown_table(shown), {"about": about, "rows": rows}, markdown, json_file)
 
 

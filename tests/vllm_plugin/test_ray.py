@@ -1,0 +1,138 @@
+"""The examples for Ray, with the model in the package: a folder becomes a dataset, and two replicas answer."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from paths import EXAMPLES
+from patience import PATIENCE
+from serving import data_url, png, user
+
+from visualrwkv_hf import bundled_model
+
+pytest.importorskip("ray")
+pytest.importorskip("ray.data.llm")
+
+COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+QUESTION = "What color is it?"
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What `generate` answers about each colour."""
+    import io
+
+    import torch
+    from PIL import Image
+
+    from visualrwkv_hf import VisualRWKVForConditionalGeneration, VisualRWKVProcessor
+
+    folder = bundled_model()
+    processor = VisualRWKVProcessor.from_pretrained(folder)
+    model = VisualRWKVForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    found = {}
+    for colour in COLOURS:
+        image = Image.open(io.BytesIO(png(colour)))
+        content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ]
+        found[colour] = processor.decode(output, skip_special_tokens=True).strip()
+    assert len(set(found.values())) > 3
+    return found
+
+
+def test_a_folder_becomes_a_dataset_and_what_is_there_stays(tmp_path, expected):
+    pictures, output = tmp_path / "pictures", tmp_path / "captions"
+    (pictures / "inner").mkdir(parents=True)
+    output.mkdir()
+    for colour in COLOURS:
+        (pictures / ("inner" if colour == "white" else "") / f"{colour}.png").write_bytes(png(colour))
+    (output / "earlier.json").write_text(
+        json.dumps({"picture": "red.png", "text": "from an earlier run"}) + "\n"
+    )
+    command = [
+        sys.executable,
+        EXAMPLES / "ray_caption.py",
+        pictures,
+        output,
+        "--model",
+        bundled_model(),
+        "--cpu",
+    ]
+    command += ["--question", QUESTION, "--block", "2", "--dtype", "float32", "--tokens", "8"]
+    done = subprocess.run(
+        list(map(str, command)),
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "5 pictures; 0 of them without text." in done.stdout
+    files = list(output.glob("*.json"))
+    assert len(files) == 4, "three blocks of at most two pictures, and the earlier file"
+    rows = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+    texts = {row["picture"].split("/")[-1].removesuffix(".png"): row["text"] for row in rows}
+    assert len(rows) == 6 and texts == expected | {"red": "from an earlier run"}
+
+
+def test_two_replicas_answer(tmp_path, expected):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        EXAMPLES / "ray_serve.py",
+        "--model",
+        bundled_model(),
+        "--cpu",
+        "--replicas",
+        "2",
+    ]
+    command += ["--name", "bundled", "--dtype", "float32", "--port", port]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=output, stderr=output, env=os.environ | ENVIRONMENT
+        )
+    try:
+        end = time.monotonic() + PATIENCE
+        while "Serving bundled at" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < end, log.read_text()[-4000:]
+            time.sleep(0.5)
+        assert ": 2 running" in log.read_text()
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=PATIENCE)
+
+        def answer(colour: str) -> str:
+            reply = client.chat.completions.create(
+                model="bundled", messages=[user(QUESTION, data_url(colour))], max_tokens=8, temperature=0
+            )
+            return reply.choices[0].message.content.strip()
+
+        with ThreadPoolExecutor(12) as pool:
+            assert list(pool.map(answer, COLOURS * 2)) == [expected[colour] for colour in COLOURS * 2]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(PATIENCE)
