@@ -52,7 +52,9 @@ def test_answers_from_kept_states_are_those_from_the_start(release, tmp_path, st
     others = engine.generate(given, sampling(), use_tqdm=False)
     found = [list(done.outputs[0].token_ids) for done in (*first, *others)]
     assert found == [expected[0], *expected]
-    assert all(done.num_cached_tokens >= 64 for done in others), [x.num_cached_tokens for x in others]
+    assert others[0].num_cached_tokens >= 64, "the same request again"
+    if release != "v5.0":  # there the picture comes after the words that differ
+        assert all(done.num_cached_tokens >= 64 for done in others), [x.num_cached_tokens for x in others]
 
 
 def test_without_triton_prefix_caching_is_refused(tmp_path, start_engine):
