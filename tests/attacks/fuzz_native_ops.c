@@ -168,19 +168,44 @@ static void fuzz_weights(Input *in, Sizes *sizes, Weights *weights, int is_first
     *sizes = s, *weights = w;
 }
 
+static void fuzz_decode(Input *in) {
+    int64_t B = between(in, 1, 4), H = between(in, 1, 3), K = mostly(in, between(in, 1, 70)), N = B + between(in, 0, 2);
+    int64_t A = product_of(H, K), matrices = product_of(A, K), stride = mostly(in, matrices + (byte(in) & 3));
+    int64_t is_rwkv7 = byte(in) & 1, *slots = byte(in) & 1 ? array(B, sizeof(int64_t)) : NULL;
+    for (int64_t b = 0; slots && b < B; b++) slots[b] = mostly(in, N - 1 - b);
+    const float *of_tokens[8], *of_A[9];
+    for (int i = 0; i < 8; i++) of_tokens[i] = floats(in, product_of(B, A));
+    for (int i = 0; i < 9; i++) of_A[i] = floats(in, A);
+    int is_first = byte(in) & 1;
+    if (is_rwkv7 ? is_first : byte(in) & 1) of_tokens[is_rwkv7 ? 6 : 1] = NULL; /* value_gate; decay of RWKV-6 */
+    float *state = floats(in, product_of(N, stride > matrices ? stride : matrices)), *out = floats(in, product_of(B, A));
+    uint8_t *mask = byte(in) & 1 ? stored(in, B, INT8) : NULL;
+    const float **t = of_tokens, **a = of_A;
+    if (!is_too_large)
+        visualrwkv_decode(2, B, H, K, N, stride, is_rwkv7, 1e-5f, 0.6f, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], a[0],
+                          a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], mask, slots, state, out);
+}
+
 static void fuzz_blocks(Input *in) {
     Sizes s = {.version = between(in, 5, 7), .B = between(in, 1, 3), .C = between(in, 1, 4) * 16}, sizes[3];
     s.H = between(in, 1, 3), s.A = s.H * 16 * between(in, 1, 5), s.format = between(in, F32, F16);
     int64_t count = between(in, 1, 3), is_first = byte(in) & 1;
     Weights w[3];
     LayerState states[3];
+    int64_t N = s.B + between(in, 0, 2), between_tokens = s.C + 16 * (byte(in) & 1), *slots = NULL;
+    int64_t matrices = s.A * (s.A / s.H), between_states = matrices + (byte(in) & 3);
+    if (byte(in) & 1) {
+        slots = array(s.B, sizeof(int64_t));
+        for (int64_t b = 0; slots && b < s.B; b++) slots[b] = N - 1 - b;
+    }
     for (int64_t i = 0; i < count; i++) {
         sizes[i] = s;
         sizes[i].F = between(in, 1, 6) * 16;
         fuzz_weights(in, &sizes[i], &w[i], is_first && !i);
-        states[i].att_previous = stored(in, s.B * s.C, s.format);
-        states[i].ffn_previous = stored(in, s.B * s.C, s.format);
-        states[i].state = floats(in, s.B * s.A * (s.A / s.H));
+        states[i].att_previous = (Previous){stored(in, N * between_tokens, s.format), between_tokens};
+        states[i].ffn_previous = (Previous){stored(in, N * between_tokens, s.format), between_tokens};
+        states[i].state = floats(in, N * between_states);
+        states[i].stride = between_states, states[i].count = N;
     }
     float *v_first = floats(in, s.B * s.A), *x = floats(in, s.B * s.C);
     uint8_t *mask = byte(in) & 1 ? stored(in, s.B, INT8) : NULL;
@@ -196,16 +221,21 @@ static void fuzz_blocks(Input *in) {
     case 7: changed->B = INT64_MAX; break;
     case 8: count = byte(in) & 1 ? 0 : -1; break;
     case 9: if (count > 1) sizes[1].C += 16; break;
+    case 10: states[0].count = s.B - 1; break;
+    case 11: states[0].stride = matrices - 1; break;
+    case 12: states[0].att_previous.stride = s.C - 1; break;
+    case 13: if (slots) slots[0] = byte(in) & 1 ? N : -1; break;
+    case 14: states[0].count = INT64_MAX; break;
     }
-    if (!is_too_large) visualrwkv_blocks(2, count, 1e-5f, 1e-5f, 0.6f, sizes, w, states, mask, v_first, x);
+    if (!is_too_large) visualrwkv_blocks(2, count, 1e-5f, 1e-5f, 0.6f, sizes, w, states, slots, mask, v_first, x);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t count) {
     Input in = {data, count, 0, count};
     void (*const targets[])(Input *) = {fuzz_recurrence, fuzz_linear, fuzz_linear_int8, fuzz_linear_bf16, fuzz_attention_bf16,
-                                       fuzz_blocks};
+                                       fuzz_decode, fuzz_blocks};
     block_count = is_too_large = 0;
-    targets[byte(&in) % 6](&in);
+    targets[byte(&in) % 7](&in);
     while (block_count) free(blocks[--block_count]);
     return 0;
 }

@@ -448,10 +448,10 @@ int visualrwkv_blocks(int threads, int64_t count, float eps, float norm_eps, flo
     Block l = {.eps = eps, .mask = mask, .slots = slots, .x = x};
     for (int64_t i = 0; i < count; i++) {
         int error = check_block(&sizes[i], &weights[i]);
-        if (!error) error = check_state(&sizes[i], &states[i], slots);
         if (error) return error;
         if (sizes[i].B != sizes->B || sizes[i].C != sizes->C || sizes[i].A != sizes->A || sizes[i].format != sizes->format)
             return SIZE_OUT_OF_RANGE;
+        if ((error = check_state(&sizes[i], &states[i], slots))) return error;
         l.s = sizes[i], l.weights = &weights[i];
         int64_t needed = lay_out(&l, NULL);
         most = needed > most ? needed : most;
