@@ -289,7 +289,8 @@ def _state_words(sizes: Sizes, state: LayerState, dtype: torch.dtype) -> list[in
         return None
     _, B, C, A, _, H, _ = sizes
     wkv = state.tensors[WKV]
-    count, words = len(wkv), []
+    count = len(wkv)
+    words: list[int] = []
     if state.indices is None and count != B:
         return None
     for tensor, shape, kind in (

@@ -5,7 +5,7 @@ Letters: I inputs, O outputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -29,6 +29,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.cpu_linear: Callable[..., Tensor]
         dispatch_cpu_unquantized_gemm(self, remove_weight=True)  # sets cpu_linear
         linear.weight = self.weight
 
