@@ -107,10 +107,16 @@ def _decode(
     state: Tensor,
     slots: Tensor | None,
 ) -> Tensor:
-    """Call ops.c, whose `TimeMix` has `products`, [B, A] or [B, 1, A] each, and `weights`, of A elements each."""
+    """Call ops.c, whose `TimeMix` has `products`, [B, A] or [B, 1, A] each, and `weights`, of A elements each.
+
+    Raises:
+        ValueError: the states are not those of these tokens.
+    """
     r = products[0]
     assert r is not None
     N, H, K, _ = state.shape
+    if r.shape[-1] != H * K or len(r) > N or (slots is None and len(r) != N):
+        raise ValueError(f"state has the shape {tuple(state.shape)}, and r {tuple(r.shape)}.")
     inputs = [None if x is None else x.float().contiguous() for x in (*products, *weights)]
     mask = None if mask is None else mask.contiguous()
     slots = None if slots is None else slots.long().contiguous()
