@@ -6,10 +6,12 @@ The address takes the requests of OpenAI's API, and Ray gives each to the replic
 package's plugin in each replica by itself.
 """
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import ray
 import typer
 from ray import serve
 from ray.serve.llm import LLMConfig, build_openai_app
@@ -25,6 +27,11 @@ def llm_config(model: str, name: str, replicas: int, dtype: str, on_cpu: bool) -
         engine_kwargs=engine | {"chat_template_content_format": "openai"},
         placement_group_config={"bundles": [bundle]},
     )
+
+
+def cpus_of(replicas: int) -> int:
+    """Return how many CPUs Ray counts for so many replicas: one for each, for its engine, and for the ingress."""
+    return 2 * replicas + 2
 
 
 def running_replicas(app: str = "default") -> dict[str, int]:
@@ -44,6 +51,8 @@ def main(
 ) -> None:
     """Serve until Ctrl-C."""
     name = name or Path(model).name
+    if on_cpu and "RAY_ADDRESS" not in os.environ:  # a cluster of this machine alone
+        ray.init(num_cpus=max(os.cpu_count() or 1, cpus_of(replicas)))
     app = build_openai_app({"llm_configs": [llm_config(model, name, replicas, dtype, on_cpu)]})
     serve.start(http_options={"host": host, "port": port})
     serve.run(app)
