@@ -4,14 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 from paths import EXAMPLES
 from patience import PATIENCE
+
+SERVERS = ("visualrwkv", "vllm", *(("llava",) if find_spec("torchvision") else ()))
+"""vLLM's LLaVA imports torchvision."""
 
 
 def test_every_server_is_measured(tmp_path):
     command = [sys.executable, EXAMPLES / "benchmark_serving.py", "--shape", "tiny", "--tokens", "3"]
     command += ["--clients", "1", "--clients", "3", "--seconds", "0.5"]
+    command += [part for server in SERVERS for part in ("--server", server)]
     command += ["--json", tmp_path / "rates.json", "--markdown", tmp_path / "rates.md"]
     # conftest.py keeps engines in this process; a server's is its own
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
@@ -21,6 +26,6 @@ def test_every_server_is_measured(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "rates.md").read_text("utf-8") in done.stdout
     rows = json.loads((tmp_path / "rates.json").read_text("utf-8"))["rows"]
-    expected = [(server, clients) for server in ("visualrwkv", "vllm", "llava") for clients in (1, 3)]
+    expected = [(server, clients) for server in SERVERS for clients in (1, 3)]
     assert [(row["server"], row["clients"]) for row in rows] == expected
     assert all(0 < row["requests"] <= row["tokens"] <= 3 * row["requests"] * 1.001 for row in rows)
