@@ -177,8 +177,12 @@ class TunedState(nn.Module):
         path = Path(source) / FILE_NAME
         if not Path(source).is_dir():
             from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import HFValidationError
 
-            path = Path(hf_hub_download(str(source), FILE_NAME, **hub))
+            try:
+                path = Path(hf_hub_download(str(source), FILE_NAME, **hub))
+            except HFValidationError as error:
+                raise FileNotFoundError(f"There is no folder {source}.") from error
         elif not path.is_file():
             raise FileNotFoundError(f"There is no {FILE_NAME} in {source}.")
         tensors, about = _read(path)

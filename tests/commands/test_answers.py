@@ -217,3 +217,5 @@ def test_a_tuned_state_of_another_model_or_none_is_refused(folder, tuned, red, t
     assert_refused(run("ask", *options), "The tuned state is for another model: rwkv_version 6 there, 7 here")
     options = (red, QUESTION, "--tuned-state", tmp_path, "--model", folder)
     assert_refused(run("ask", *options), "There is no tuned_state.safetensors")
+    options = (red, QUESTION, "--tuned-state", tmp_path / "nowhere", "--model", folder)
+    assert_refused(run("ask", *options), f"There is no folder {tmp_path / 'nowhere'}.")
