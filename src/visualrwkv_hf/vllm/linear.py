@@ -57,5 +57,5 @@ def _pack(parents: Iterable[nn.Module]) -> None:
     """Replace the linear layers directly below these modules, but for layers with ops of their own."""
     for parent in parents:
         for name, child in list(parent.named_children()):
-            if type(child) in (nn.Linear, NativeLinear):
+            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, NativeLinear):
                 setattr(parent, name, PackedLinear(child))
