@@ -51,7 +51,7 @@ def multiplies_in_int8(x: Tensor) -> bool:
 def multiplies_in_bf16(x: Tensor, weight: Tensor) -> bool:
     """Return whether `linear_bf16` multiplies the many rows of x: it is faster than torch where there is no AMX."""
     return (
-        x.dtype == weight.dtype == torch.bfloat16
+        x.dtype == weight.dtype == torch.bfloat16 == compute_dtype(torch.bfloat16)
         and x.numel() >= MANY_ROWS * x.shape[-1]
         and may_use_panels(x)
         and not has_tiles()
