@@ -87,7 +87,7 @@ def answer_of_ours(folder: str, dtype: str, accelerate: bool, new_tokens: int) -
     imported = time.process_time()
     started = now()
     processor = load_processor(folder)
-    model = load_model(folder, "cpu", dtype, accelerate)
+    model = load_model(folder, "cpu", dtype, accelerate, huge_pages=False)
     loaded = now()
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     content = [{"type": "image", "image": Image.fromarray(pixels)}, {"type": "text", "text": QUESTION}]

@@ -514,6 +514,16 @@ def test_weights_move_to_huge_pages_and_stay_what_they_are():
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
 
 
+def test_weights_stay_where_they_are_without_huge_pages(called):
+    model, inputs = causal_lm(7), (torch.randint(1, 320, (2, 9)), torch.ones(2, 9))
+    expected = step_by_step(model, *inputs)
+    before = [weight.data_ptr() for weight in model.parameters()]
+    native_layers.accelerate_on_cpu(model, huge_pages=False)
+    assert [weight.data_ptr() for weight in model.parameters()] == before
+    assert error(step_by_step(model, *inputs), expected) < TOLERANCE
+    assert called
+
+
 @pytest.mark.parametrize("version", [6, 7])
 def test_int8_stays_near(version):
     """127 steps to the largest weight of a row round it about as finely as bfloat16's 8 bits do any weight."""
@@ -984,7 +994,7 @@ def test_pages_of_a_file_are_unmapped_only_if_nobody_wrote_to_them(tmp_path):
 
 @pytest.mark.parametrize("accelerate", [True, False])
 def test_commands_accelerate_a_model_on_a_cpu(accelerate):
-    model = load_model(str(bundled_model()), device="cpu", accelerate=accelerate)
+    model = load_model(str(bundled_model()), device="cpu", accelerate=accelerate, huge_pages=False)
     assert backend_of(model).endswith("native ops" if accelerate else "plain torch")
     assert isinstance(model.lm_head, native_layers.NativeLinear) == accelerate
 

@@ -148,7 +148,14 @@ def read(
         inputs = chat_inputs(processor, [{"role": "user", "content": content}], image_position)
         processors = structured(processor, form)
         vlm = load_model(
-            source, device, dtype, accelerate, report=step, weights=weights, tuned_state=tuned_state
+            source,
+            device,
+            dtype,
+            accelerate,
+            report=step,
+            weights=weights,
+            tuned_state=tuned_state,
+            huge_pages=False,
         )
     say_backend(vlm)
     return Asked(vlm, processor, inputs.to(vlm.device, dtype=vlm.dtype), processors)

@@ -39,11 +39,20 @@ class WhileLoading(QuantizationConfigMixin):
         weights: "int8" or "int4" rounds the weights for native ops; None keeps them as they are stored.
         tensors: what the checkpoint's files hold, by name.
         where: names the files in an error.
+        huge_pages: whether native ops read the weights from pages of 2 MB: see `accelerate_on_cpu`.
     """
 
-    def __init__(self, native: bool, weights: str | None, tensors: Mapping[str, StoredTensor], where: object):
+    def __init__(
+        self,
+        native: bool,
+        weights: str | None,
+        tensors: Mapping[str, StoredTensor],
+        where: object,
+        huge_pages: bool = True,
+    ):
         self.quant_method = METHOD  # type: ignore[assignment]
         self.native, self.weights, self.tensors, self.where = native, weights, tensors, where
+        self.huge_pages = huge_pages
 
 
 @register_quantizer(METHOD)
@@ -84,7 +93,7 @@ class WhileLoadingQuantizer(HfQuantizer):
         if self.dtype is not None:
             cast_all(model, self.dtype)
         if config.native:
-            accelerate_on_cpu(model)
+            accelerate_on_cpu(model, huge_pages=config.huge_pages)
 
     def is_serializable(self) -> bool:
         """Return whether the model can be saved: it can, and this quantizer has left it by then."""
