@@ -73,14 +73,20 @@ def refuse_strange_layers(config: Any, folder: Path) -> None:
             )
 
 
-def refuse_strange_size(config: Any, folder: Path) -> None:
-    """Raise `ValueError` for a configuration with more parameters than the files in `folder` can hold."""
+def refuse_strange_size(config: Any, folder: Path, quick: bool = False) -> None:
+    """Raise `ValueError` for a configuration with more parameters than the files in `folder` can hold.
+
+    Args:
+        config: a `VisualRWKVConfig` or `VisualRWKVTextConfig`.
+        folder: holds the weights.
+        quick: count the largest matrices of the language model alone, for which no class is imported.
+    """
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    described, limit = count_parameters(config), SPARE_PARAMETERS + MAX_PARAMETERS_PER_BYTE * num_bytes
-    if num_bytes and described > limit:
+    described = least_parameters(config) if quick else count_parameters(config)
+    if num_bytes and described > SPARE_PARAMETERS + MAX_PARAMETERS_PER_BYTE * num_bytes:
         raise ValueError(
-            f"{folder / 'config.json'} describes a model of {described:,} parameters, but the weights in {folder} take "
-            f"only {num_bytes:,} bytes."
+            f"{folder / 'config.json'} describes a model of {described:,} parameters{' or more' if quick else ''}, but "
+            f"the weights in {folder} take only {num_bytes:,} bytes."
         )
 
 
@@ -99,6 +105,13 @@ def count_parameters(config: Any) -> int:
     from visualrwkv_hf.conversion import expected_shapes
 
     return sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
+
+
+def least_parameters(config: Any) -> int:
+    """Return the number of parameters of the language model's embedding and channel mixes."""
+    text = config.get_text_config(decoder=True)
+    matrices = text.vocab_size + 2 * text.num_hidden_layers * text.intermediate_size
+    return matrices * text.hidden_size
 
 
 def refuse_strange_processor(processor: Any, config: Any, folder: Path) -> None:

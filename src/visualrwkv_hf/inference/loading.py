@@ -203,8 +203,8 @@ def load_config(source: str, may_load: bool = True) -> Any:
 
     Args:
         source: a folder or a Hub id.
-        may_load: whether a model may be made from it, which is then refused if it has more parameters than the files
-            can hold. Counting them imports the model's classes, which takes seconds.
+        may_load: whether a model may be made from it. All its parameters are then counted, for it is refused if the
+            files cannot hold them; that imports the model's classes, which takes seconds.
 
     Raises:
         ValueError: it is not ours, damaged, or does not fit together.
@@ -219,8 +219,7 @@ def load_config(source: str, may_load: bool = True) -> Any:
     def load() -> Any:
         config = config_class.from_dict(fields)
         refuse_strange_layers(config, folder)
-        if may_load:
-            refuse_strange_size(config, folder)
+        refuse_strange_size(config, folder, quick=not may_load)
         return config
 
     return in_a_sentence(f"The configuration in {folder}", load)
