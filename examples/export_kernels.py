@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 NAME = "visualrwkv-kernels"
 PLAIN = ("dispatch", "low_rank", "scan_orders", "token_order", "wkv")
 """Modules of the package that hold the plain torch functions and the choice between them and the kernels."""
