@@ -8,7 +8,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 60 * 2**20
 """Bytes of all that is carried."""
 PEERS = (

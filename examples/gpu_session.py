@@ -27,7 +27,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from benchmarking import markdown_table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 CARRIED = ROOT / ".gpu"
 """What `--pack` makes: wheels/*.whl and cache.tar.xz."""
 SECONDS = 540

@@ -82,7 +82,8 @@ class VisualRWKVPreTrainedModel(PreTrainedModel):
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if not ignore_mismatched_sizes:
             _refuse_misfit(cls.__name__, source, info)
-        refuse_non_finite(model, source)
+        if not model.__dict__.pop("is_checked", False):  # by a quantizer that reads each weight once
+            refuse_non_finite(model, source)
         decompress_when_used(model)
         return (model, info) if output_loading_info else model
 
@@ -267,16 +268,26 @@ def _refuse_misfit(model_name: str, source: object, info: dict) -> None:
             )
 
 
-def refuse_non_finite(model: nn.Module, source: object = "the model") -> None:
+def refuse_non_finite(
+    model: nn.Module, source: object = "the model", done: Callable[[Tensor], None] | None = None
+) -> None:
     """Raise `ValueError` naming the weights that hold NaN or infinity.
 
     Weights on disk and those of tensor subclasses (quantised, distributed) are not read.
+
+    Args:
+        model: has the weights.
+        source: names them in the error.
+        done: called with each weight that has been read.
     """
-    broken = [
-        name
-        for name, weight in (*model.named_parameters(), *model.named_buffers())
-        if type(weight.detach()) is torch.Tensor and not weight.is_meta and not _is_finite(weight)
-    ]
+    broken = []
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        if type(weight.detach()) is not torch.Tensor or weight.is_meta:
+            continue
+        if not _is_finite(weight):
+            broken.append(name)
+        if done is not None:
+            done(weight)
     if broken:
         raise ValueError(f"{source} has NaN or infinite weights in {len(broken)} tensors: {_some(broken)}.")
 

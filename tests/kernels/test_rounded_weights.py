@@ -457,7 +457,7 @@ PEAK = """
 import sys
 import torch
 from visualrwkv_hf.inference.loading import load_model
-folder, dtype, weights = sys.argv[1:]
+folder, dtype, weights, huge_pages = sys.argv[1:]
 from visualrwkv_hf.cpu.packed_loading import WhileLoading  # what is imported counts as the base
 import visualrwkv_hf.modeling_visualrwkv, visualrwkv_hf.conversion.folders
 from visualrwkv_hf.cpu.ops import unusable
@@ -468,16 +468,17 @@ def resident(name):
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 open("/proc/self/clear_refs", "w").write("5")  # the peak of the past is forgotten
 before = resident("VmRSS")
-model = load_model(folder, "cpu", dtype, weights=weights if weights != "none" else None)
+weights = weights if weights != "none" else None
+model = load_model(folder, "cpu", dtype, weights=weights, huge_pages=huge_pages == "True")
 peak = resident("VmHWM")
 size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
 print(peak - before, size)
 """
 
 
-def peak_of_loading(folder, dtype, weights) -> tuple[int, int]:
+def peak_of_loading(folder, dtype, weights, huge_pages=True) -> tuple[int, int]:
     """Return by how many bytes loading raised the largest memory, and the bytes of the model's weights."""
-    command = [sys.executable, "-c", PEAK, str(folder), dtype, weights or "none"]
+    command = [sys.executable, "-c", PEAK, str(folder), dtype, weights or "none", str(huge_pages)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return tuple(map(int, done.stdout.split()))
@@ -514,3 +515,12 @@ def test_loading_holds_no_tensor_twice(dtype, weights, wide, tmp_path):
         peak, size = peak_of_loading(tmp_path / "small", dtype, None)
         print(f"peak {peak:,}, weights {size:,}, from files")
         assert peak < 1.1 * size + 2 * LARGEST + CONSTANT
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is told and given back as on Linux")
+def test_weights_that_are_read_once_leave_the_memory(wide):
+    """Loading checks each weight for NaN. Pages of the file that it has read need not stay."""
+    peak, size = peak_of_loading(wide, "auto", None, huge_pages=False)
+    print(f"peak {peak:,}, weights {size:,}")
+    assert peak < 0.5 * size

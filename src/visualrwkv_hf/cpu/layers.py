@@ -432,7 +432,9 @@ def unpacked_linear(layer: Any, files: Sequence[tuple[int, int]] = ()) -> nn.Mod
     if layer.bias is not None:
         return dense_linear(weight, layer.bias)
     kind = next(name for name, row in ROUNDINGS.items() if row.bits == weight.bits)
-    return ROUNDED_LINEARS[kind].of(weight)
+    native = ROUNDED_LINEARS[kind].of(weight)
+    unmap(scale, files)  # the layer holds a copy
+    return native
 
 
 def dense_linear(weight: Rounded, bias: nn.Parameter | None = None) -> nn.Linear:

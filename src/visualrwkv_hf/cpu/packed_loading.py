@@ -17,8 +17,9 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..modeling_base import refuse_non_finite
 from .layers import PackedLinear, RoundedLinear, accelerate_on_cpu, dequantize, round_linears
-from .memory import cast
+from .memory import cast, mapped_files, unmap
 from .packed import INTEGER_DTYPES, PACKED, SCALE, SHAPE, packed_layers, refuse_strange_layer
 
 METHOD = "visualrwkv-while-loading"
@@ -86,6 +87,7 @@ class WhileLoadingQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         self.remove_quantization_config(model)
+        refuse_non_finite_pages(model, config.where)
         if config.native:
             round_linears(model, config.weights)
         else:
@@ -103,6 +105,19 @@ class WhileLoadingQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Whether the weights of few bits can be trained."""
         return False
+
+
+def refuse_non_finite_pages(model: Any, where: object) -> None:
+    """Check weights as `from_pretrained` does, which then does not, and let each leave the memory again.
+
+    An answer may never read some of them, such as most rows of the embedding.
+
+    Raises:
+        ValueError: some are NaN or infinite.
+    """
+    files = mapped_files()
+    refuse_non_finite(model, where, done=lambda weight: unmap(weight, files))
+    model.is_checked = True
 
 
 def cast_all(model: PreTrainedModel, dtype: torch.dtype) -> None:
