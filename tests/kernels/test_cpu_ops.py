@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import mmap
+import re
 import shutil
 import subprocess
 import sys
@@ -987,6 +988,17 @@ def test_pages_of_a_file_are_unmapped_only_if_nobody_wrote_to_them(tmp_path):
     assert any(inside) == Path("/proc/self/smaps").exists()
     weight[1000] = 5
     assert not any(low <= weight.data_ptr() < high for low, high in memory.mapped_files())
+
+
+def test_a_library_is_of_every_file_that_it_was_compiled_from():
+    """A file that is left out could change, and the library of the old one would be loaded."""
+    found, read = {"ops.c"}, set()
+    while left := found - read:
+        for name in left:
+            text = Path(library.__file__).with_name(name).read_text()
+            found |= set(re.findall(r'^#include "(.+)"$', text, re.MULTILINE))
+        read |= left
+    assert {path.name for path in library.SOURCES} == found and len(found) > 5
 
 
 # --- the commands ------------------------------------------------------------------------------------------

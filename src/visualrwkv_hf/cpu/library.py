@@ -21,19 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCES = tuple(
-    Path(__file__).with_name(name)
-    for name in (
-        "ops.c",
-        "registers.h",
-        "recurrences.h",
-        "pool.h",
-        "products.h",
-        "rows16.h",
-        "int8.h",
-        "bf16.h",
-    )
-)
+SOURCES = (Path(__file__).with_name("ops.c"), *sorted(Path(__file__).parent.glob("*.h")))
+"""What is compiled, and what it includes."""
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
 FOR_THIS_CPU = (
