@@ -61,7 +61,7 @@ LLAVA_TEMPLATE = (
 )
 SERVERS = ("visualrwkv", "vllm", "llava")
 ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""What vLLM's build for a CPU is told: 1 GiB for states and caches, and not to leave a core out."""
+"""Environment of vLLM's build for a CPU: it may use 1 GiB for states and caches, and compute on every core."""
 
 
 class Rates(NamedTuple):
@@ -93,12 +93,17 @@ def write_llava(folder: Path, like: Path) -> Path:
     config = VisualRWKVConfig.from_pretrained(like)
     tokenizer = AutoTokenizer.from_pretrained(like)
     size, encoder = config.text_config, config.vision_config.siglip_config
-    text = {name: getattr(size, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
-    text |= {"model_type": "llama", "num_attention_heads": size.num_attention_heads}
-    text |= {
-        "intermediate_size": 2 * size.intermediate_size // 3
-    }  # a Llama has three such matrices, an RWKV-7 two
-    text |= {"max_position_embeddings": 4096, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    text = {name: getattr(size, name) for name in same} | {
+        "model_type": "llama",
+        "intermediate_size": 2
+        * size.intermediate_size
+        // 3,  # a Llama has three such matrices, an RWKV-7 two
+        "max_position_embeddings": 4096,
+        "eos_token_id": 0,
+        "bos_token_id": 0,
+        "pad_token_id": 0,
+    }
     vision = {name: getattr(encoder, name) for name in ENCODER} | {"model_type": "clip_vision_model"}
     pixels, patch = encoder.image_size, encoder.patch_size
     llava = LlavaConfig(

@@ -191,15 +191,19 @@ def card_of(options: FinetuneArguments, trainer: VisualRWKVTrainer) -> str:
         title,
         facts,
         base_model=options.model,
-        kind="tuned state"
-        if options.tuned_state
-        else "adapter"
-        if options.lora and not options.merge_lora
-        else "model",
+        kind=kind_of_result(options),
     )
 
 
+def kind_of_result(options: FinetuneArguments) -> Literal["model", "adapter", "tuned state"]:
+    """Return what the output folder holds."""
+    if options.tuned_state:
+        return "tuned state"
+    return "adapter" if options.lora and not options.merge_lora else "model"
+
+
 def trained_parts(options: FinetuneArguments) -> str:
+    """Return which parts were trained, as the model card names them."""
     if options.tuned_state:
         layers = "all layers" if options.tuned_layers is None else f"layers {options.tuned_layers}"
         return f"the initial state of {layers}"
@@ -248,7 +252,7 @@ def main(command_line: list[str]) -> None:
     else:
         trainer.save_model()
         trainer.create_model_card()
-        if trainer.is_world_process_zero() and not (options.lora and not options.merge_lora):
+        if trainer.is_world_process_zero() and kind_of_result(options) != "adapter":
             folder = shlex.quote(arguments.output_dir)
             if options.tuned_state:
                 folder = f"{shlex.quote(options.model)} --tuned-state {folder}"

@@ -16,12 +16,12 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-import torch
 import typer
 from benchmarking import markdown_table
 from PIL import Image, ImageDraw
 from tiny_data import SIDE, Exam, Question, conversation, easy_vqa_task
 from torch.utils.data import Dataset
+from train_tiny import answers
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from visualrwkv_hf import (
@@ -73,36 +73,6 @@ class Lessons(Dataset):
     def __getitem__(self, index: int) -> dict:
         picture, question = small_shape(Random(f"lesson {index}"))
         return {"conversations": conversation([question]), "images": [picture]}
-
-
-@torch.no_grad()
-def answers(model, processor, exams: Sequence[Exam], initial_state=None) -> list[str]:
-    """Return the model's answers; `initial_state` is for all exams or for each."""
-    model.eval()
-    said = []
-    for start in range(0, len(exams), BATCH):
-        part = exams[start : start + BATCH]
-        chats = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image", "image": picture}, {"type": "text", "text": question.text}],
-                }
-            ]
-            for picture, question in part
-        ]
-        inputs = processor.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        )
-        states = initial_state[start : start + BATCH] if isinstance(initial_state, list) else initial_state
-        output = model.generate(**inputs, max_new_tokens=8, do_sample=False, initial_state=states)
-        said += processor.post_process_image_text_to_text(output, prompt_length=inputs["input_ids"].shape[1])
-    return said
 
 
 def right(said: Sequence[str], exams: Sequence[Exam]) -> float:
@@ -170,8 +140,8 @@ def main(
                 "parameters": f"{trained:,} ({trained / total:.2%})" if trained else "0",
                 "file, bytes": f"{size:,}" if size else "",
                 "training": f"{seconds:.0f} s" if seconds else "",
-                "new pictures": f"{right(answers(model, processor, new, state), new):.1%}",
-                "easy-VQA": f"{right(answers(model, processor, old, state), old):.1%}",
+                "new pictures": f"{right(answers(model, processor, new, initial_state=state), new):.1%}",
+                "easy-VQA": f"{right(answers(model, processor, old, initial_state=state), old):.1%}",
             }
         )
 
@@ -185,7 +155,7 @@ def main(
     if save:
         state.save_pretrained(save)
     both = [exam for pair in zip(new, old) for exam in pair]
-    said = answers(model, processor, both, [state, None] * exams)
+    said = answers(model, processor, both, initial_state=[state, None] * exams)
     mixed = {"": "tuned state, for the rows with new pictures alone"} | dict.fromkeys(list(rows[0])[1:], "")
     mixed |= {"new pictures": f"{right(said[::2], new):.1%}", "easy-VQA": f"{right(said[1::2], old):.1%}"}
     rows.append(mixed)

@@ -44,6 +44,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, TrainerCallback, set_seed
 
 from visualrwkv_hf import (
+    TunedState,
     VisualRWKVConfig,
     VisualRWKVDataCollator,
     VisualRWKVForConditionalGeneration,
@@ -259,8 +260,14 @@ def train_stage(
 
 
 @torch.no_grad()
-def answers(model, processor: VisualRWKVProcessor, exams: Sequence[Exam], batch: int = 64) -> list[str]:
-    """The model's greedy answers, each question asked by itself."""
+def answers(
+    model,
+    processor: VisualRWKVProcessor,
+    exams: Sequence[Exam],
+    batch: int = 64,
+    initial_state: TunedState | Sequence[TunedState | None] | None = None,
+) -> list[str]:
+    """Return the model's greedy answers, each question asked by itself; `initial_state` is for all or for each."""
     model.eval()
     texts = {exam.question.text: prompt(processor, exam.question.text) for exam in exams}
     order = sorted(range(len(exams)), key=lambda i: len(texts[exams[i].question.text]))
@@ -273,8 +280,12 @@ def answers(model, processor: VisualRWKVProcessor, exams: Sequence[Exam], batch:
             padding=True,
             return_tensors="pt",
         )
+        states = [initial_state[i] for i in chosen] if isinstance(initial_state, Sequence) else initial_state
         output = model.generate(
-            **inputs.to(model.device, dtype=model.dtype), max_new_tokens=12, do_sample=False
+            **inputs.to(model.device, dtype=model.dtype),
+            max_new_tokens=12,
+            do_sample=False,
+            initial_state=states,
         )
         decoded = processor.post_process_image_text_to_text(
             output, prompt_length=inputs["input_ids"].shape[1]

@@ -70,6 +70,11 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor
     return (actual - expected).norm() / expected.norm()
 
 
+def assert_answers(model, inputs: dict[str, torch.Tensor]) -> None:
+    answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
 @pytest.mark.parametrize("version, config", cases(LIBRARIES))
 @torch.no_grad()
 def test_int8_weights_load_and_answer(tmp_path, version, config):
@@ -84,8 +89,7 @@ def test_int8_weights_load_and_answer(tmp_path, version, config):
         assert is_rounded
     inputs = inputs_for(model)
     assert 0 < relative_error(quantised(**inputs).logits, model(**inputs).logits) < LARGEST_ERROR
-    answer = quantised.generate(**inputs, max_new_tokens=3, do_sample=False)
-    assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
+    assert_answers(quantised, inputs)
 
 
 @needs("torchao")
@@ -105,8 +109,7 @@ def test_float8_weights_load_and_answer(tmp_path, version):
     expected = model.bfloat16()(**inputs).logits.float()
     # A weight of 3 bits after the point is off by up to 1/16, and so are the logits, more or less.
     assert 0 < relative_error(quantised(**inputs).logits.float(), expected) < 0.2
-    answer = quantised.generate(**inputs, max_new_tokens=3, do_sample=False)
-    assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
+    assert_answers(quantised, inputs)
 
 
 @needs("torchao")
@@ -129,8 +132,7 @@ def test_int4_weights_load_and_answer(tmp_path, version):
             dense[name].copy_(weight.dequantize())
     inputs = inputs_for(model)
     assert relative_error(quantised(**inputs).logits, model(**inputs).logits) < 1e-4
-    answer = quantised.generate(**inputs, max_new_tokens=3, do_sample=False)
-    assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
+    assert_answers(quantised, inputs)
 
 
 @needs("torchao")

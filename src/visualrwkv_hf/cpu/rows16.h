@@ -58,8 +58,11 @@ static Row16 round_to_16(int64_t n, int64_t format, const float *from, char *mem
     float inverse = largest > LEAST ? MOST_16 / largest : 0;
     int64_t total = 0;
     int8_t *upper = (int8_t *)to, *lower = upper + padded_16(n);
-    if (SUMS_16 == 2) memset(upper + n / FOUR_GROUPS * FOUR_GROUPS, 0, padded_16(n) - n / FOUR_GROUPS * FOUR_GROUPS);
-    if (SUMS_16 == 2) memset(lower + n / FOUR_GROUPS * FOUR_GROUPS, 0, padded_16(n) - n / FOUR_GROUPS * FOUR_GROUPS);
+    if (SUMS_16 == 2) {
+        int64_t whole = n / FOUR_GROUPS * FOUR_GROUPS;
+        memset(upper + whole, 0, padded_16(n) - whole);
+        memset(lower + whole, 0, padded_16(n) - whole);
+    }
     for (int64_t i = 0; i < n; i += GROUP / 2) { /* n is a multiple of 16 */
         int32_t some[GROUP / 2], sum = 0;
         for (int j = 0; j < GROUP / 2; j++) {
