@@ -26,7 +26,7 @@ from .wkv import wkv6, wkv7
 __all__ = ["IN_ORDER", "TokenOrder", "kernel_backend", "low_rank", "token_orders", "token_shift", "wkv6", "wkv7"]
 '''
 
-OLDER = '''"""What older versions of the `kernels` library import: the package above."""
+OLDER = '''"""The package in the folder above, under the name that older versions of the `kernels` library import."""
 
 import importlib.util
 import sys

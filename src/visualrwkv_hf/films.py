@@ -38,7 +38,7 @@ class FrameSampling:
 
     Args:
         num_frames: so many, evenly over the film's time: the frames that are shown at i / num_frames of its duration.
-            A film of fewer frames gives all of them; `sys.maxsize` asks for all without counting them first.
+            A film of fewer frames gives all of them; `ALL_FRAMES` asks for all without counting them first.
         fps: so many a second, from the first frame on. At most one of the two may be given; without either,
             `DEFAULT_FRAMES` are taken.
         max_pixels: largest width times height of a frame.

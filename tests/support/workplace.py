@@ -23,9 +23,9 @@ from paths import ROOT
 from PIL import Image, ImageDraw
 from tiny import awake, text_config
 from tiny_checkpoint import write_checkpoint
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoModelForImageTextToText, SiglipVisionConfig, SiglipVisionModel
 
-from visualrwkv_hf import VisualRWKVForCausalLM
+from visualrwkv_hf import TunedState, VisualRWKVForCausalLM, bundled_model
 from visualrwkv_hf.conversion import restore_state_dict
 
 TOKEN, USER = "hf_me", "me"
@@ -55,6 +55,12 @@ def save_circle(path: Path) -> None:
     picture = Image.new("RGB", (256, 256), "white")
     ImageDraw.Draw(picture).ellipse((70, 60, 190, 180), fill="red")
     picture.save(path)
+
+
+def save_tuned_state(path: Path) -> None:
+    """A tuned state for the model in the package, which begins as that model does."""
+    model = AutoModelForImageTextToText.from_pretrained(bundled_model())
+    TunedState.attach(model).save_pretrained(path)
 
 
 def save_film(path: Path) -> None:
@@ -105,6 +111,7 @@ MADE: list[tuple[str, Callable[[Path], None]]] = [
     (r"(cat|dog|page|first|second|third)\.(png|jpg)", save_picture),
     (r"circle\.png", save_circle),
     (r"film\.mp4", save_film),
+    ("tuned-shapes", save_tuned_state),
     ("|".join(MODELS), save_model),
     (r"(train|val)\.json", save_rows),
     (r"questions\.jsonl", save_questions),

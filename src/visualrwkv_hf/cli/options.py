@@ -43,7 +43,7 @@ TunedStateOption = Annotated[
     str | None,
     typer.Option(
         "--tuned-state",
-        help="Folder or Hub id of a tuned state: the model begins with it, and so does what it was trained to do.",
+        help="Folder or Hub id of a tuned state, from which the model begins to read.",
     ),
 ]
 ImagePositionOption = Annotated[
@@ -75,7 +75,7 @@ RegexOption = Annotated[
 GrammarOption = Annotated[
     Path | None,
     typer.Option(
-        "--grammar", help="File of a grammar, in llguidance's Lark: the answer is a sentence of it."
+        "--grammar", help="File of a grammar, in llguidance's variant of Lark, that the answer follows."
     ),
 ]
 AccelerateOption = Annotated[

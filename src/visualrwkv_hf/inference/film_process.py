@@ -23,13 +23,14 @@ from .progress import Left
 MEMORY_BYTES = 3 * 2**30
 """The most address space of the process: the interpreter and the libraries, the film, and a decoder's frames."""
 CPU_SECONDS = 4
-"""The most processor seconds for a second on the clock: of threads together, should nobody be there to kill them."""
+"""Processor seconds, of all threads together, that the process may use for each second that decoding may take. Then the
+system ends it, even if the process that started it is no longer there to do so."""
 ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "SYSTEMROOT", "TMPDIR")
-"""Variables of the environment that the process has."""
+"""The only variables of the environment that the process inherits."""
 POLL_SECONDS = 0.05
-"""How often it is looked whether the film is still wanted."""
+"""How long to wait before asking again whether the film is still wanted."""
 START = "from visualrwkv_hf.inference.film_process import main; main()"
-"""It runs in an empty folder, so that no file of the current one passes for a module."""
+"""The program of the process. It runs in an empty folder, so that no file can be imported in place of a module."""
 
 
 def read_film(

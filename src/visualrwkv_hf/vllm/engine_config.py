@@ -9,7 +9,7 @@ from vllm.triton_utils import HAS_TRITON
 
 from ..configuration_visualrwkv import VisualRWKVConfig
 from ..modeling_visualrwkv import is_trivial
-from .media import refuse_pictures_politely
+from .media import register_picture_connector
 from .pictures import max_picture_tokens
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class RwkvEngineConfig(MambaModelConfig):
                 layers must see all of it.
         """
         refuse_what_is_missing(vllm_config)
-        refuse_pictures_politely()
+        register_picture_connector()
         config = vllm_config.model_config.hf_config
         if isinstance(config, VisualRWKVConfig) and not is_trivial(config.scan):
             read_pictures_whole(vllm_config, config)

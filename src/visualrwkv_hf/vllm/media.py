@@ -47,6 +47,6 @@ def _clients_error() -> Iterator[None]:
         raise ValueError("The picture could not be fetched.") from error
 
 
-def refuse_pictures_politely() -> None:
+def register_picture_connector() -> None:
     """Have the servers of this process load pictures with `PictureConnector`."""
     MEDIA_CONNECTOR_REGISTRY.register("http")(PictureConnector)
