@@ -34,6 +34,7 @@ OPS = {
     "rwkv7_decode": Op(triton=True, native=True),
     "block_decode": Op(triton=True, native=True),
     "blocks_decode": Op(native=True),
+    "token_decode": Op(native=True),
 }
 """All ops that may have a kernel. A backend computes an op that it has no kernel for with plain torch."""
 

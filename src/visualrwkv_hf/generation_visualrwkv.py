@@ -8,12 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .cache_visualrwkv import VisualRWKVCache, VisualRWKVStaticCache
 from .decode_graph import why_no_graph
+from .decode_loop import DecodeLoop, why_stock_loop
 from .film_prompts import around_pictures, has_films, sampling_of, with_frames
 from .kept_state import KeptState, is_kept
 from .prompt_identity import (
@@ -46,7 +52,8 @@ TRANSFORMERS_INTERNALS = {
     "is_compileable, unless quantisation, offloading or disable_compile forbid it.",
     "_expand_inputs_for_generation": "Relied on: it repeats tensors for beams and samples, and leaves the plan alone.",
     "_prefill": "Relied on: it calls prepare_inputs_for_generation first; for assistants not as the first iteration.",
-    "_sample": "Relied on: it reads the tokens that it returns one by one, all but the last.",
+    "_sample": "Overridden: on a CPU with native ops decode_loop.py does the same with less Python. It reads the "
+    "tokens that it returns one by one, all but the last.",
     "_assisted_decoding": "Relied on: its first step appends guesses to the prompt, and copies our arguments for the "
     "assistant model, which so gets the pictures.",
 }
@@ -304,6 +311,22 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, VisualRWKVCache):
             cache.has_graph = not why_no_graph(self, generation_config, cache)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs,
+    ):
+        """Decode greedily or by sampling: by transformers' loop, or by a quicker one where it serves."""
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if synced_gpus or why_stock_loop(self, generation_config, model_kwargs.get("past_key_values")):
+            return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+        return DecodeLoop(self, *arguments, streamer, model_kwargs).run()
 
     def _new_cache(self, generation_config: GenerationConfig) -> VisualRWKVCache:
         """Return an empty cache of the kind that `generation_config` asks for."""

@@ -439,7 +439,7 @@ def _have_their_sizes(sizes: Sizes, weights: _Weights) -> bool:
             for down, up, width in maps
         )
         and all(
-            pair is None or _has_shape(pair[0], *others.get(slot.name, (A, C)))
+            pair is None or has_shape(pair[0], *others.get(slot.name, (A, C)))
             for slot, pair in zip(LINEARS, weights.linear)
         )
     )
@@ -452,7 +452,7 @@ def is_stored_well(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> 
     return weight.dtype in FORMAT_OF and FORMATS[FORMAT_OF[weight.dtype]].scale_dtype == scale.dtype
 
 
-def _has_shape(weight: Tensor, rows: int, columns: int) -> bool:
+def has_shape(weight: Tensor, rows: int, columns: int) -> bool:
     """Return whether a tensor holds [rows, columns] weights of the format of its dtype."""
     is_format = weight.dtype in FORMAT_OF
     return is_format and weight.shape == (rows, FORMATS[FORMAT_OF[weight.dtype]].columns(columns))

@@ -45,7 +45,7 @@ def decode_blocks(
     in_pools = bool(states) and states[0].indices is not None
     if not serves(hidden_states, MAX_ROWS_OF_BLOCKS if in_pools else MAX_ROWS) or _has_any_global_hook():
         return None
-    blocks = _ready_blocks(layers, hidden_states)
+    blocks = ready_blocks(layers, hidden_states)
     if blocks is None or len(states) != blocks.number:
         return None
     found = States.of(blocks.first.sizes, states, hidden_states.dtype)
@@ -81,7 +81,7 @@ class _Found(NamedTuple):
         blocks: list[ReadyBlock] = []
         modules: list[nn.Module] = []
         for block in layers:
-            if type(block) is not RwkvBlock or _has_hooks(block) or not has_native_parts(block):
+            if type(block) is not RwkvBlock or has_hooks(block) or not has_native_parts(block):
                 return None
             ready = ReadyBlock.of(block, hidden_states)
             if ready is None or ready[:2] != (blocks or [ready])[0][:2]:
@@ -114,13 +114,14 @@ class _Found(NamedTuple):
             and hidden_states.shape[1:] == (1, sizes.C)
             and FORMAT_OF.get(hidden_states.dtype) == sizes.format
             and list(map(type, self.modules)) == self.kinds
-            and not any(map(_has_hooks, self.modules))
+            and not any(map(has_hooks, self.modules))
             and all(map(is_, map(dict.get, self.held, self.names), self.kept))
             and _memory_of(self.tensors) == self.memory
         )
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether calling a module does more, or something else, than its class says."""
     held = module.__dict__
     return bool(held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held)
 
@@ -134,7 +135,8 @@ def _memory_of(tensors: Sequence[Tensor]) -> tuple[list[int], list[int], list[bo
 _found: WeakKeyDictionary[nn.ModuleList, _Found] = WeakKeyDictionary()
 
 
-def _ready_blocks(layers: nn.ModuleList, hidden_states: Tensor) -> PackedBlocks | None:
+def ready_blocks(layers: nn.ModuleList, hidden_states: Tensor) -> PackedBlocks | None:
+    """Return all blocks as ops.c takes them for hidden states [B, 1, C]; None if one of them is not for it."""
     found = _found.get(layers)
     if found is None or not found.holds(layers, hidden_states):
         found = _Found.at(layers, hidden_states)

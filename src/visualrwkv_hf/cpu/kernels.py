@@ -10,6 +10,7 @@ from .blocks import decode_blocks
 from .decode import DECODES, rwkv6_decode, rwkv7_decode, unsuitable
 from .ops import unsupported as unsupported_op
 from .ops import wkv6, wkv7
+from .token import token_decode
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "wkv6": wkv6,
@@ -18,6 +19,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "rwkv7_decode": rwkv7_decode,
     "block_decode": decode_block,
     "blocks_decode": decode_blocks,
+    "token_decode": token_decode,
 }
 
 

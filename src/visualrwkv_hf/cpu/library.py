@@ -42,6 +42,7 @@ ARGUMENTS = {
     "attention_bf16": [_INT, *[_NUMBER] * 6, _FLOAT, *[_ADDRESS] * 6],
     "decode": [_INT, *[_NUMBER] * 6, *[_FLOAT] * 2, *[_ADDRESS] * 21],
     "blocks": [_INT, _NUMBER, *[_FLOAT] * 3, *[_ADDRESS] * 7],
+    "token": [_INT, _NUMBER, *[_FLOAT] * 3, *[_ADDRESS] * 3, *[_FLOAT] * 2, *[_ADDRESS] * 4],
 }
 """Types of the arguments of the functions visualrwkv_... in ops.c, the number of threads first."""
 

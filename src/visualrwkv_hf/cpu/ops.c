@@ -438,38 +438,66 @@ static void round_to(int64_t format, int64_t n, float *x) {
     }
 }
 
-/* One token through `count` blocks, which have B, C, A and a format in common. x [B, C] becomes the last one's output, and
-   the states are updated. v_first [B, A] is written by a block of RWKV-7 that has no LOW_V, and read by the others.
-   mask [B] is 0 at pads, or null; slots [B] says where in their pools the states of the sequences lie, or is null. */
-int visualrwkv_blocks(int threads, int64_t count, float eps, float norm_eps, float decay_scale, const Sizes *sizes,
-                      const Weights *weights, const LayerState *states, const int64_t *slots, const uint8_t *mask,
-                      float *v_first, float *x) {
-    int64_t most = 0;
-    Block l = {.eps = eps, .mask = mask, .slots = slots, .x = x};
-    for (int64_t i = 0; i < count; i++) {
-        int error = check_block(&sizes[i], &weights[i]);
+/* Some blocks, one after the other, which have B, C, A and a format in common. */
+typedef struct {
+    int64_t count;
+    float eps, norm_eps, decay_scale;
+    const Sizes *sizes;
+    const Weights *weights;
+    const LayerState *states;
+    const int64_t *slots; /* [B], where in their pools the states of the sequences lie, or null */
+    const uint8_t *mask;  /* [B], 0 at pads, or null */
+} Blocks;
+
+/* Check all blocks, and count the floats that one of them needs besides. */
+static int check_blocks(const Blocks *b, int64_t *most) {
+    Block l = {0};
+    *most = 0;
+    if (b->count < 1) return SIZE_OUT_OF_RANGE;
+    for (int64_t i = 0; i < b->count; i++) {
+        const Sizes *s = &b->sizes[i];
+        int error = check_block(s, &b->weights[i]);
         if (error) return error;
-        if (sizes[i].B != sizes->B || sizes[i].C != sizes->C || sizes[i].A != sizes->A || sizes[i].format != sizes->format)
+        if (s->B != b->sizes->B || s->C != b->sizes->C || s->A != b->sizes->A || s->format != b->sizes->format)
             return SIZE_OUT_OF_RANGE;
-        if ((error = check_state(&sizes[i], &states[i], slots))) return error;
-        l.s = sizes[i], l.weights = &weights[i];
+        if ((error = check_state(s, &b->states[i], b->slots))) return error;
+        l.s = *s, l.weights = &b->weights[i];
         int64_t needed = lay_out(&l, NULL);
-        most = needed > most ? needed : most;
+        *most = needed > *most ? needed : *most;
     }
-    if (count < 1) return SIZE_OUT_OF_RANGE;
-    float *scratch = malloc(most * sizeof(float));
-    if (!scratch) return NO_MEMORY;
-    TimeMix mix = {.eps = norm_eps, .decay_scale = decay_scale};
-    Team team = begin_team(threads);
-    for (int64_t i = 0; i < count; i++) {
-        l.s = sizes[i], l.weights = &weights[i];
-        l.att_previous = states[i].att_previous, l.ffn_previous = states[i].ffn_previous;
+    return OK;
+}
+
+/* x [B, C] becomes the last block's output. v_first [B, A] is written by a block of RWKV-7 that has no LOW_V, and read by
+   the others. */
+static void run_blocks(Team team, const Blocks *b, float *scratch, float *v_first, float *x) {
+    Block l = {.eps = b->eps, .mask = b->mask, .slots = b->slots, .x = x};
+    TimeMix mix = {.eps = b->norm_eps, .decay_scale = b->decay_scale};
+    for (int64_t i = 0; i < b->count; i++) {
+        l.s = b->sizes[i], l.weights = &b->weights[i];
+        l.att_previous = b->states[i].att_previous, l.ffn_previous = b->states[i].ffn_previous;
         lay_out(&l, scratch);
-        one_block(team, &l, &mix, &states[i], v_first);
+        one_block(team, &l, &mix, &b->states[i], v_first);
         round_to(l.s.format, l.s.B * l.s.C, x);
         if (mix.is_rwkv7 && !mix.value_gate) round_to(l.s.format, l.s.B * l.s.A, v_first);
     }
+}
+
+/* One token through some blocks, whose states are updated; see `Blocks` and `run_blocks`. */
+int visualrwkv_blocks(int threads, int64_t count, float eps, float norm_eps, float decay_scale, const Sizes *sizes,
+                      const Weights *weights, const LayerState *states, const int64_t *slots, const uint8_t *mask,
+                      float *v_first, float *x) {
+    Blocks blocks = {count, eps, norm_eps, decay_scale, sizes, weights, states, slots, mask};
+    int64_t most;
+    int error = check_blocks(&blocks, &most);
+    if (error) return error;
+    float *scratch = malloc(most * sizeof(float));
+    if (!scratch) return NO_MEMORY;
+    Team team = begin_team(threads);
+    run_blocks(team, &blocks, scratch, v_first, x);
     end_team(team);
     free(scratch);
     return OK;
 }
+
+#include "token.h"

@@ -73,7 +73,7 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool) -> str:
 
     Args:
         op: "wkv6" or "wkv7" with r and v; "linear", "linear_int8", "linear_bf16", "rwkv6_decode", "rwkv7_decode",
-            "block_decode" or "blocks_decode" with x; "attention_bf16" with q.
+            "block_decode", "blocks_decode" or "token_decode" with x; "attention_bf16" with q.
         tensors: see `op`.
         gradient: whether the op's gradient will be needed. Only the recurrences have one.
     """
