@@ -26,17 +26,17 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from benchmarking import markdown_table, readable_bytes, report
-from laptop_models import CLIP_LARGE, MODELS, QUICK_MODELS, Model, config_of, model_folder
+from laptop_models import MODELS, QUICK_MODELS, Model, config_of, model_folder
 from laptop_peers import disagreement, gguf_file
 
 from visualrwkv_hf.cpu import build_native_ops
 
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
-OURS, PLAIN, LLAMA, CLIP = (
+OURS, PLAIN, LLAMA, ENCODERS = (
     "visualrwkv-hf",
     "visualrwkv-hf --no-accelerate",
     "llama.cpp, text only",
-    "transformers CLIP",
+    "transformers' encoders",
 )
 MEASURES = Path(__file__).with_name("laptop_measures.py")
 USUAL_PROMPT = 597
@@ -77,7 +77,9 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="How often each row is measured.")] = 3,
     new_tokens: Annotated[int, typer.Option(min=3, help="Length of the answers.")] = 20,
     plain: Annotated[bool, typer.Option(help="Also measure bfloat16 without native ops.")] = True,
-    peers: Annotated[bool, typer.Option(help="Also measure llama.cpp and transformers' CLIP.")] = True,
+    peers: Annotated[
+        bool, typer.Option(help="Also measure llama.cpp and transformers' own encoders.")
+    ] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: as torch chooses.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes: the times mean nothing.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write the numbers to this file.")] = None,
@@ -136,17 +138,17 @@ def cases_of(
                 yield Case(name, precision, PLAIN)
             if has_llama:
                 yield Case(name, precision, LLAMA)
-        if peers and model.vision is CLIP_LARGE and not model.is_large:
-            for dtype in ("float32", "bfloat16"):
-                yield Case(name, dtype, CLIP)
+            if peers and precision in ("float32", "bfloat16"):
+                yield Case(name, precision, ENCODERS)
 
 
 def arguments_of(
     case: Case, model: Model, folder: Path, new_tokens: int, prompt_tokens: int
 ) -> dict[str, Any]:
     """Return the arguments of a measure of laptop_measures.py, and make the files that it needs."""
-    if case.engine == CLIP:
-        return {"config": dict(model.vision["clip_config"]), "dtype": case.precision}
+    if case.engine == ENCODERS:
+        configs = {field: dict(value) for field, value in model.vision.items() if field.endswith("_config")}
+        return {"configs": configs, "dtype": case.precision}
     if case.engine == LLAMA:
         path = gguf_file(model, folder / f"{case.model}-{case.precision}.gguf", case.precision)
         vocab_size = config_of(model).text_config.vocab_size
@@ -172,7 +174,7 @@ def measured(case: Case, arguments: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RuntimeError: the process failed; its last words are in the message.
     """
-    name = {OURS: "ours", PLAIN: "ours", LLAMA: "llama.cpp", CLIP: "transformers CLIP"}[case.engine]
+    name = {OURS: "ours", PLAIN: "ours", LLAMA: "llama.cpp", ENCODERS: "transformers encoders"}[case.engine]
     command = [sys.executable, str(MEASURES), name, json_module.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -270,13 +272,20 @@ def targets_of(
             part = ratio(taken, case, case._replace(precision="bfloat16"), "first")
             if part is not None:
                 yield Target(f"{name} int8: first word, parts of bfloat16's", part, 0.5, True)
-        times = ratio(taken, case._replace(engine=CLIP), case, "tower")
-        if times is not None and precision == "bfloat16":
-            yield Target(f"{name}: tower, times transformers' speed in bfloat16", times, 1.5, False)
+        yield from towers_targets(taken, case)
         peak = statistics.median(each["peak"] for each in numbers)
         held = statistics.median(each["weight_bytes"] for each in numbers)
         limit = 6e9 if chosen[name].is_large else 1.1 * held + 1e9
         yield Target(f"{name} {precision}: peak memory in GB", peak / 1e9, limit / 1e9, True)
+
+
+def towers_targets(taken: Mapping[Case, Sequence[Mapping[str, Any]]], case: Case) -> Iterator[Target]:
+    """Yield the speed of the tower and of each encoder beside transformers' own in the same dtype."""
+    theirs = case._replace(engine=ENCODERS)
+    for key in taken[theirs][-1] if taken.get(theirs) else ():
+        if key.startswith("tower") and (times := ratio(taken, theirs, case, key)) is not None:
+            words = f"{case.model} {case.precision}: {key}, times transformers' speed"
+            yield Target(words, times, 1.5, False)
 
 
 def targets_table(targets: Sequence[Target]) -> str:

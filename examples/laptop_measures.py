@@ -4,6 +4,8 @@ A process that was started for it runs `python laptop_measures.py NAME JSON` and
 seconds, bytes and tokens.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import json
@@ -14,9 +16,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # a program that answers imports it as the command `ask` does
+    import torch
 
 QUESTION = "What is in the picture, and what is it doing there?"
 SIDE = 480
@@ -50,13 +53,26 @@ class Watch:
         self.began: dict[str, float] = {}
         self.tokens: list[float] = []
         self.is_prompt_seen = False
-        parts = {"tower": model.model.vision_tower, "language model": model.model.language_model}
+        tower = model.model.vision_tower
+        parts = {"tower": tower, "language model": model.model.language_model}
         self.handles = [
             part.register_forward_pre_hook(self._note(name), with_kwargs=True) for name, part in parts.items()
         ]
+        self.encoders: dict[str, float] = {}
+        for name, encoder in tower.named_children():
+            self.handles += [
+                encoder.register_forward_pre_hook(self._note(name), with_kwargs=True),
+                encoder.register_forward_hook(self._note_end(name)),
+            ]
 
     def _note(self, name: str) -> Callable[..., None]:
         return lambda module, args, kwargs: self.began.setdefault(name, now()) and None
+
+    def _note_end(self, name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            self.encoders.setdefault(name, now() - self.began[name])
+
+        return hook
 
     def put(self, tokens: torch.Tensor) -> None:
         if self.is_prompt_seen:
@@ -102,6 +118,7 @@ def answer_of_ours(folder: str, dtype: str, accelerate: bool, new_tokens: int) -
     return {
         "load": loaded - started,
         "tower": watch.began["language model"] - watch.began["tower"],
+        **{f"tower {name}": seconds for name, seconds in watch.encoders.items()},
         "prefill": first - watch.began["language model"],
         "first": first - asked,
         "token": statistics.median(b - a for a, b in itertools.pairwise(watch.tokens)),
@@ -123,6 +140,7 @@ def answer_of_llama_cpp(path: str, vocab_size: int, prompt_tokens: int, new_toke
         prompt_tokens: length of the prompt.
         new_tokens: length of the answer.
     """
+    import torch
     from llama_cpp_engine import reader
 
     started = now()
@@ -146,38 +164,59 @@ def answer_of_llama_cpp(path: str, vocab_size: int, prompt_tokens: int, new_toke
     }
 
 
-def tower_of_transformers(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Encode a picture with transformers' own CLIP, as it is by default.
+ENCODERS = {
+    "clip_config": ("CLIPVisionConfig", "CLIPVisionModel"),
+    "dinov2_config": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
+    "siglip_config": ("SiglipVisionConfig", "SiglipVisionModel"),
+    "sam_config": ("SamVisionConfig", "SamVisionModel"),
+}
+"""Field of a `VisualRWKVVisionConfig` -> transformers' own classes of its configuration and of the encoder."""
+
+
+def encoders_of_transformers(configs: dict[str, dict[str, Any]], dtype: str) -> dict[str, Any]:
+    """Encode a picture with transformers' own encoders, one after the other, as they are by default.
 
     Args:
-        config: fields of its `CLIPVisionConfig`.
-        dtype: of its weights.
+        configs: by field of a `VisualRWKVVisionConfig` the fields of each encoder's configuration.
+        dtype: of their weights.
     """
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+    import torch
+    import transformers
 
-    torch.manual_seed(0)
-    tower = CLIPVisionModel(CLIPVisionConfig(**config)).to(getattr(torch, dtype)).eval()
-    side = tower.config.image_size
-    pixels = torch.randn(1, 3, side, side, dtype=getattr(torch, dtype))
-    times = []
-    with torch.inference_mode():
-        for _ in range(3):
-            began = now()
-            tower(pixels)
-            times.append(now() - began)
-    return {"tower": times[0], "again": min(times), "peak": peak_bytes(), "processor": time.process_time()}
+    numbers: dict[str, Any] = {}
+    for field, config in configs.items():
+        torch.manual_seed(0)
+        config_class, model_class = (getattr(transformers, name) for name in ENCODERS[field])
+        encoder = model_class(config_class(**config)).to(getattr(torch, dtype)).eval()
+        side = encoder.config.image_size
+        pixels = torch.randn(1, 3, side, side, dtype=getattr(torch, dtype))
+        with torch.inference_mode():
+            for name in ("tower", "again"):
+                began = now()
+                encoder(pixels)
+                taken = now() - began
+                numbers[name] = numbers.get(name, 0) + taken
+                numbers[f"{name} {field.removesuffix('_config')}"] = taken
+        del encoder
+    return numbers | {"peak": peak_bytes(), "processor": time.process_time()}
 
 
 MEASURES = {
     "ours": answer_of_ours,
     "llama.cpp": answer_of_llama_cpp,
-    "transformers CLIP": tower_of_transformers,
+    "transformers encoders": encoders_of_transformers,
 }
 
 
 def main() -> None:
     """Run the measure that the command line names, with its arguments in JSON, and print its numbers as JSON."""
     name, arguments = sys.argv[1], json.loads(sys.argv[2])
+    if name == "ours":
+        from visualrwkv_hf.inference import import_libraries
+
+        import_libraries()
+    import torch
+
     torch.set_num_threads(arguments.pop("threads"))
     with numbers_alone() as out:
         numbers = MEASURES[name](**arguments)

@@ -8,7 +8,16 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .encoders import ENCODERS, pixel_inputs
 from .generations import GENERATIONS
-from .image_tokens import ImageTokens, class_token_places, num_views
+from .image_tokens import (
+    ClassToken,
+    ImagePosition,
+    PictureNumbers,
+    Pooling,
+    Projector,
+    Reduction,
+    class_token_places,
+    num_views,
+)
 from .scan_orders import SCANS
 
 SIZES = (
@@ -189,7 +198,7 @@ class VisualRWKVVisionConfig(PreTrainedConfig):
     base_config_key = "vision_config"
 
     feature_layer: Literal[-1, -2] = -1
-    class_token: Literal["first", "last", "none"] = "none"
+    class_token: ClassToken = "none"
     tile_grid: int = 1
 
     @_classproperty
@@ -296,7 +305,7 @@ def _encoder_config(name: str, given: Any) -> PreTrainedConfig | None:
 
 
 @strict
-class VisualRWKVConfig(PreTrainedConfig):
+class VisualRWKVConfig(PictureNumbers, PreTrainedConfig):
     r"""Configuration of VisualRWKV (arXiv 2406.13362; HD and UHD: arXiv 2410.11665).
 
     text_config (`dict` or [`VisualRWKVTextConfig`], *optional*):
@@ -351,14 +360,14 @@ class VisualRWKVConfig(PreTrainedConfig):
     vision_config: PartConfig = None
     image_token_id: int = 65535
     scan: str = "unidirectional"
-    image_position: Literal["first", "middle", "last"] = "first"
-    pooling: Literal["none", "average", "adaptive", "mean", "class_token"] = "none"
+    image_position: ImagePosition = "first"
+    pooling: Pooling = "none"
     pooled_grid_size: int | None = None
-    projector: Literal["linear", "linear_flip", "gated", "relu", "gated_norm"] = "gated_norm"
+    projector: Projector = "gated_norm"
     compressor_num_layers: int = 0
     compressor_num_tokens: int | None = None
     compressor_per_tile: bool = False
-    compressor_reduction: Literal["pool", "step"] = "pool"
+    compressor_reduction: Reduction = "pool"
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -367,51 +376,6 @@ class VisualRWKVConfig(PreTrainedConfig):
         if not isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = VisualRWKVVisionConfig(**_without_model_type(self.vision_config))
         super().__post_init__(**kwargs)
-
-    @property
-    def pooled_grid(self) -> tuple[int, int]:
-        """Height and width of the grid of patch tokens after the pooling; (0, 0) where none is left."""
-        side = self.vision_config.grid_size
-        if self.pooling == "average":
-            window = side // self.pooled_grid_size
-            side = (side - window) // window + 1
-        elif self.pooling == "adaptive":
-            side = self.pooled_grid_size
-        elif self.pooling == "mean":
-            side = 1
-        elif self.pooling == "class_token":
-            side = 0
-        return side, side
-
-    @property
-    def class_token(self) -> str:
-        """Where the class token is after the pooling: "first", "last" or "none"."""
-        return "none" if self.pooling == "mean" else self.vision_config.class_token
-
-    @property
-    def num_tile_tokens(self) -> int:
-        """Tokens of one tile before the compressor."""
-        height, width = self.pooled_grid
-        return height * width + sum(class_token_places(self.class_token))
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Tokens of a picture that is read as one tile."""
-        return self.num_image_tokens_of(1)
-
-    @property
-    def image_tokens(self) -> ImageTokens:
-        """What decides how many tokens a picture takes."""
-        return ImageTokens(
-            tokens_per_tile=self.num_tile_tokens,
-            kept=self.compressor_num_tokens if self.compressor_num_layers else None,
-            per_tile=self.compressor_per_tile,
-            reduction=self.compressor_reduction,
-        )
-
-    def num_image_tokens_of(self, num_tiles: int) -> int:
-        """Tokens of a picture that the image processor cut into `num_tiles` tiles."""
-        return self.image_tokens.count(num_tiles)
 
     def validate_architecture(self):
         """Refuses parts that do not fit together."""

@@ -1,6 +1,9 @@
 """`visualrwkv info`: what it says is what the model is, and it reads no weight."""
 
 import json
+import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -8,17 +11,26 @@ import torch
 from hub_client import client_process
 from hub_server import Hub
 from huggingface_hub import snapshot_download
+from released_folders import released_config
+from safetensors.torch import save_file
 from tiny import awake, pixels, prompt, text_config
 from tiny_training import save_tiny_model, tiny_model, tiny_processor
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from visualrwkv_hf import VisualRWKVCache, VisualRWKVConfig, VisualRWKVForCausalLM
+from visualrwkv_hf import VisualRWKVCache, VisualRWKVConfig, VisualRWKVForCausalLM, accelerate_on_cpu
 from visualrwkv_hf.cli.app import app
+from visualrwkv_hf.configuration_visualrwkv import SIZES
+from visualrwkv_hf.conversion.checkpoint import SAFETENSORS_DTYPES
+from visualrwkv_hf.conversion.releases import RELEASES
+from visualrwkv_hf.encoders import ENCODERS
+from visualrwkv_hf.generations import GENERATIONS
 from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
+from visualrwkv_hf.inference import facts, plain_folder
 from visualrwkv_hf.inference.facts import facts_of, title_of
 from visualrwkv_hf.inference.loading import may_be_on_hub
 from visualrwkv_hf.inference.progress import in_bytes
+from visualrwkv_hf.scan_orders import SCANS
 
 
 def run_info(*arguments):
@@ -117,6 +129,94 @@ def test_headers_of_a_large_folder_are_read_in_a_moment(tmp_path):
     started = time.process_time()
     assert facts_of(tmp_path)["num_bytes"] == 128 * rows
     assert time.process_time() - started < 1
+
+
+# Without torch.
+
+
+def plain_and_loaded(folder, monkeypatch):
+    """The facts as they are read without torch, and by the classes that load the model."""
+    plain = facts_of(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(facts, "plain_config", lambda folder: None)
+        patch.setattr(facts, "stored_tensors", lambda folder: None)
+        return plain, facts_of(folder)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_release_is_described_alike_without_torch(release, tmp_path, monkeypatch):
+    released_config(release).save_pretrained(tmp_path)
+    save_file({"model.language_model.embed_tokens.weight": torch.zeros(2, 3)}, tmp_path / "model.safetensors")
+    assert plain_folder.plain_config(tmp_path) is not None and plain_folder.stored_tensors(tmp_path)
+    plain, loaded = plain_and_loaded(tmp_path, monkeypatch)
+    assert plain == loaded
+
+
+def test_shards_of_few_bits_are_described_alike_without_torch(tmp_path, monkeypatch):
+    model = accelerate_on_cpu(tiny_model(version=7).bfloat16(), weights="int8")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert not (tmp_path / "model.safetensors").exists() and plain_folder.stored_tensors(tmp_path)
+    plain, loaded = plain_and_loaded(tmp_path, monkeypatch)
+    assert plain == loaded and plain["dtypes"].keys() >= {"bfloat16", "int32"}
+
+
+def test_a_folder_is_described_without_torch(folder, tmp_path):
+    code = (
+        "import sys\nfor name in ('torch', 'transformers', 'numpy'):\n    sys.modules[name] = None\n"
+        "from visualrwkv_hf.cli.app import app\napp(sys.argv[1:], standalone_mode=False)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "info", str(folder)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 layers of width 32" in done.stdout
+
+
+def test_the_tables_that_are_read_without_torch_are_those_with_it():
+    assert {name: row.fold for name, row in ENCODERS.items()} == plain_folder.FOLDS
+    assert tuple(SCANS) == plain_folder.SCANS and tuple(GENERATIONS) == plain_folder.VERSIONS
+    assert plain_folder.SIZES == SIZES
+    assert {
+        name: (str(dtype).removeprefix("torch."), dtype.itemsize)
+        for name, dtype in SAFETENSORS_DTYPES.items()
+    } == plain_folder.DTYPES
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("scan", "stranger"),
+        ("pooling", ["none"]),
+        ("pooled_grid_size", 3),
+        ("image_token_id", 10**9),
+        ("compressor_num_layers", 2),
+        ("text_config.hidden_size", "32"),
+        ("text_config.head_dim", 5),
+        ("text_config.rwkv_version", [7]),
+        ("vision_config.clip_config", {}),
+        ("vision_config.clip_config.image_size", 1),
+        ("vision_config.tile_grid", 3),
+        ("vision_config.class_token", None),
+    ],
+)
+def test_a_strange_configuration_is_left_to_the_classes_that_load_it(folder, field, value, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    place, *names = fields, *field.split(".")
+    for name in names[:-1]:
+        place = place[name]
+    place[names[-1]] = value
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert plain_folder.plain_config(tmp_path) is None
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_damaged_weights_are_left_to_the_reader_of_checkpoints(folder, keep, tmp_path):
+    content = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:keep])
+    assert plain_folder.stored_tensors(tmp_path) is None
+    (tmp_path / "model.safetensors").write_bytes(content + b"x")
+    assert plain_folder.stored_tensors(tmp_path) is None
 
 
 # On the Hub.

@@ -85,17 +85,36 @@ def test_targets(example):
     """Ratios are medians over the rounds, of rows of the same round."""
     benchmark = example("benchmark_laptop")
     case = benchmark.Case("v6-tiny", "int8", benchmark.OURS)
-    fast = {"prefill": 1.0, "token": 1.0, "first": 2.0, "peak": 3e9, "weight_bytes": 2e9, "processor": 1.0}
+    fast = {
+        "tower": 2.0,
+        "tower clip": 0.5,
+        "prefill": 1.0,
+        "token": 1.0,
+        "first": 2.0,
+        "peak": 3e9,
+        "weight_bytes": 2e9,
+        "processor": 1.0,
+    }
     slow = {"prefill": 1.3, "token": 1.05, "first": 3.9, "peak": 4e9, "weight_bytes": 2e9, "processor": 5.0}
     taken = {
-        case: [fast, {key: 10 * value for key, value in fast.items()}, fast],
+        case: [
+            fast,
+            {key: 10 * value for key, value in fast.items()} | {"tower": 2.0, "tower clip": 0.5},
+            fast,
+        ],
         case._replace(precision="bfloat16"): [slow, {key: 10 * value for key, value in slow.items()}, slow],
+        case._replace(engine=benchmark.ENCODERS): [
+            {"tower": 3.0, "again": 2.0, "tower clip": 1.0, "peak": 1.0}
+        ]
+        * 3,
         case._replace(engine=benchmark.LLAMA): [slow, {key: 10 * value for key, value in slow.items()}, slow],
     }
     found = {each.text: each for each in benchmark.targets_of(taken, benchmark.QUICK_MODELS)}
     assert {text: (round(each.value, 3), each.is_reached) for text, each in found.items()} == {
         "v6-tiny int8: a prompt, times llama.cpp's speed": (1.3, True),
         "v6-tiny int8: a token, times llama.cpp's speed": (1.05, False),
+        "v6-tiny int8: tower, times transformers' speed": (1.5, True),
+        "v6-tiny int8: tower clip, times transformers' speed": (2.0, True),
         "v6-tiny int8: first word, parts of bfloat16's": (0.513, False),
         "v6-tiny int8: peak memory in GB": (3.0, True),
         "v6-tiny bfloat16: peak memory in GB": (4.0, False),

@@ -209,6 +209,28 @@ for arguments in (
     assert "There is no folder ./folder" in said[7]
 
 
+def test_python_looks_for_no_garbage_while_libraries_are_imported(tmp_path):
+    code = """
+import gc
+from visualrwkv_hf.inference.libraries import import_libraries, without_collections
+before = gc.get_stats()[2]["collections"]
+import_libraries()
+import sys
+print(gc.get_stats()[2]["collections"] - before, gc.isenabled(), "torch" in sys.modules)
+try:
+    with without_collections():
+        print(gc.isenabled())
+        raise KeyError
+except KeyError:
+    print(gc.isenabled())
+gc.disable()
+with without_collections():
+    pass
+print(gc.isenabled())
+"""
+    assert run(code, tmp_path).split() == ["0", "True", "True", "False", "True", "False"]
+
+
 def test_describing_a_model_needs_none_of_its_classes(tmp_path):
     """They take seconds to import, and a description needs the configuration and the headers of the weights."""
     code = """

@@ -5,6 +5,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from ..inference.libraries import import_libraries
 from ..inference.loading import load_model, load_processor, refuse_unknown_dtype, refuse_weights
 from ..inference.pictures import content_parts, refuse_missing_picture
 from .options import (
@@ -139,6 +140,7 @@ def read(
 ) -> Asked:
     """Load the model and make its inputs."""
     with steps("loading libraries") as step:
+        import_libraries()
         from ..inference.chat import chat_inputs
 
         step("reading the picture")

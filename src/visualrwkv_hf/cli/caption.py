@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..inference.libraries import import_libraries
 from ..inference.loading import load_model, load_processor, refuse_unknown_dtype, refuse_weights
 from ..inference.printable import one_line, printable
 from .options import (
@@ -89,6 +90,7 @@ def caption(
         work = Captioning(folder, output, settings)
         with work.locked():
             if work.todo():
+                import_libraries()
                 processor = asked_processor(source, prompt, image_position)
                 structured(processor, form)  # refuses a wrong schema before the weights are read
                 vlm = load_model(source, device, dtype, accelerate, weights=weights, tuned_state=tuned_state)

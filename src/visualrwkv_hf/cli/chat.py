@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..inference.libraries import import_libraries
 from ..inference.loading import load_model, load_processor, refuse_unknown_dtype, refuse_weights
 from ..inference.pictures import refuse_missing_picture
 from .options import (
@@ -94,6 +95,7 @@ def start_chat(
 ) -> "Chat":
     """Return a [`Chat`] with the model of `source`. The heavy imports are here, so that `--help` is quick."""
     with steps("loading libraries") as step:
+        import_libraries()
         from transformers import set_seed
 
         from ..inference.chat import Chat, chat_inputs

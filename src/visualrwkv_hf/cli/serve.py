@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..inference.libraries import import_libraries
 from ..inference.loading import refuse_unknown_dtype, refuse_weights
 from ..inference.server_limits import Access, Limits
 from .options import (
@@ -119,6 +120,7 @@ def serve(
         )
         source = answering_source(folder, weights)
 
+        import_libraries()
         from ..inference.server import serve as run_server
 
         run_server(

@@ -5,6 +5,7 @@ from .chat import chat_inputs as chat_inputs
 from .figure import reading_figure as reading_figure
 from .figure import save_figure as save_figure
 from .film_process import read_film as read_film
+from .libraries import import_libraries as import_libraries
 from .loading import load_config as load_config
 from .loading import load_model as load_model
 from .loading import load_processor as load_processor

@@ -1,4 +1,8 @@
-"""What a model folder holds, from its configuration and the headers of its weights: no weight is read."""
+"""What a model folder holds, from its configuration and the headers of its weights: no weight is read.
+
+A folder as this package writes them is described without torch and transformers, which take seconds to import. Any
+other is read by the classes that load it, which say what is wrong with it.
+"""
 
 import contextlib
 import math
@@ -8,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .loading import VISION_MODEL, load_config, may_be_on_hub, model_type_of, read_json
+from .plain_folder import plain_config, stored_tensors
 
 if TYPE_CHECKING:
     from visualrwkv_hf.conversion.checkpoint import TensorInfo
@@ -45,12 +50,16 @@ def facts_of(source: str | Path) -> dict[str, Any]:
     """
     if may_be_on_hub(str(source)):
         return _facts_of_hub(str(source))
-    from visualrwkv_hf.conversion.folders import open_folder
-
     folder = Path(source)
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
-    return _facts_from(folder, lambda: open_folder(folder).infos)
+    return _facts_from(folder, lambda: stored_tensors(folder) or _opened(folder))
+
+
+def _opened(folder: Path) -> Mapping[str, "TensorInfo"]:
+    from visualrwkv_hf.conversion.folders import open_folder
+
+    return open_folder(folder).infos
 
 
 def _facts_of_hub(name: str) -> dict[str, Any]:
@@ -103,7 +112,7 @@ def _headers_on_hub(name: str) -> dict[str, "TensorInfo"]:
 
 def _facts_from(folder: Path, read_tensors: Callable[[], Mapping[str, "TensorInfo"]]) -> dict[str, Any]:
     """Return the facts of a model whose configuration is in `folder`."""
-    config = load_config(str(folder), may_load=False)
+    config = plain_config(folder) or load_config(str(folder), may_load=False)
     tensors = read_tensors()
     text = config.get_text_config(decoder=True)
     facts = {
