@@ -202,6 +202,16 @@ def kind_of_result(options: FinetuneArguments) -> Literal["model", "adapter", "t
     return "adapter" if options.lora and not options.merge_lora else "model"
 
 
+def next_command(options: FinetuneArguments, output_dir: str) -> str:
+    """Return what to type next."""
+    kind, folder = kind_of_result(options), shlex.quote(output_dir)
+    if kind == "adapter":
+        return f"python {Path(__file__).with_name('merge_adapter.py')} {folder} {shlex.quote(output_dir + '-merged')}"
+    if kind == "tuned state":
+        folder = f"{shlex.quote(options.model)} --tuned-state {folder}"
+    return f'visualrwkv ask --model {folder} PICTURE "What is in the picture?"'
+
+
 def trained_parts(options: FinetuneArguments) -> str:
     """Return which parts were trained, as the model card names them."""
     if options.tuned_state:
@@ -252,11 +262,8 @@ def main(command_line: list[str]) -> None:
     else:
         trainer.save_model()
         trainer.create_model_card()
-        if trainer.is_world_process_zero() and kind_of_result(options) != "adapter":
-            folder = shlex.quote(arguments.output_dir)
-            if options.tuned_state:
-                folder = f"{shlex.quote(options.model)} --tuned-state {folder}"
-            print(f'Next: visualrwkv ask --model {folder} PICTURE "What is in the picture?"', file=sys.stderr)
+        if trainer.is_world_process_zero():
+            print(f"Next: {next_command(options, arguments.output_dir)}", file=sys.stderr)
     exit_together()
 
 

@@ -219,3 +219,12 @@ def test_a_tuned_state_of_another_model_or_none_is_refused(folder, tuned, red, t
     assert_refused(run("ask", *options), "There is no tuned_state.safetensors")
     options = (red, QUESTION, "--tuned-state", tmp_path / "nowhere", "--model", folder)
     assert_refused(run("ask", *options), f"There is no folder {tmp_path / 'nowhere'}.")
+
+
+@pytest.mark.parametrize("picture", ["data:image/png;base64,AAAA", "A" * 9000, "ftp://example.org/a.png"])
+def test_the_name_of_no_picture_is_not_repeated_at_length(folder, picture):
+    """It may be a picture's content."""
+    result = run("ask", "--model", folder, picture, QUESTION)
+    assert_refused(result, "picture")
+    assert len(result.stderr) < 300
+    assert ("Only http" in result.stderr) == picture.startswith("ftp")

@@ -524,3 +524,15 @@ def test_weights_that_are_read_once_leave_the_memory(wide):
     peak, size = peak_of_loading(wide, "auto", None, huge_pages=False)
     print(f"peak {peak:,}, weights {size:,}")
     assert peak < 0.5 * size
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_packed_int4_is_put_in_order_without_being_unpacked(group):
+    weight = rounded(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)), "int4")
+    scale = weight.scale[:, :: group // 32].contiguous()
+    words = pack(weight.integers, 4)
+    ours = Int4Linear.of_packed(words, scale, 128)
+    theirs = Int4Linear.of(unpacked(words, scale, 128))
+    for x, y in zip(ours.tensors(), theirs.tensors()):
+        assert torch.equal(x, y) and x.is_contiguous()
+    assert (ours.in_features, ours.out_features, ours.original_dtype) == (128, 8, scale.dtype)

@@ -1,5 +1,7 @@
 """PEFT's LoRA and TRL's SFTTrainer and GRPOTrainer on pictures, as their users run them."""
 
+import runpy
+import shlex
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from visualrwkv_hf import (
     load_conversations,
     lora_config,
 )
+from visualrwkv_hf.inference import load_model
 
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
@@ -83,7 +86,7 @@ def test_adapters_are_trained_saved_loaded_and_merged(version, data, tmp_path):
     torch.testing.assert_close(logits(merged, batch), trained, atol=1e-4, rtol=1e-4)
 
 
-def test_finetune_with_lora_saves_adapters_or_the_merged_model(data, tmp_path):
+def test_finetune_with_lora_saves_adapters_or_the_merged_model(data, tmp_path, capsys):
     base = save_tiny_model(tmp_path / "base")
     sizes = ["--max-steps", 2, "--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 1]
     command = [
@@ -99,7 +102,11 @@ def test_finetune_with_lora_saves_adapters_or_the_merged_model(data, tmp_path):
         "none",
     ]
     finetune(*command, "--output-dir", tmp_path / "adapter")
+    script, *merge = shlex.split(capsys.readouterr().err.rpartition("Next: python ")[2])
     finetune(*command, "--output-dir", tmp_path / "merged", "--merge-lora")
+    assert f"Next: visualrwkv ask --model {tmp_path / 'merged'} PICTURE" in capsys.readouterr().err
+    runpy.run_path(script)["main"](*map(Path, merge))  # what the first run has said
+    assert f"Next: visualrwkv ask --model {tmp_path / 'adapter'}-merged PICTURE" in capsys.readouterr().err
 
     model = AutoModelForImageTextToText.from_pretrained(base)
     batch = batch_of(model, data)
@@ -107,6 +114,8 @@ def test_finetune_with_lora_saves_adapters_or_the_merged_model(data, tmp_path):
     expected = logits(adapted, batch)
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged, batch), expected, atol=1e-4, rtol=1e-4)
+    by_hand = load_model(str(tmp_path / "adapter-merged"), "cpu", accelerate=False)
+    torch.testing.assert_close(logits(by_hand, batch), expected, atol=1e-4, rtol=1e-4)
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "library_name: peft" in card and "base_model: base" in card
     assert "library_name: transformers" in (tmp_path / "merged" / "README.md").read_text()

@@ -24,7 +24,16 @@ from .attention import use_native_attention
 from .formats import FLOAT_DTYPES
 from .memory import give_back, is_plain, mapped_files, move_to_huge_pages, unmap
 from .ops import MAX_ROWS, linear, linear_bf16, linear_int8, unsupported, unusable
-from .packed import INTEGER_DTYPES, PACKED, SCALE, SHAPE, packed_tensors, quantization_config, unpacked
+from .packed import (
+    INTEGER_DTYPES,
+    PACKED,
+    SCALE,
+    SHAPE,
+    WORD_BITS,
+    packed_tensors,
+    quantization_config,
+    unpacked,
+)
 from .products import compute_dtype, has_tiles, may_use_panels, multiply_panels
 from .rounding import ROUNDINGS, Rounded, rounded, rounding_of
 
@@ -129,11 +138,22 @@ class RoundedLinear(nn.Linear):
         return layer
 
     def _hold(self, weight: Rounded) -> None:
+        rows, columns = weight.integers.shape
+        self._hold_stored(self.as_stored(weight), (rows, columns), weight.scale.dtype)
+
+    @classmethod
+    def of_packed(cls, words: Tensor, scale: Tensor, columns: int) -> RoundedLinear:
+        """Return a layer of a weight as a file holds it, words and scales of packed.py, with so many columns."""
+        return cls.of(unpacked(words, scale, columns))
+
+    def _hold_stored(
+        self, stored_and_scale: tuple[Tensor, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> None:
         nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.integers.shape
-        self.original_dtype = weight.scale.dtype
+        self.out_features, self.in_features = shape
+        self.original_dtype = dtype
         # A view would keep what it is a view of in memory when its data moves to huge pages.
-        stored, scale = (x if x._base is None else x.clone() for x in self.as_stored(weight))
+        stored, scale = (x if x._base is None else x.clone() for x in stored_and_scale)
         self.bias = None
         self.register_buffer("scale", scale)
         self.register_buffer("weight", stored)
@@ -243,9 +263,30 @@ class Int4Linear(RoundedLinear):
     def as_stored(weight: Rounded) -> tuple[Tensor, Tensor]:
         quotients = (weight.integers + 8).view(torch.uint8).unflatten(1, (-1, Int4Linear.group))
         lower, upper = (half.flatten(1) for half in quotients.split(Int4Linear.group // 2, 2))
-        repeats = quotients.shape[1] // weight.scale.shape[1]  # a file may have larger groups
-        scale = weight.scale.to(torch.bfloat16).repeat_interleave(repeats, 1)
-        return lower | upper << 4, scale  # [out, in / 2], [out, in / 32]
+        return lower | upper << 4, Int4Linear._scales(
+            weight.scale, quotients.shape[1]
+        )  # [out, in / 2], [out, in / 32]
+
+    @staticmethod
+    def _scales(scale: Tensor, groups: int) -> Tensor:
+        """Return the scales of so many groups; a file may have larger ones."""
+        return scale.to(torch.bfloat16).repeat_interleave(groups // scale.shape[1], 1)
+
+    @classmethod
+    def of_packed(cls, words: Tensor, scale: Tensor, columns: int) -> Int4Linear:
+        """Return a layer of packed words, whose halves of bytes are put where C reads them without more memory.
+
+        Byte j of a group of a file holds the weights 2 j and 2 j + 1, and byte i here holds i and i + 16.
+        """
+        packed = words.contiguous().view(torch.uint8).unflatten(1, (-1, cls.group // 2))
+        first, second = packed.split(cls.group // 4, 2)
+        even = (first & 15) | (second << 4)
+        stored = torch.stack([even, (first >> 4) | (second & 0xF0)], 3).flatten(1)  # [out, in / 2]
+        layer = cls.__new__(cls)
+        layer._hold_stored(
+            (stored, cls._scales(scale, columns // cls.group)), (len(words), columns), scale.dtype
+        )
+        return layer
 
     def integers(self, rows: slice = slice(None)) -> Tensor:
         stored = self.weight[rows].unflatten(1, (-1, self.group // 2))
@@ -427,13 +468,13 @@ def unpacked_linear(layer: Any, files: Sequence[tuple[int, int]] = ()) -> nn.Mod
         raise ValueError(f"A weight of {rows} x {columns} is stored with the shape {shape.tolist()}.")
     if not bool(torch.isfinite(scale).all()):
         raise ValueError(f"The scales of a weight of {rows} x {columns} are NaN or infinite.")
-    weight = unpacked(words, scale, columns)
-    unmap(words, files)
     if layer.bias is not None:
-        return dense_linear(weight, layer.bias)
-    kind = next(name for name, row in ROUNDINGS.items() if row.bits == weight.bits)
-    native = ROUNDED_LINEARS[kind].of(weight)
-    unmap(scale, files)  # the layer holds a copy
+        return dense_linear(unpacked(words, scale, columns), layer.bias)
+    bits = words.shape[1] * WORD_BITS // columns
+    kind = next(name for name, row in ROUNDINGS.items() if row.bits == bits)
+    native = ROUNDED_LINEARS[kind].of_packed(words, scale, columns)
+    for x in (words, scale):  # the layer holds copies
+        unmap(x, files)
     return native
 
 

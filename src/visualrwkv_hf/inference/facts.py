@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .loading import VISION_MODEL, load_config, may_be_on_hub, model_type_of, read_json
-from .plain_folder import plain_config, stored_tensors
+from .plain_folder import StoredTensor, plain_config, stored_tensors
 
 if TYPE_CHECKING:
     from visualrwkv_hf.conversion.checkpoint import TensorInfo
@@ -53,10 +53,13 @@ def facts_of(source: str | Path) -> dict[str, Any]:
     folder = Path(source)
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
-    return _facts_from(folder, lambda: stored_tensors(folder) or _opened(folder))
+    return _facts_from(folder, lambda: _tensors_in(folder))
 
 
-def _opened(folder: Path) -> Mapping[str, "TensorInfo"]:
+def _tensors_in(folder: Path) -> Mapping[str, "TensorInfo | StoredTensor"]:
+    stored = stored_tensors(folder)
+    if stored is not None:
+        return stored
     from visualrwkv_hf.conversion.folders import open_folder
 
     return open_folder(folder).infos
@@ -110,9 +113,11 @@ def _headers_on_hub(name: str) -> dict[str, "TensorInfo"]:
     }
 
 
-def _facts_from(folder: Path, read_tensors: Callable[[], Mapping[str, "TensorInfo"]]) -> dict[str, Any]:
+def _facts_from(
+    folder: Path, read_tensors: Callable[[], Mapping[str, "TensorInfo | StoredTensor"]]
+) -> dict[str, Any]:
     """Return the facts of a model whose configuration is in `folder`."""
-    config = plain_config(folder) or load_config(str(folder), may_load=False)
+    config: Any = plain_config(folder) or load_config(str(folder), may_load=False)
     tensors = read_tensors()
     text = config.get_text_config(decoder=True)
     facts = {
@@ -144,7 +149,7 @@ def title_of(config: "VisualRWKVConfig | VisualRWKVTextConfig") -> str:
     return f"{title}, converted from {family}" if family else title
 
 
-def parameters_by_part(tensors: Mapping[str, "TensorInfo"]) -> dict[str, int]:
+def parameters_by_part(tensors: Mapping[str, "TensorInfo | StoredTensor"]) -> dict[str, int]:
     """Return the number of parameters of each part, in the order of `PARTS`."""
     counts: Counter[str] = Counter()
     for name, tensor in tensors.items():
@@ -153,14 +158,14 @@ def parameters_by_part(tensors: Mapping[str, "TensorInfo"]) -> dict[str, int]:
     return {part: counts[part] for part in dict.fromkeys([*PARTS.values(), "other"]) if part in counts}
 
 
-def dtypes_of(tensors: Mapping[str, "TensorInfo"]) -> dict[str, int]:
+def dtypes_of(tensors: Mapping[str, "TensorInfo | StoredTensor"]) -> dict[str, int]:
     """Return the number of tensors of each dtype, the most frequent first."""
     return dict(
         Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()).most_common()
     )
 
 
-def state_bytes(text: "VisualRWKVTextConfig", tensors: Mapping[str, "TensorInfo"]) -> int:
+def state_bytes(text: "VisualRWKVTextConfig", tensors: Mapping[str, "TensorInfo | StoredTensor"]) -> int:
     """Return the size of a conversation's state.
 
     For each layer it is two token shifts [C] in the model's dtype and the WKV state [H, K, V] in float32.

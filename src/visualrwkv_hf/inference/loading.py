@@ -150,7 +150,11 @@ def model_type_of(folder: Path) -> str:
     path = folder / "config.json"
     if not path.is_file():
         adapter = (folder / "adapter_config.json").is_file()
-        what = "it holds an adapter, which has to be merged into its base model first" if adapter else ""
+        what = (
+            "it holds an adapter, which examples/merge_adapter.py merges into its base model"
+            if adapter
+            else ""
+        )
         raise ValueError(f"{folder} is not a model folder: {what or 'it has no config.json'}.")
     model_type = read_json(path).get("model_type")
     if model_type not in (VISION_MODEL, TEXT_MODEL):

@@ -15,6 +15,10 @@ MAX_PIPE_BYTES = 256 * 2**20
 """A pipe that gives more than this is refused: what is in it would have to be held in memory."""
 
 
+LONGEST_SHOWN = 200
+"""Characters of a name that an error repeats: it may be a picture's content in base64."""
+
+
 def is_url(source: str) -> bool:
     """Return whether `source` is an address on the web."""
     return source.startswith(("http://", "https://"))
@@ -24,18 +28,20 @@ def refuse_missing_picture(source: str) -> None:
     """Refuse at once, without torch, what is no picture and no film: a model takes seconds to load.
 
     Args:
-        source: a path or a URL. A URL is not fetched, and a pipe is not read.
+        source: a path or a URL. A URL is not fetched or decoded, and a pipe is not read.
 
     Raises:
         ValueError: there is no such file, it is a folder, or its content is no picture and no film.
     """
-    if is_url(source):
+    if is_url(source) or source.startswith("data:"):
         return
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(source):
         raise ValueError(f"{source} is a folder: `visualrwkv caption` asks about every picture in a folder.")
-    if not path.exists():
-        raise ValueError(f"There is no picture {source}.")
+    if not os.path.exists(source):  # also of a text that is too long for a name
+        shown = source if len(source) <= LONGEST_SHOWN else f"{source[:LONGEST_SHOWN]}..."
+        hint = " Only http:// and https:// addresses are fetched." if "://" in source[:20] else ""
+        raise ValueError(f"There is no picture {shown}.{hint}")
     if not path.is_file() or is_film(source):  # not a file: a pipe
         return
     from PIL import Image
@@ -62,7 +68,7 @@ def open_named_picture(source: str) -> "Image.Image":
     from ..image_processing_visualrwkv import open_picture
 
     path = Path(source)
-    if is_url(source) or not path.exists() or path.is_file():
+    if is_url(source) or not os.path.exists(source) or path.is_file():
         return open_picture(source)
     with path.open("rb") as pipe:
         content = pipe.read(MAX_PIPE_BYTES + 1)

@@ -127,7 +127,7 @@ def plain_config(folder: Path) -> PlainConfig | PlainText | None:
 def _text(fields: Any) -> PlainText | None:
     if not isinstance(fields, dict) or fields.get("rwkv_version") not in VERSIONS:
         return None
-    sizes = {name: fields.get(name) for name in SIZES}
+    sizes: dict[str, Any] = {name: fields.get(name) for name in SIZES}
     ranks = [value for name, value in fields.items() if name.endswith("_low_rank_dim")]
     if not all(map(_is_count, sizes.values())) or not all(x is None or _is_count(x) for x in ranks):
         return None
@@ -142,8 +142,8 @@ def _text(fields: Any) -> PlainText | None:
 def _vision(fields: Any) -> PlainVision | None:
     if not isinstance(fields, dict) or fields.get("class_token") not in get_args(ClassToken):
         return None
-    encoders = {name: fields.get(f"{name}_config") for name in FOLDS}
-    encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
+    given: dict[str, Any] = {name: fields.get(f"{name}_config") for name in FOLDS}
+    encoders = {name: encoder for name, encoder in given.items() if encoder is not None}
     numbers = ("image_size", "patch_size", "num_hidden_layers")
     if not encoders or not all(
         isinstance(encoder, dict) and all(_is_count(encoder.get(number)) for number in numbers)
