@@ -20,6 +20,7 @@ def engine_options(**fields):
         parallel_config=parallel,
         model_config=SimpleNamespace(quantization=None),
         speculative_config=None,
+        structured_outputs_config=SimpleNamespace(backend="auto"),
         lora_config=None,
     )
     for path, value in fields.items():
@@ -39,6 +40,7 @@ def engine_options(**fields):
         ({"model_config__quantization": "fp8"}, "quantization='fp8'"),
         ({"speculative_config": object()}, "Speculative decoding is not supported"),
         ({"lora_config": object()}, "Merge the adapter"),
+        ({"structured_outputs_config__backend": "guidance"}, "cannot read the World tokenizer"),
     ],
 )
 def test_what_would_be_ignored_is_refused(options, message):

