@@ -19,10 +19,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -64,6 +66,22 @@ ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Environment of vLLM's build for a CPU: it may use 1 GiB for states and caches, and compute on every core."""
 
 
+PILLOWS_PIXTRAL = """
+    import importlib.abc, importlib.util, sys
+    from pathlib import Path
+
+    NAME = "transformers.models.pixtral.image_processing_pixtral"
+
+    class WithPillow(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name == NAME:
+                file = Path(path[0]) / "image_processing_pil_pixtral.py"
+                return importlib.util.spec_from_file_location(name, file)
+
+    sys.meta_path.insert(0, WithPillow())
+"""
+
+
 class Rates(NamedTuple):
     """Complete answers per second, and their tokens per second."""
 
@@ -87,8 +105,8 @@ def write_visualrwkv(folder: Path, shape: str) -> Path:
 
 
 def write_llava(folder: Path, like: Path) -> Path:
-    """Write a LLaVA-1.5 with random weights, as wide and deep as a VisualRWKV, with its tokenizer, and a processor."""
-    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    """Write a LLaVA-1.5 as wide and deep as a VisualRWKV, with its tokenizer and a processor, but without weights."""
+    from transformers import CLIPImageProcessor, LlavaConfig, LlavaProcessor
 
     config = VisualRWKVConfig.from_pretrained(like)
     tokenizer = AutoTokenizer.from_pretrained(like)
@@ -111,8 +129,9 @@ def write_llava(folder: Path, like: Path) -> Path:
         vision_config=vision | {"projection_dim": 64},
         image_token_index=config.image_token_id,
         image_seq_length=(pixels // patch) ** 2,
+        architectures=["LlavaForConditionalGeneration"],
     )
-    LlavaForConditionalGeneration(llava).save_pretrained(folder)
+    llava.save_pretrained(folder)
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": pixels}, crop_size=pixels),
         tokenizer=tokenizer,
@@ -123,6 +142,19 @@ def write_llava(folder: Path, like: Path) -> Path:
     )
     processor.save_pretrained(folder)
     return folder
+
+
+def without_torchvision(folder: Path) -> dict[str, str]:
+    """Return the environment in which vLLM's LLaVA can be imported where torchvision cannot be installed.
+
+    It needs one function of Pixtral's picture processor, which transformers has for Pillow as well. Each process of
+    vLLM imports `sitecustomize`, which puts that one in the other's place.
+    """
+    if find_spec("torchvision"):
+        return {}
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(textwrap.dedent(PILLOWS_PIXTRAL), "utf-8")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 @contextmanager
@@ -146,12 +178,13 @@ def serving(server: str, folder: Path, clients: int, log: Path) -> Iterator[str]
         command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
         command += ["--max-num-seqs", str(clients), "--served-model-name", folder.name]
         command += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
+    environment = ON_CPU | {"HF_HUB_OFFLINE": "1"} | os.environ
+    if server == "llava":
+        command += ["--load-format", "dummy"]
+        environment |= without_torchvision(log.parent / "without_torchvision")
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            stdout=output,
-            stderr=output,
-            env=ON_CPU | {"HF_HUB_OFFLINE": "1"} | os.environ,
+            [sys.executable, "-m", *command], stdout=output, stderr=output, env=environment
         )
     try:
         address = f"http://127.0.0.1:{port}"

@@ -4,13 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 from paths import EXAMPLES
 from patience import PATIENCE
 
-SERVERS = ("visualrwkv", "vllm", *(("llava",) if find_spec("torchvision") else ()))
-"""vLLM's LLaVA imports torchvision."""
+SERVERS = ("visualrwkv", "vllm", "llava")
 
 
 def test_every_server_is_measured(tmp_path):
