@@ -35,7 +35,8 @@ def towers_convert_alone() -> Iterator[None]:
         return
 
     class Quantizer(quantizer):  # type: ignore[misc, valid-type]
-        def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
+        def update_weight_conversions(self, weight_conversions: list, *model: nn.Module) -> list:
+            # transformers 5.19 gives no model
             return [*weight_conversions, *self.get_weight_conversions()]
 
     auto.AUTO_QUANTIZER_MAPPING[LIBRARY] = Quantizer

@@ -46,7 +46,7 @@ NOT_RUN = {
     "docs/serving.md": ["installs packages", "tested in a browser"],
     "docs/start.md": ["installs packages"],
     "docs/testing.md": ["needs a GPU", "sets up what runs this"],
-    "docs/vllm.md": ["installs packages", "needs Ray and vLLM", "needs Ray and vLLM"],
+    "docs/vllm.md": ["installs packages", "needs vLLM", "needs Ray and vLLM", "needs Ray and vLLM"],
 }
 """Page -> why blocks of it are only shown."""
 

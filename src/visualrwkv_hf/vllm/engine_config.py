@@ -8,8 +8,10 @@ from vllm.model_executor.models.config import MambaModelConfig
 from vllm.triton_utils import HAS_TRITON
 
 from ..configuration_visualrwkv import VisualRWKVConfig
+from ..cpu.packed import METHOD, refuse_strange_quantization
 from ..modeling_visualrwkv import is_trivial
 from .media import register_picture_connector
+from .parallel import refuse_uneven_parts
 from .pictures import max_picture_tokens
 
 if TYPE_CHECKING:
@@ -32,7 +34,9 @@ class RwkvEngineConfig(MambaModelConfig):
         refuse_what_is_missing(vllm_config)
         register_picture_connector()
         write_compact_json(vllm_config)
+        read_dense_weights(vllm_config)
         config = vllm_config.model_config.hf_config
+        refuse_uneven_parts(config.get_text_config(), vllm_config.parallel_config.tensor_parallel_size)
         if isinstance(config, VisualRWKVConfig) and not is_trivial(config.scan):
             read_pictures_whole(vllm_config, config)
         if vllm_config.cache_config.enable_prefix_caching and not HAS_TRITON:
@@ -46,16 +50,16 @@ class RwkvEngineConfig(MambaModelConfig):
 def refuse_what_is_missing(vllm_config: VllmConfig) -> None:
     """Raise `ValueError` for options of vLLM that would be ignored or fail later, with a reason."""
     parallel = vllm_config.parallel_config
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        if (size := getattr(parallel, name)) > 1:
-            raise ValueError(
-                f"{name}={size}: a VisualRWKV model is not divided among devices. Use data_parallel_size, or "
-                "several servers: each device then holds the whole model."
-            )
-    if quantization := vllm_config.model_config.quantization:
+    if (size := parallel.pipeline_parallel_size) > 1:
+        raise ValueError(
+            f"pipeline_parallel_size={size}: a VisualRWKV model is divided by heads, not by layers. Use "
+            "tensor_parallel_size, or data_parallel_size for a whole model on each device."
+        )
+    quantization = vllm_config.model_config.quantization
+    if quantization not in (None, METHOD):
         raise ValueError(
             f"quantization={quantization!r}: vLLM's quantisation replaces its own linear layers, and these models "
-            "have torch's."
+            f"have torch's. Folders that `visualrwkv quantize` wrote ({METHOD}) can be served, with dense weights."
         )
     if vllm_config.speculative_config is not None:
         raise ValueError(
@@ -82,6 +86,18 @@ def write_compact_json(vllm_config: VllmConfig) -> None:
     wanted = vllm_config.structured_outputs_config
     if wanted.backend == "auto":
         wanted.backend, wanted.disable_any_whitespace = "xgrammar", True
+
+
+def read_dense_weights(vllm_config: VllmConfig) -> None:
+    """Have vLLM take a folder of packed weights for one of dense weights: `load_weights` makes them dense.
+
+    Raises:
+        ValueError: the folder's weights are packed in a way that this package does not read.
+    """
+    model = vllm_config.model_config
+    if model.quantization is not None:
+        refuse_strange_quantization(model.hf_config.__dict__.pop("quantization_config", None), "config.json")
+        model.quantization = None
 
 
 def read_pictures_whole(vllm_config: VllmConfig, config: VisualRWKVConfig) -> None:

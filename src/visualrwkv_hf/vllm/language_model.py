@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
@@ -19,6 +20,8 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree
 from ..modeling_rwkv import VisualRWKVForCausalLM, VisualRWKVTextModel
 from ..token_order import IN_ORDER, token_orders
 from .linear import use_fast_ops_of_cpu
+from .packed import dense_weights
+from .parallel import add_up_parts, keep_part
 from .states import BlockStates, RwkvMetadata, state_dtypes, state_shapes
 
 if TYPE_CHECKING:
@@ -110,7 +113,8 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Copy the weights of a folder into the model.
 
-        transformers reads them, because some encoders are saved under other names than those of their modules.
+        transformers reads them, because some encoders are saved under other names than those of their modules. Weights
+        of few bits become dense. Of several devices that share the heads each keeps its part.
 
         Raises:
             ValueError: the folder lacks tensors of the model, has others or has some of another shape, or holds NaN
@@ -119,20 +123,26 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         config = self.hf.config
         try:
             loaded = self.hf_class.from_pretrained(
-                None, config=config, state_dict=dict(weights), dtype=self.dtype
+                None, config=config, state_dict=dense_weights(weights), dtype=self.dtype
             )
         except ValueError as error:
             raise ValueError(str(error).replace("None", "The folder", 1)) from error
         self.hf.load_state_dict(loaded.state_dict())
         names = {name for name, _ in self.named_parameters()}
         del loaded
+        parts = get_tensor_model_parallel_world_size()
+        if parts > 1:
+            keep_part(self.blocks.layers, get_tensor_model_parallel_rank(), parts)
         if self.hf.device.type == "cpu":
-            use_fast_ops_of_cpu(self.hf)
+            use_fast_ops_of_cpu(self.hf, whole_blocks=parts == 1)
+        if parts > 1:
+            add_up_parts(self.blocks.layers)
         return names
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        return state_shapes(vllm_config.model_config.hf_config.get_text_config())
+        parts = vllm_config.parallel_config.tensor_parallel_size
+        return state_shapes(vllm_config.model_config.hf_config.get_text_config(), parts)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:

@@ -38,18 +38,23 @@ class PackedLinear(nn.Module):
         return self.cpu_linear(x, self.weight, self.bias)
 
 
-def use_fast_ops_of_cpu(model: PreTrainedModel) -> None:
+def use_fast_ops_of_cpu(model: PreTrainedModel, whole_blocks: bool = True) -> None:
     """Have a model compute with native ops on a CPU, in place: its blocks with ours, other linear layers with vLLM's.
 
     Blocks read one token of each request in one call of C, and need their weights as they are. Where these ops cannot
-    be built the linear layers of the blocks are vLLM's as well.
+    be built, or a block is not whole, the linear layers of the blocks are vLLM's as well.
+
+    Args:
+        model: on a CPU, with its weights.
+        whole_blocks: whether this process computes all heads of a block.
     """
     blocks = {
         module for block in model.modules() if isinstance(block, RwkvBlock) for module in block.modules()
     }
     _pack(module for module in list(model.modules()) if module not in blocks)
-    accelerate_on_cpu(model)
-    if unusable():
+    if whole_blocks:
+        accelerate_on_cpu(model)
+    if not whole_blocks or unusable():
         _pack(blocks)
 
 

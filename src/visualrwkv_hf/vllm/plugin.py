@@ -6,7 +6,7 @@ import logging
 import re
 from importlib.metadata import version
 
-SUPPORTED_VLLM = ((0, 32), (0, 34))
+SUPPORTED_VLLM = ((0, 32), (0, 33))
 """The first version of vLLM that is supported, and the first one that is not."""
 
 ARCHITECTURES = {

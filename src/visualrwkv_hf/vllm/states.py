@@ -31,9 +31,13 @@ def state_specs(config: VisualRWKVTextConfig) -> tuple[StateSpec, ...]:
     return GENERATIONS[config.rwkv_version].states
 
 
-def state_shapes(config: VisualRWKVTextConfig) -> tuple[tuple[int, ...], ...]:
-    """Return the shape of each state of a layer, of one request."""
-    return tuple(spec.shape(config) for spec in state_specs(config))
+def state_shapes(config: VisualRWKVTextConfig, parts: int = 1) -> tuple[tuple[int, ...], ...]:
+    """Return the shape of each state of a layer, of one request, on one of `parts` devices that share the heads."""
+
+    def size(name: str) -> int:
+        return getattr(config, name) // (parts if name == "num_attention_heads" else 1)
+
+    return tuple(tuple(map(size, spec.sizes)) for spec in state_specs(config))
 
 
 def state_dtypes(config: VisualRWKVTextConfig, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -110,11 +114,13 @@ class BlockStates(nn.Module, MambaBase):
 
     def __init__(self, config: VisualRWKVTextConfig, dtype: torch.dtype, prefix: str):
         super().__init__()
+        engine = get_current_vllm_config()
         self.names = [spec.name for spec in state_specs(config)]
-        self.shapes, self.dtypes = state_shapes(config), state_dtypes(config, dtype)
+        self.shapes = state_shapes(config, engine.parallel_config.tensor_parallel_size)
+        self.dtypes = state_dtypes(config, dtype)
         self.prefix = prefix
         self.kv_cache = tuple(torch.empty(0) for _ in self.shapes)
-        layers = get_current_vllm_config().compilation_config.static_forward_context
+        layers = engine.compilation_config.static_forward_context
         if prefix in layers:
             raise ValueError(f"Two blocks of this engine would keep their states as {prefix!r}.")
         layers[prefix] = self

@@ -1,0 +1,36 @@
+"""Folders whose weights have few bits: an engine computes with the weights that these stand for."""
+
+import json
+
+import pytest
+from released_folders import write_release
+from transformers import AutoProcessor
+from vllm_engines import answers, generated, mixed_chats, requests
+
+from visualrwkv_hf import VisualRWKVForConditionalGeneration
+from visualrwkv_hf.conversion import quantize
+from visualrwkv_hf.cpu.layers import dequantize
+
+
+@pytest.mark.parametrize("release, kind", [("v6.0", "int8"), ("v7.00", "int4")])
+def test_an_engine_writes_what_the_dequantised_model_writes(release, kind, tmp_path, start_engine):
+    whole, folder = write_release(tmp_path / "model", release), tmp_path / "packed"
+    processor = AutoProcessor.from_pretrained(whole)
+    model = VisualRWKVForConditionalGeneration.from_pretrained(whole).eval()
+    exact = [generated(model, processor, chat) for chat in mixed_chats(12)]
+    quantize(whole, folder, weights=kind)
+    assert "quantization_config" in json.loads((folder / "config.json").read_text())
+    model = dequantize(VisualRWKVForConditionalGeneration.from_pretrained(folder)).eval()
+    expected = [generated(model, processor, chat) for chat in mixed_chats(12)]
+    assert expected != exact, "rounding changes nothing"
+    engine = start_engine(folder)
+    assert answers(engine, requests(processor, mixed_chats(12))) == expected
+
+
+def test_other_packed_weights_are_refused(tmp_path, start_engine):
+    folder = write_release(tmp_path / "model", "v7.00")
+    fields = json.loads((folder / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"quantization='fp8'.*visualrwkv quantize"):
+        start_engine(folder)
