@@ -128,7 +128,6 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         except ValueError as error:
             raise ValueError(str(error).replace("None", "The folder", 1)) from error
         self.hf.load_state_dict(loaded.state_dict())
-        names = {name for name, _ in self.named_parameters()}
         del loaded
         parts = get_tensor_model_parallel_world_size()
         if parts > 1:
@@ -137,7 +136,7 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
             use_fast_ops_of_cpu(self.hf, whole_blocks=parts == 1)
         if parts > 1:
             add_up_parts(self.blocks.layers)
-        return names
+        return {name for name, _ in self.named_parameters()}
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
