@@ -9,13 +9,12 @@ Letters: P devices, A width of the time mix, H heads, F width of the channel mix
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 
 from ..configuration_visualrwkv import VisualRWKVTextConfig
-from ..modeling_rwkv import RwkvBlock
 
 TIME_MIX = {
     "receptance.weight": 0,  # [A, C]
@@ -46,14 +45,15 @@ def refuse_uneven_parts(config: VisualRWKVTextConfig, parts: int) -> None:
             )
 
 
-def keep_part(blocks: Iterable[RwkvBlock], part: int, parts: int) -> None:
+def keep_part(blocks: nn.ModuleList, part: int, parts: int) -> None:
     """Keep of the weights of each block, in place, what one of P devices computes with.
 
     Args:
-        blocks: with all their weights.
+        blocks: the blocks of a language model, with all their weights.
         part: the device, 0 to P - 1.
         parts: P.
     """
+    block: Any
     for block in blocks:
         for module, dimensions in ((block.att, TIME_MIX), (block.ffn, CHANNEL_MIX)):
             for name, weight in module.named_parameters():
@@ -79,8 +79,9 @@ class SummedLinear(nn.Module):
         return tensor_model_parallel_all_reduce(self.linear(x))
 
 
-def add_up_parts(blocks: Iterable[RwkvBlock]) -> None:
+def add_up_parts(blocks: nn.ModuleList) -> None:
     """Have the two layers of each block that compute part of a sum add it up, in place."""
+    block: Any
     for block in blocks:
         block.att.output = SummedLinear(block.att.output)
         block.ffn.value = SummedLinear(block.ffn.value)
