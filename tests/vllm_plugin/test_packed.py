@@ -12,13 +12,13 @@ from visualrwkv_hf.conversion import quantize
 from visualrwkv_hf.cpu.layers import dequantize
 
 
-@pytest.mark.parametrize("release, kind", [("v6.0", "int8"), ("v7.00", "int4")])
-def test_an_engine_writes_what_the_dequantised_model_writes(release, kind, tmp_path, start_engine):
-    whole, folder = write_release(tmp_path / "model", release), tmp_path / "packed"
+def test_an_engine_writes_what_the_dequantised_model_writes(tmp_path, start_engine):
+    """The blocks of this folder are in int4, and its head is in int8."""
+    whole, folder = write_release(tmp_path / "model", "v7.00"), tmp_path / "packed"
     processor = AutoProcessor.from_pretrained(whole)
     model = VisualRWKVForConditionalGeneration.from_pretrained(whole).eval()
     exact = [generated(model, processor, chat) for chat in mixed_chats(9)]
-    quantize(whole, folder, weights=kind)
+    quantize(whole, folder, weights="int4")
     assert "quantization_config" in json.loads((folder / "config.json").read_text())
     model = dequantize(VisualRWKVForConditionalGeneration.from_pretrained(folder)).eval()
     expected = [generated(model, processor, chat) for chat in mixed_chats(9)]
