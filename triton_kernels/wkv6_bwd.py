@@ -15,6 +15,7 @@ from .chunks import (
     chunk_decays,
     chunk_rows,
     chunk_table,
+    exp,
     level_decays,
     load_columns,
     operand,
@@ -53,7 +54,7 @@ def wkv6_bwd_scan_kernel(
         b_dy = operand(load_columns(dy, rows, m_read, i_h, H, K, o_v), DOT, PRECISION)
         b_G = tl.load(G + i_ch * K + o_k)
         tl.store(dstates + (i_ch * K + o_k)[:, None] * K + o_v[None, :], operand(b_dS, DOT, PRECISION))
-        b_dS = tl.exp(b_G)[:, None] * b_dS
+        b_dS = exp(b_G)[:, None] * b_dS
         b_dS += tl.dot(tl.trans(b_q), tl.trans(b_dy), input_precision=PRECISION)
     tl.store(dinitial_state + p_state, b_dS)
 
@@ -125,7 +126,7 @@ def wkv6_bwd_gradients_kernel(
     m_before = tl.where(row < col, 1.0, 0.0).to(DOT)
     b_dw = tl.dot(operand(b_r * b_dr, DOT, PRECISION), tl.trans(m_before), input_precision=PRECISION)
     b_dw = tl.dot(operand(b_k * b_dk, DOT, PRECISION), m_before, b_dw, input_precision=PRECISION)
-    b_dw += (b_dG * tl.exp(tl.load(G + i_ch * K + o_k)))[:, None]
+    b_dw += (b_dG * exp(tl.load(G + i_ch * K + o_k)))[:, None]
     b_u = tl.load(u + i_h * K + o_k).to(tl.float32)[:, None]
     b_dr += b_u * b_k * b_dbonus[None, :]
     b_dk += b_u * b_r * b_dbonus[None, :]

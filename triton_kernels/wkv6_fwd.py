@@ -17,6 +17,7 @@ from .chunks import (
     chunk_decays,
     chunk_rows,
     chunk_table,
+    exp,
     finite_log_decay,
     level_decays,
     load_columns,
@@ -127,7 +128,7 @@ def wkv6_fwd_scan_kernel(
         store_columns(y, tl.trans(b_o), rows, m_read, m_row, order, i_h, H, K, o_v)
         if states is not None:
             tl.store(states + p_S, b_start)
-        b_S = tl.exp(b_G)[:, None] * b_S + b_N
+        b_S = exp(b_G)[:, None] * b_S + b_N
     tl.store(final_state + p_state, b_S)
 
 
@@ -156,7 +157,7 @@ def wkv6_fwd_steps_kernel(
         b_kv = b_k[:, None] * b_v[None, :]
         b_y = tl.sum(b_r[:, None] * (b_S + b_u[:, None] * b_kv), 0)
         store_columns(y, b_y[:, None], rows, m_read, m_row, order, i_h, H, K, o_v)
-        b_S = tl.exp(b_w)[:, None] * b_S + b_kv
+        b_S = exp(b_w)[:, None] * b_S + b_kv
     tl.store(final_state + p_state, b_S)
 
 

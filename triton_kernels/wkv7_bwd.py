@@ -22,6 +22,7 @@ from .chunks import (
     chunk_decays,
     chunk_rows,
     chunk_table,
+    exp,
     finite_log_decay,
     level_decays,
     load_columns,
@@ -66,12 +67,12 @@ def wkv7_bwd_scan_kernel(
         b_q = tl.load(q + i_ch * BT * K + o_t[:, None] * K + o_k[None, :])
         b_G = tl.load(G + i_ch * K + o_k)[:, None]
         if CENTRED:
-            b_half = tl.exp(0.5 * b_G)
+            b_half = exp(0.5 * b_G)
             b_dS *= b_half
         b_end = operand(b_dS, DOT, PRECISION)
         tl.store(dstates + i_ch * K * K + o_k[:, None] * K + o_v[None, :], b_end)
         if not CENTRED:
-            b_dS *= tl.exp(b_G)
+            b_dS *= exp(b_G)
         for i_k in range(0, K if BK == K else width, BK):
             b_P = tl.load(P + i_ch * K * K + (i_k + tl.arange(0, BK))[:, None] * K + o_k[None, :])
             b_part = b_end if BK == K else rows_of(b_end, i_k, BK)
@@ -157,13 +158,13 @@ def _store_centred_gradients(
     p_x = operands + i_ch * (4 * BT * K) + o_t[None, :] * K + o_k[:, None]
     y_k, y_b = tl.load(p_x + 2 * BT * K), tl.load(p_x + 3 * BT * K)
     b_w = finite_log_decay(load_columns(w, rows, m_read, i_h, H, K, o_k))
-    b_in = tl.exp(centred_log_decays(b_w, BT, DOT, PRECISION))
+    b_in = exp(centred_log_decays(b_w, BT, DOT, PRECISION))
     b_da = tl.dot(y_k, dA_ak, b_da, input_precision=PRECISION)
     b_da = tl.dot(y_b, dA_ab, b_da, input_precision=PRECISION)
     store_columns(da, b_da * b_in, rows, m_read, m_row, order, i_h, H, K, o_k)
     x_a = tl.load(p_x + BT * K)
     b_after = x_a.to(tl.float32) * b_da
-    b_in *= tl.exp(b_w)
+    b_in *= exp(b_w)
     b_dr = tl.dot(y_k, dA_rk, b_dr, input_precision=PRECISION)
     b_dr = tl.dot(y_b, dA_rb, b_dr, input_precision=PRECISION)
     store_columns(dr, b_dr * b_in, rows, m_read, m_row, order, i_h, H, K, o_k)
@@ -208,7 +209,7 @@ def _store_level_gradients(
     d_abab = operand(tl.where(row < col, dA_ab, tl.trans(dA_ab)), DOT, PRECISION)
 
     b_w = finite_log_decay(load_columns(w, rows, m_read, i_h, H, K, o_k))
-    b_r = load_columns(r, rows, m_read, i_h, H, K, o_k) * tl.exp(b_w)
+    b_r = load_columns(r, rows, m_read, i_h, H, K, o_k) * exp(b_w)
     b_k = load_columns(k, rows, m_read, i_h, H, K, o_k)
     b_a = load_columns(a, rows, m_read, i_h, H, K, o_k)
     b_b = load_columns(b, rows, m_read, i_h, H, K, o_k)
@@ -217,7 +218,7 @@ def _store_level_gradients(
     b_dk, b_db = b_dk * b_until_end, b_db * b_until_end
     b_dw = sums_of(b_r * b_dr + b_a * b_da, tl.where(row > col, 1.0, 0.0), DOT, PRECISION)
     b_dw += sums_of(b_k * b_dk + b_b * b_db, tl.where(row < col, 1.0, 0.0), DOT, PRECISION)
-    b_dw += (tl.exp(tl.sum(b_w, 1)) * b_dG)[:, None]
+    b_dw += (exp(tl.sum(b_w, 1)) * b_dG)[:, None]
 
     for level in range(0, tl.minimum(width, LEVELS)):  # LEVELS, but the compiler cannot unroll it
         b_factor, m_second, m_between, m_meet = level_decays(b_w, level, BT, DOT, PRECISION)
@@ -238,7 +239,7 @@ def _store_level_gradients(
     store_columns(dw, b_dw, rows, m_read, m_row, order, i_h, H, K, o_k)
     store_columns(da, b_da, rows, m_read, m_row, order, i_h, H, K, o_k)
     # Read again, not kept: registers are what this kernel is short of.
-    b_dr *= tl.exp(finite_log_decay(load_columns(w, rows, m_read, i_h, H, K, o_k)))
+    b_dr *= exp(finite_log_decay(load_columns(w, rows, m_read, i_h, H, K, o_k)))
     store_columns(dr, b_dr + d_rk * b_k + d_rb * b_b, rows, m_read, m_row, order, i_h, H, K, o_k)
     b_r = load_columns(r, rows, m_read, i_h, H, K, o_k)
     store_columns(dk, b_dk + d_rk * b_r, rows, m_read, m_row, order, i_h, H, K, o_k)

@@ -30,6 +30,7 @@ from .chunks import (
     chunk_decays,
     chunk_rows,
     chunk_table,
+    exp,
     finite_log_decay,
     inverse_of_one_minus,
     level_decays,
@@ -66,9 +67,9 @@ def centred_operands(
     """Return xr, xa, yk, yb of the centred frame, operands [K, BT], and c and w, [K, BT] float32."""
     b_w = finite_log_decay(load_columns(w, rows, m_read, i_h, H, K, o_k))
     b_c = centred_log_decays(b_w, BT, DOT, PRECISION)
-    x_a = operand(load_columns(a, rows, m_read, i_h, H, K, o_k) * tl.exp(b_c), DOT, PRECISION)
-    x_r = operand(load_columns(r, rows, m_read, i_h, H, K, o_k) * tl.exp(b_c + b_w), DOT, PRECISION)
-    b_out = tl.exp(-b_c - b_w)
+    x_a = operand(load_columns(a, rows, m_read, i_h, H, K, o_k) * exp(b_c), DOT, PRECISION)
+    x_r = operand(load_columns(r, rows, m_read, i_h, H, K, o_k) * exp(b_c + b_w), DOT, PRECISION)
+    b_out = exp(-b_c - b_w)
     y_k = operand(load_columns(k, rows, m_read, i_h, H, K, o_k) * b_out, DOT, PRECISION)
     y_b = operand(load_columns(b, rows, m_read, i_h, H, K, o_k) * b_out, DOT, PRECISION)
     return x_r, x_a, y_k, y_b, b_c, b_w
@@ -95,7 +96,7 @@ def level_operands(
     b_w = finite_log_decay(load_columns(w, rows, m_read, i_h, H, K, o_k))
     b_since_start, b_until_end = chunk_decays(b_w, BT, DOT, PRECISION)
     b_a = load_columns(a, rows, m_read, i_h, H, K, o_k) * b_since_start
-    b_r = load_columns(r, rows, m_read, i_h, H, K, o_k) * tl.exp(b_w) * b_since_start
+    b_r = load_columns(r, rows, m_read, i_h, H, K, o_k) * exp(b_w) * b_since_start
     b_k = load_columns(k, rows, m_read, i_h, H, K, o_k) * b_until_end
     b_b = load_columns(b, rows, m_read, i_h, H, K, o_k) * b_until_end
     return (
@@ -122,7 +123,7 @@ def level_products(
     A_rb = tl.where(row == col, tl.sum(b_r * b_b, 0)[None, :], 0.0)
     A_ak = tl.zeros([BT, BT], tl.float32)
     A_ab = tl.zeros([BT, BT], tl.float32)
-    b_r *= tl.exp(b_w)
+    b_r *= exp(b_w)
     for level in range(0, LEVELS):
         b_decay, m_second, _m_between, m_meet = level_decays(b_w, level, BT, DOT, PRECISION)
         m_pair = m_meet & (row < col)
@@ -317,12 +318,12 @@ def wkv7_fwd_scan_kernel(
         b_N = tl.load(N + p_S).to(tl.float32)
         b_G = tl.load(G + i_ch * K + o_k)[:, None]
         if CENTRED:
-            b_half = tl.exp(0.5 * b_G)
+            b_half = exp(0.5 * b_G)
             b_S *= b_half
         b_start = operand(b_S, DOT, PRECISION)
         if states is not None:
             tl.store(states + p_S, b_start)
-        b_S = b_S + b_N if CENTRED else tl.exp(b_G) * b_S + b_N
+        b_S = b_S + b_N if CENTRED else exp(b_G) * b_S + b_N
         for i_k in range(0, K if BK == K else width, BK):
             o_part = i_k + tl.arange(0, BK)
             b_part = b_start if BK == K else rows_of(b_start, i_k, BK)
@@ -365,7 +366,7 @@ def wkv7_fwd_steps_kernel(
         b_b = tl.load(b + p_k, mask=m_k, other=0.0).to(tl.float32)
         b_v = tl.load(v + p_v, mask=m_v, other=0.0).to(tl.float32)
         b_u = tl.sum(b_a[:, None] * b_S, 0)
-        b_S = tl.exp(b_w)[:, None] * b_S + b_b[:, None] * b_u[None, :] + b_k[:, None] * b_v[None, :]
+        b_S = exp(b_w)[:, None] * b_S + b_b[:, None] * b_u[None, :] + b_k[:, None] * b_v[None, :]
         b_y = tl.sum(b_r[:, None] * b_S, 0)
         tl.store(y + p_v, tl.where(m_v, b_y, 0.0).to(y.dtype.element_ty))
     tl.store(final_state + p_state, b_S)
