@@ -91,16 +91,22 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
-    "wkv7_fwd_prepare_kernel": Limit(2200, 88),
+    "wkv7_fwd_prepare_kernel": Limit(2050, 88),
     "wkv7_fwd_scan_kernel": Limit(800, 14),
     "wkv7_bwd_scan_kernel": Limit(620, 14),
     "wkv7_bwd_values_kernel": Limit(650, 25),
-    "wkv7_bwd_keys_kernel": Limit(2650, 56),
+    "wkv7_bwd_keys_kernel": Limit(2500, 56),
     "wkv6_fwd_prepare_kernel": Limit(1900, 50),
     "wkv6_bwd_gradients_kernel": Limit(3100, 62),
 }
 """For the models' own shapes: sm_90, bfloat16, heads of 64, bounded decays in wkv7, Triton 3.9. A GPU issues about one
 instruction per scheduler and clock, and these kernels are limited by that; so more of them is slower."""
+
+LIMITS_OF_64_TOKENS = {
+    "wkv7_fwd_prepare_kernel": Limit(3400, 94),
+    "wkv7_fwd_scan_kernel": Limit(560, 8),
+}
+"""Likewise where a chunk has 64 tokens, not 32."""
 
 
 MAY_SPILL = {
@@ -276,6 +282,8 @@ WKV_OPTIONS = {
     "prompt": dict(training=False),
     "prompt, everything": dict(training=False, sequences=2, **EVERYTHING),
     "prompt, many": dict(training=False, sequences=MANY),
+    "picture": dict(training=False, T=1088),
+    "picture, many, everything": dict(training=False, T=1088 * MANY, sequences=MANY, **EVERYTHING),
     "token": dict(training=False, T=1, state=True),
     "tokens, everything": dict(training=False, T=5, sequences=2, **EVERYTHING),
 }
@@ -284,6 +292,7 @@ QUICK = (
     "training",
     "training, many, everything",
     "training, any decay",
+    "picture",
     "token",
     "order, dynamic",
     "",
@@ -558,7 +567,8 @@ def limit_of(launch: Launch) -> Limit | None:
     own = (launch.target, launch.dtype, launch.head_size) == ("sm_90", "bf16", 64)
     if not own or "any decay" in launch.options or not triton.__version__.startswith("3.9."):
         return None
-    return LIMITS.get(launch.kernel.__name__)
+    limits = LIMITS_OF_64_TOKENS if "BT=64" in launch.blocks else LIMITS
+    return limits.get(launch.kernel.__name__)
 
 
 def programs_of(code: Code, warps: int, target: Target) -> int:

@@ -33,9 +33,9 @@ class Call(NamedTuple):
 CALLS = (
     Call("training, forward and backward, B 8, H 64, T 4,096", 8, 64, 4096, "training, many"),
     Call("training, B 8, H 32, T 4,096", 8, 32, 4096, "training, many"),
-    Call("one picture, B 1, H 64, T 1,088", 1, 64, 1088, "prompt"),
-    Call("one picture, B 1, H 32, T 1,088", 1, 32, 1088, "prompt"),
-    Call("one picture, B 1, H 12, T 1,088", 1, 12, 1088, "prompt"),
+    Call("one picture, B 1, H 64, T 1,088", 1, 64, 1088, "picture"),
+    Call("one picture, B 1, H 32, T 1,088", 1, 32, 1088, "picture"),
+    Call("one picture, B 1, H 12, T 1,088", 1, 12, 1088, "picture"),
 )
 
 

@@ -98,8 +98,13 @@ def inverse_of_one_minus(b_A, BT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl
         if 2**level < BT:
             m_meet = ((row >> (level + 1)) == (col >> (level + 1))) & ((row >> level) < (col >> level))
             T12 = operand(b_T, DOT, PRECISION)
-            b_product = operand(tl.dot(T12, A, input_precision=PRECISION), DOT, PRECISION)
-            b_T = tl.where(m_meet, tl.dot(b_product, T12, input_precision=PRECISION), b_T)
+            b_product = tl.dot(T12, A, input_precision=PRECISION)
+            if BT < 64:
+                b_product = operand(b_product, DOT, PRECISION)
+                b_T = tl.where(m_meet, tl.dot(b_product, T12, input_precision=PRECISION), b_T)
+            else:  # the same with more instructions, but there are no registers for a second T
+                b_product = operand(tl.where(m_meet, b_product, 0.0), DOT, PRECISION)
+                b_T = tl.dot(b_product, T12, b_T, input_precision=PRECISION)
     return operand(b_T, DOT, PRECISION)
 
 

@@ -260,6 +260,8 @@ def _rwkv7_token(
     b_S *= tl.exp(tl.sigmoid(b_decay) * -DECAY_SCALE)[:, None]
     b_S += (b_kk * b_rate)[:, None] * b_sa[None, :] + b_k[:, None] * b_v[None, :]
     tl.store(p_state, b_S, mask=m_real[:, None])
+    # Read again, not kept: with 128 values of a head registers would spill.
+    b_r = tl.load(r + o_bh, volatile=True).to(tl.float32)
     b_y = tl.sum(b_r[:, None] * b_S, 0)  # [V]
     _gated_norm(b_y, b_bonus, norm_weight, norm_bias, b_gate, out, o_h, o_bh, m_real, eps, K)
 

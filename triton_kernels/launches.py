@@ -122,6 +122,10 @@ def on_device_of(r: Tensor) -> AbstractContextManager:
 MAX_STEPS = 16
 """Up to this many tokens, stepping token by token is faster than filling a chunk."""
 
+LONG = 512
+"""From this many tokens per sequence on, a chunk may be longer (`Config.long`). A longer chunk takes longer to prepare,
+which pays where enough steps of the scan are left out for it."""
+
 FEW = 128
 """Up to this many sequences times heads, the scans take `few`: fewer columns per program, so more programs."""
 
@@ -141,6 +145,8 @@ class Config(NamedTuple):
             wkv7's scans. 0 is all at once.
         prepare_part: wkv7's keys per turn of `prepare`, in the same case.
         values_part: wkv7's keys per turn of the first gradients kernel, in the same case.
+        long: tokens of a chunk in place of BT where sequences are long (`LONG`) and no backward follows, whose kernels
+            would spill registers. The scan makes half as many steps. 0 keeps BT.
     """
 
     BT: int
@@ -153,6 +159,7 @@ class Config(NamedTuple):
     part: int = 0
     prepare_part: int = 0
     values_part: int = 0
+    long: int = 0
 
     def scan(self, programs: int) -> Launch:
         """Return the launch of a scan over so many sequences times heads."""
@@ -183,7 +190,7 @@ _NARROW, _WIDE = Launch(16, 4, 3), Launch(32, 4, 2)
 
 WKV7 = {
     (32, BF16, True): Config(16, Launch(32, 4), _NARROW, _WIDE, Launch(32, 4)),
-    (64, BF16, True): Config(32, Launch(64, 4), _NARROW, _WIDE, Launch(64, 4), Launch(64, 4)),
+    (64, BF16, True): Config(32, Launch(64, 4), _NARROW, _WIDE, Launch(64, 4), Launch(64, 4), long=64),
     (128, BF16, True): Config(
         16, Launch(64, 4), _NARROW, _WIDE, Launch(64, 4), Launch(64, 4), turn=64, part=64, prepare_part=32
     ),
@@ -197,7 +204,8 @@ WKV7 = {
         16, Launch(32, 8), _NARROW, _NARROW, Launch(16, 4), Launch(64, 4), turn=32, values_part=32
     ),
     (128, FP16, True): Config(
-        16, Launch(64, 8), Launch(16, 8), Launch(16, 8), Launch(16, 4), Launch(64, 4), turn=32, values_part=32
+        16, Launch(64, 8), Launch(16, 8), Launch(16, 8), Launch(16, 4), Launch(64, 4), turn=32, prepare_part=32,
+        values_part=32,
     ),
     (32, FP16, False): Config(
         16, Launch(16, 4), _NARROW, _NARROW, Launch(16, 4), Launch(16, 8), turn=16, values_part=16
@@ -230,7 +238,7 @@ WKV7 = {
 """By (K, dtype of r, whether log decays are bounded). The model's own case is (64, bfloat16, True)."""
 
 WKV7_OTHER_GPUS: dict[tuple[int, torch.dtype, bool], dict[str, Any]] = {
-    (64, BF16, True): dict(turn=32, prepare_part=16),
+    (64, BF16, True): dict(turn=32, prepare_part=16, long=0),
 }
 """What differs from `WKV7` where the GPU's architecture is not 9 (H100, H200), for registers would spill there."""
 

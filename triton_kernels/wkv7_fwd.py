@@ -88,6 +88,13 @@ def centred_products(x_r, x_a, y_k, y_b, BT: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
+def centred_product(y, x, DIAGONAL: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """Return one of the products that `centred_products` returns; with DIAGONAL for s = t as well as for s < t."""
+    row, col = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    return tl.where(row < col + DIAGONAL, tl.dot(tl.trans(y), x, input_precision=PRECISION), 0.0)
+
+
+@triton.jit
 def level_operands(
     r, w, k, a, b, rows, m_read, i_h, o_k, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -216,7 +223,10 @@ def wkv7_fwd_prepare_kernel(
         x_r, x_a, y_k, y_b, _b_c, b_w = centred_operands(
             r, w, k, a, b, rows, m_read, i_h, o_k, H, K, BT, DOT, PRECISION
         )  # fmt: skip
-        A_rk, A_rb, A_ak, A_ab = centred_products(x_r, x_a, y_k, y_b, BT, PRECISION)
+        if BT < 64:
+            A_rk, A_rb, A_ak, A_ab = centred_products(x_r, x_a, y_k, y_b, BT, PRECISION)
+        else:  # the others once the inverse has left them its registers
+            A_ab = centred_product(y_b, x_a, 0, BT, PRECISION)
     else:
         A_rk, A_rb, A_ak, A_ab = level_products(
             r, w, k, a, b, rows, m_read, i_h, o_k, H, K, BT, LEVELS, DOT, PRECISION
@@ -225,11 +235,18 @@ def wkv7_fwd_prepare_kernel(
             r, w, k, a, b, rows, m_read, i_h, o_k, H, K, BT, DOT, PRECISION
         )  # fmt: skip
         b_w = finite_log_decay(load_columns(w, rows, m_read, i_h, H, K, o_k))
-    A_rk, A_rb = operand(A_rk, DOT, PRECISION), operand(A_rb, DOT, PRECISION)
-    A_ak = operand(A_ak, DOT, PRECISION)
+    if BT < 64:  # in two places: where the inverse leaves no registers for them, and where it does
+        A_rk, A_rb = operand(A_rk, DOT, PRECISION), operand(A_rb, DOT, PRECISION)
+        A_ak = operand(A_ak, DOT, PRECISION)
     if PART == K:
         tl.store(G + i_ch * K + o_k, tl.sum(b_w, 1))
     b_T = inverse_of_one_minus(A_ab, BT, DOT, PRECISION)
+    if BT == 64:
+        A_rb = centred_product(y_b, x_r, 1, BT, PRECISION)
+        A_ak = centred_product(y_k, x_a, 0, BT, PRECISION)
+        A_rk = centred_product(y_k, x_r, 1, BT, PRECISION)
+        A_rk, A_rb = operand(A_rk, DOT, PRECISION), operand(A_rb, DOT, PRECISION)
+        A_ak = operand(A_ak, DOT, PRECISION)
     if pairs is not None:
         p_A = pairs + i_ch * (4 * BT * BT) + o_t[:, None] * BT + o_t[None, :]
         tl.store(p_A, b_T)
@@ -385,6 +402,13 @@ def config_of(r: Tensor, min_log_decay: float) -> tuple[Config, int]:
     return config, 0 if bounded else config.BT.bit_length() - 1
 
 
+def tokens_of_chunk(config: Config, tokens: int, min_log_decay: float, save: bool) -> int:
+    """Return the tokens of a chunk for sequences of so many; `save` as in `wkv7_forward`."""
+    bounded = -min_log_decay * config.long / 2 <= 40
+    is_longer = config.long and tokens >= launches.LONG and bounded and not save and torch.version.hip is None
+    return config.long if is_longer else config.BT
+
+
 def count(r: Tensor, cu_seqlens: Tensor | None, BT: int) -> tuple[int, int]:
     """Return how many sequences there are, and how many chunks there may be."""
     B, T = r.shape[:2]
@@ -473,7 +497,9 @@ def _forward_in_chunks(
 ) -> None:
     (_, T, H, K), (dtype, PRECISION) = r.shape, precision_of(r)
     config, LEVELS = config_of(r, min_log_decay)
-    BT, (sequences, chunks) = config.BT, count(r, cu_seqlens, config.BT)
+    tokens = r.shape[0] * T // max(1, len(final_state))  # of a sequence, on average
+    BT = tokens_of_chunk(config, tokens, min_log_decay, save)
+    sequences, chunks = count(r, cu_seqlens, BT)
     chunk_starts, sequence_of = chunk_table(cu_seqlens, T, BT)
     if not save:
         q = r.new_empty((chunks, H, BT, K), dtype=dtype)

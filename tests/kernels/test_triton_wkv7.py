@@ -11,10 +11,11 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton")
 
 from triton_interpreter import INTERPRETED, tf32_dots
+from triton_interpreter import launches as seen_launches
 
 from visualrwkv_hf import wkv
 from visualrwkv_hf.triton_kernels import KERNELS, launches, unsupported, wkv7_fwd
-from visualrwkv_hf.triton_kernels.launches import MAX_STEPS
+from visualrwkv_hf.triton_kernels.launches import LONG, MAX_STEPS
 from visualrwkv_hf.triton_kernels.wkv7 import wkv7, wkv7_backward, wkv7_forward
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here: TRITON_INTERPRET is 0")
@@ -125,6 +126,37 @@ def test_without_gradient_equals_recurrence(T, dtype):
     with tf32_dots(), torch.no_grad():
         actual = wkv7(*inputs)
     assert_same(actual, expected_of(inputs)[:2], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("decay", ["random", "bound", "packed"])
+def test_longer_chunks_without_a_backward_equal_recurrence(decay):
+    """From LONG tokens on a scan makes half as many steps, of 64 tokens; with a backward to follow it does not."""
+    T, packed = LONG + 70, decay == "packed"
+    ends = torch.tensor([0, LONG + 70, 2 * LONG]) if packed else None
+    inputs = make_inputs(2 * LONG if packed else T, torch.bfloat16, K=64, states=2 if packed else None)
+    if decay == "bound":
+        inputs[1] = torch.full_like(inputs[1], BOUND)
+    order = torch.arange(inputs[0].shape[1])[None]
+    order[:, 40:90], order[:, 100] = order[:, 40:90].flip(1), -101
+    options = dict(order=order, cu_seqlens=ends)
+    expected = wkv.wkv7(*(x.double() for x in inputs), **options)
+    with tf32_dots(), torch.no_grad(), seen_launches() as longer:
+        actual = wkv7(*inputs, min_log_decay=BOUND, **options)
+    assert_same(actual, expected, TOLERANCE[torch.bfloat16])
+    with torch.no_grad(), seen_launches() as shorter:
+        wkv7(*inputs, min_log_decay=-2.0, **options)  # 64 tokens might overflow
+    sizes = [launch.bytes for launch in (*longer, *shorter) if launch.kernel == "wkv7_fwd_scan_kernel"]
+    assert len(sizes) == 2 and sizes[0] < 0.8 * sizes[1], "P and N of half as many chunks"
+
+
+@pytest.mark.parametrize("tokens", [LONG - 1, LONG])
+def test_chunks_are_longer_where_it_pays_and_is_safe(tokens, monkeypatch):
+    config, longer = launches.WKV7[64, torch.bfloat16, True], tokens >= LONG
+    assert wkv7_fwd.tokens_of_chunk(config, tokens, BOUND, save=False) == (64 if longer else 32)
+    assert wkv7_fwd.tokens_of_chunk(config, tokens, BOUND, save=True) == 32
+    assert wkv7_fwd.tokens_of_chunk(config, tokens, -1.3, save=False) == 32  # exp(1.3 * 32) is above exp(40)
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert wkv7_fwd.tokens_of_chunk(config, tokens, BOUND, save=False) == 32
 
 
 def test_token_by_token_equals_chunks(monkeypatch):
