@@ -99,7 +99,7 @@ def inverse_of_one_minus(b_A, BT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl
             m_meet = ((row >> (level + 1)) == (col >> (level + 1))) & ((row >> level) < (col >> level))
             T12 = operand(b_T, DOT, PRECISION)
             b_product = tl.dot(T12, A, input_precision=PRECISION)
-            if BT < 64:
+            if BT < 64 and DOT.primitive_bitwidth == 16:
                 b_product = operand(b_product, DOT, PRECISION)
                 b_T = tl.where(m_meet, tl.dot(b_product, T12, input_precision=PRECISION), b_T)
             else:  # the same with more instructions, but there are no registers for a second T
