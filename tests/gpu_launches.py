@@ -120,7 +120,11 @@ def calls(with_tests: bool = True) -> Mapping[str, Callable[[], None]]:
     """Return what is called, by name."""
     found: dict[str, Callable[[], None]] = {}
     for op in ("wkv7", "wkv6"):
-        for B, T, H, training in ((3, MANY_TOKENS, 64, True), (1, MANY_TOKENS, 64, False), (64, 1, 64, False)):
+        for B, T, H, training in (
+            (3, MANY_TOKENS, 64, True),
+            (1, MANY_TOKENS, 64, False),
+            (64, 1, 64, False),
+        ):
             heads = 32 if op == "wkv6" else H
             batch = 8 if (op, B) == ("wkv6", 3) else B
             found[f"{op} {batch}x{T}x{heads}"] = lambda op=op, B=batch, T=T, H=heads, t=training: call_wkv(
