@@ -79,6 +79,7 @@ MODEL_CODE = (
         "cache_visualrwkv.py",
         "chat_template.py",
         "decode_graph.py",
+        "decode_loop.py",
         "decompression.py",
         "embedding_visualrwkv.py",
         "generation_visualrwkv.py",
