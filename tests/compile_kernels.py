@@ -284,12 +284,15 @@ WKV_OPTIONS = {
     "prompt": dict(training=False),
     "prompt, everything": dict(training=False, sequences=2, **EVERYTHING),
     "prompt, many": dict(training=False, sequences=MANY),
-    "picture": dict(training=False, T=1088),
-    "picture, many, everything": dict(training=False, T=1088 * MANY, sequences=MANY, **EVERYTHING),
     "token": dict(training=False, T=1, state=True),
     "tokens, everything": dict(training=False, T=5, sequences=2, **EVERYTHING),
 }
 """Everything: order, packed sequences and an initial state."""
+WKV7_OPTIONS = WKV_OPTIONS | {
+    "picture": dict(training=False, T=1088),
+    "picture, many, everything": dict(training=False, T=1088 * MANY, sequences=MANY, **EVERYTHING),
+}
+"""Long sequences may have longer chunks in wkv7; in wkv6 they launch what a prompt launches."""
 QUICK = (
     "training",
     "training, many, everything",
@@ -316,7 +319,7 @@ OPS = {
     "wkv6": Op(partial(call_wkv, wkv6), WKV_OPTIONS),
     "wkv7": Op(
         partial(call_wkv, wkv7),
-        {name: options | BOUNDED for name, options in WKV_OPTIONS.items()}
+        {name: options | BOUNDED for name, options in WKV7_OPTIONS.items()}
         | {f"{name}, any decay": WKV_OPTIONS[name] for name in ("training", "training, everything")},
     ),
     "token_shift": Op(
