@@ -239,6 +239,7 @@ WKV7 = {
 
 WKV7_OTHER_GPUS: dict[tuple[int, torch.dtype, bool], dict[str, Any]] = {
     (64, BF16, True): dict(turn=32, prepare_part=16, long=0),
+    (128, BF16, False): dict(prepare_part=32),
 }
 """What differs from `WKV7` where the GPU's architecture is not 9 (H100, H200), for registers would spill there."""
 
