@@ -30,6 +30,7 @@ def examples_on_path():
     """As Python runs a script: with its folder first on the path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
+        patch.delitem(sys.modules, "evaluate", raising=False)  # lm_eval imports a library of this name
         yield
 
 

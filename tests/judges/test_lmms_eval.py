@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 from paths import EXAMPLES
+from PIL import ImageFile
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is in an extra test environment: pip install lmms_eval")
 pytest.importorskip("easy_vqa", reason="the rows are those of easy-VQA: pip install easy-vqa")
@@ -21,6 +22,9 @@ from serving import running
 from transformers import AutoProcessor
 
 from visualrwkv_hf.inference.server import build_app
+
+# lmms_eval has Pillow accept half a picture, for all of the process and so for all other tests in it.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 TASKS = Path(__file__).parent / "eval" / "lmms_eval"
 
