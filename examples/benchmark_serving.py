@@ -5,8 +5,7 @@
 Three servers, one after another: `visualrwkv serve`, `vllm serve` of the same model, and `vllm serve` of a LLaVA with
 as many layers of the same width, so with about as many parameters. All have random weights in float32. `--model` takes
 a folder for the first two instead, or "bundled", the model inside the package. Each client sends its next question when
-it has the whole answer to the last one. On a CPU every server has as many threads as OMP_NUM_THREADS says. vLLM's LLaVA
-needs torchvision.
+it has the whole answer to the last one. On a CPU every server has as many threads as OMP_NUM_THREADS says.
 """
 
 import base64
