@@ -60,22 +60,29 @@ def why_no_graph(model: Any, generation_config: Any, cache: object) -> str:
         "the cache is of another kind, or is compiled": type(cache) is not VisualRWKVCache,
         "a dynamic state was asked for": generation_config.cache_implementation is not None,
         "torch.compile was asked for": generation_config.compile_config is not None,
-        "hidden states are asked for": bool(
-            generation_config.output_hidden_states or generation_config.output_attentions
-        ),
+        "hidden states are asked for": asks_for_hidden_states(generation_config),
         "beams move states": (generation_config.num_beams or 1) > 1,
         "the model is in training mode": model.training,
         "autocast keeps copies of weights": torch.is_autocast_enabled(model.device.type),
         "the model is on several devices": len(set(getattr(model, "hf_device_map", {}).values())) > 1,
         "the model's weights are spread over processes": is_sharded(model),
     }
-    for reason, is_so in reasons.items():
-        if is_so:
-            return reason
+    if reason := first_that_holds(reasons):
+        return reason
     assert isinstance(cache, VisualRWKVCache)
     if cache.layers[0].record_past:
         return "the past is recorded"
     return "modules have hooks, which run in Python" if has_hooks(model) else ""
+
+
+def first_that_holds(reasons: dict[str, bool]) -> str:
+    """Return the first reason whose condition is true, or an empty string."""
+    return next((reason for reason, is_so in reasons.items() if is_so), "")
+
+
+def asks_for_hidden_states(generation_config: Any) -> bool:
+    """Return whether `generate()` is to return hidden states or attentions."""
+    return bool(generation_config.output_hidden_states or generation_config.output_attentions)
 
 
 def has_hooks(model: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from transformers.generation import (
 )
 
 from .cache_visualrwkv import VisualRWKVCache
+from .decode_graph import asks_for_hidden_states, first_that_holds
 from .dispatch import accelerated_ops, chosen_backend, kernel
 
 TRIED_STEPS = 2
@@ -36,9 +37,7 @@ def why_stock_loop(model: Any, generation_config: GenerationConfig, cache: objec
     reasons = {
         f"no kernel computes a whole token on {model.device.type}": model.device.type != "cpu",
         "the cache is of another kind, or there is none": type(cache) is not VisualRWKVCache,
-        "hidden states are asked for": bool(
-            generation_config.output_hidden_states or generation_config.output_attentions
-        ),
+        "hidden states are asked for": asks_for_hidden_states(generation_config),
         "torch.compile was asked for": generation_config.compile_config is not None
         or model._compiled_call_impl is not None,
         "the model assists another": bool(generation_config.is_assistant),
@@ -46,9 +45,8 @@ def why_stock_loop(model: Any, generation_config: GenerationConfig, cache: objec
         "autocast computes in another dtype": torch.is_autocast_enabled("cpu"),
         "the model's methods are somebody else's": not _are_ours(model),
     }
-    for reason, is_so in reasons.items():
-        if is_so:
-            return reason
+    if reason := first_that_holds(reasons):
+        return reason
     assert isinstance(cache, VisualRWKVCache)
     if cache.layers[0].record_past:
         return "the past is recorded"

@@ -263,9 +263,8 @@ class Int4Linear(RoundedLinear):
     def as_stored(weight: Rounded) -> tuple[Tensor, Tensor]:
         quotients = (weight.integers + 8).view(torch.uint8).unflatten(1, (-1, Int4Linear.group))
         lower, upper = (half.flatten(1) for half in quotients.split(Int4Linear.group // 2, 2))
-        return lower | upper << 4, Int4Linear._scales(
-            weight.scale, quotients.shape[1]
-        )  # [out, in / 2], [out, in / 32]
+        scale = Int4Linear._scales(weight.scale, quotients.shape[1])
+        return lower | upper << 4, scale  # [out, in / 2], [out, in / 32]
 
     @staticmethod
     def _scales(scale: Tensor, groups: int) -> Tensor:

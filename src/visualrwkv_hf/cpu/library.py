@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 SOURCES = (Path(__file__).with_name("ops.c"), *sorted(Path(__file__).parent.glob("*.h")))
-"""What is compiled, and what it includes."""
+"""The file that is compiled, and the headers that it includes."""
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
 FOR_THIS_CPU = (

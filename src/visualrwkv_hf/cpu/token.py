@@ -95,6 +95,6 @@ def token_decode(model: Any, head: nn.Module, states: Sequence[LayerState], rows
         (ctypes.c_int64 * len(found.words))(*found.words),
         *(norms[0].eps, norms[1].eps, (ctypes.c_int64 * len(ends))(*ends)),
     )
-    # What is behind the addresses stays, even if a weight gets other data meanwhile.
+    # The memory at these addresses must live as long as the step, even if a weight gets other data meanwhile.
     kept = [x.detach() for x in (*held, *model.layers.parameters(), *model.layers.buffers())]
     return TokenStep(arguments, (kept, list(states)), rows, vocab_size)

@@ -92,8 +92,7 @@ class PlainVision(SimpleNamespace):
 
     @property
     def grid_size(self) -> int:
-        name, fields = next(iter(self.encoders.items()))
-        return fields["image_size"] // fields["patch_size"] // FOLDS[name]
+        return _grid_size(*next(iter(self.encoders.items())))
 
 
 class PlainConfig(PictureNumbers, SimpleNamespace):
@@ -150,15 +149,18 @@ def _vision(fields: Any) -> PlainVision | None:
         for encoder in encoders.values()
     ):
         return None
-    sides = {
-        encoder["image_size"] // encoder["patch_size"] // FOLDS[name] for name, encoder in encoders.items()
-    }
+    sides = {_grid_size(name, encoder) for name, encoder in encoders.items()}
     tile_grid = fields.get("tile_grid", 1)
     if len(sides) > 1 or not _is_count(tile_grid) or not min(sides) or min(sides) % tile_grid:
         return None
     if any(encoder["num_hidden_layers"] > MAX_LAYERS for encoder in encoders.values()):
         return None
     return PlainVision(encoders=encoders, class_token=fields["class_token"], tile_grid=tile_grid)
+
+
+def _grid_size(name: str, fields: Mapping[str, Any]) -> int:
+    """Return the side of an encoder's patch grid."""
+    return fields["image_size"] // fields["patch_size"] // FOLDS[name]
 
 
 def _config(fields: Mapping[str, Any], text: PlainText) -> PlainConfig | None:
