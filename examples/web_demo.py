@@ -15,6 +15,7 @@ import queue
 import tempfile
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +78,8 @@ FILM = FrameSampling(num_frames=8, max_pixels=MAX_PIXELS)
 """Which frames of a film are read."""
 FILM_SECONDS = 30
 """The longest time that decoding a film may take."""
+KEPT_FILM_BYTES = 256 * 2**20
+"""The most bytes of decoded frames that are kept for further questions, of all visitors together."""
 FILMS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm")
 """Names of files that are read as films; all others are pictures."""
 MAX_CHARACTERS = 20_000
@@ -96,6 +99,10 @@ def main(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on.")] = 7860,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
+    tuned_state: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of a tuned state, from which the model begins to read."),
+    ] = None,
 ) -> None:
     """Serve the page until it is interrupted."""
     source = model or str(bundled_model())
@@ -104,7 +111,7 @@ def main(
         uploads.mkdir()
         examples.mkdir()
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
-        processor, vlm = load_processor(source), load_model(source)
+        processor, vlm = load_processor(source), load_model(source, tuned_state=tuned_state)
         answer = answerer(source, processor, vlm, max_new_tokens, (uploads, examples))
         page = build_page(answer, save_examples(examples), model_line(model, vlm, max_new_tokens))
         page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
@@ -149,7 +156,7 @@ def answerer(source: str, processor: Any, vlm: Any, max_new_tokens: int, folders
         max_new_tokens: the longest answer.
         folders: where pictures and films may lie.
     """
-    states = StateStore()
+    states, films = StateStore(), KeptFilms()
     stopped: list[Chat] = []  # whose prompt may still be being read
 
     def answer(
@@ -169,15 +176,16 @@ def answerer(source: str, processor: Any, vlm: Any, max_new_tokens: int, folders
             earlier = [message_of(one, folders) for one in without_unanswered(history)]
             asked = [*earlier, message_of_question(question, files)]
             refuse_too_much(asked)
+            visitor = f"visitor {request.session_hash}"
             if any(part["type"] == "video" for one in asked for part in one["content"]):
                 yield status_of("decoding the film"), gr.skip(), gr.skip()
-            earlier = [{**one, "content": with_frames(one["content"])} for one in earlier]
-            pictures = [picture for file in files for picture in pictures_of(file)]
+            earlier = [{**one, "content": with_frames(one["content"], films.of(visitor))} for one in earlier]
+            pictures = [picture for file in files for picture in films.of(visitor)(file)]
         except (ValueError, TypeError, KeyError, ImportError) as error:
             yield refusal_of(error), gr.skip(), gr.skip()
             return
-        visitor = states.scoped(f"visitor {request.session_hash}")
-        chat = Chat(vlm, processor, max_new_tokens=max_new_tokens, do_sample=False, state_store=visitor)
+        own = states.scoped(visitor)
+        chat = Chat(vlm, processor, max_new_tokens=max_new_tokens, do_sample=False, state_store=own)
         chat.branches[chat.branch] = earlier
         text = ""
         try:
@@ -300,8 +308,52 @@ def pictures_of(file: str) -> list[Any]:
         raise ValueError(f"The film {Path(file).name}: {error}") from error
 
 
-def with_frames(content: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the content of a message with the frames of each film in its place."""
+class KeptFilms:
+    """The frames of films that were asked about: a follow-up question decodes nothing again.
+
+    Each visitor has his own, so that nobody learns from the time of an answer which films others have sent. What was
+    asked about longest ago is dropped first, and is decoded again if it is needed.
+
+    Args:
+        most_bytes: how many bytes the frames of all visitors may take together.
+    """
+
+    def __init__(self, most_bytes: int = KEPT_FILM_BYTES):
+        self.most_bytes, self.num_bytes = most_bytes, 0
+        self._frames: OrderedDict[tuple[str, str], tuple[list[Any], int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, visitor: str) -> Callable[[str], list[Any]]:
+        """Return a function that does what `pictures_of` does, and decodes each film of this visitor once."""
+
+        def pictures(file: str) -> list[Any]:
+            if not is_film(file):
+                return pictures_of(file)
+            with self._lock:
+                if (visitor, file) in self._frames:
+                    self._frames.move_to_end((visitor, file))
+                    return self._frames[visitor, file][0]
+            frames = pictures_of(file)
+            self._keep((visitor, file), frames)
+            return frames
+
+        return pictures
+
+    def _keep(self, key: tuple[str, str], frames: list[Any]) -> None:
+        num_bytes = sum(3 * frame.width * frame.height for frame in frames)  # in RGB
+        with self._lock:
+            if num_bytes > self.most_bytes or key in self._frames:
+                return
+            self._frames[key] = frames, num_bytes
+            self.num_bytes += num_bytes
+            while self.num_bytes > self.most_bytes:
+                self.num_bytes -= self._frames.popitem(last=False)[1][1]
+
+
+def with_frames(
+    content: Sequence[Mapping[str, Any]], pictures_of: Callable[[str], list[Any]]
+) -> list[Mapping[str, Any]]:
+    """Return the content of a message with the frames of each film, as `pictures_of` gives them, in its place."""
     return [
         new
         for part in content

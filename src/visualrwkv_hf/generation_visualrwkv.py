@@ -33,7 +33,7 @@ from .prompt_identity import (
 )
 from .reading_plan import ReadingPlan
 from .state_store import StateStore
-from .tuned_state import TunedState, store_of_beginning
+from .tuned_state import TunedState, attached, store_of_beginning
 
 CACHES: dict[str | None, Callable] = {
     None: VisualRWKVCache,
@@ -185,7 +185,9 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         tokens = self._encoded(plan.unread)
         self._read_pieces(plan, rest, torch.cat(tokens) if tokens else None)
         plan.leave(length)
-        return KeptState.of(plan.cache, [prompt], self.dtype).identified(self, processor)
+        begun = attached(self) if initial_state is None else initial_state
+        beginnings = [None if begun is None else begun.identity]
+        return KeptState.of(plan.cache, [prompt], self.dtype).identified(self, processor, beginnings)
 
     @torch.no_grad()
     def watch(
@@ -475,7 +477,11 @@ class VisualRWKVGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def _read_prompt(
-        self, inputs: Mapping[str, Any], kept: KeptState | None, store: StateStore | None
+        self,
+        inputs: Mapping[str, Any],
+        kept: KeptState | None,
+        store: StateStore | None,
+        initial: TunedState | Sequence[TunedState | None] | None = None,
     ) -> tuple[Tensor, VisualRWKVCache]:
         """Read prompts as `generate()` does, with the same states.
 
@@ -483,17 +489,18 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             inputs: the model's inputs [B, T], with padding on the left.
             kept: a state that has read their beginning, or None.
             store: the store of this call; None takes the model's.
+            initial: what the rows begin with in place of zeros, one for all or one for each.
 
         Returns:
             The hidden states [B, C] of the last tokens, and a cache that has read everything.
 
         Raises:
-            ValueError: the inputs were prepared for a whole prompt, or do not fit the state.
+            ValueError: the inputs were prepared for a whole prompt, or do not fit `kept` or `initial`.
         """
         if kept is not None and not is_kept(kept):
             raise ValueError(f"past_key_values must be a KeptState here, got {type(kept).__name__}.")
         store = self.state_store if store is None else store
-        plan = ReadingPlan.of(self.config, {**inputs, "past_key_values": kept}, (None,), store, None)
+        plan = ReadingPlan.of(self.config, {**inputs, "past_key_values": kept}, (None,), store, None, initial)
         if plan is None:
             raise ValueError(f"Answers are scored from input_ids and pictures, got {', '.join(inputs)}.")
         plan.start(self, inputs.get("attention_mask"), 1, _turn_ends(self.generation_config))

@@ -42,8 +42,9 @@ class KeptState:
             (`token_shift0` of the time mix, `token_shift1` of the channel mix), and `wkv` [B, H, K, V] in float32.
         prompts: for each sample what it has read.
         pixel_dtype: the dtype of the pixels from which the hashes of its pictures were made.
-        fingerprint: names and values that identify model and processor; None if no processor was involved, as for the
-            states that `generate()` leaves in a store.
+        fingerprint: names and values that identify model and processor, and the tuned states with which the samples
+            began if there were any; None if no processor was involved, as for the states that `generate()` leaves in a
+            store.
     """
 
     layers: Sequence[Mapping[str, Tensor]]
@@ -115,7 +116,8 @@ class KeptState:
         """
         layers = sample_of(self.layers, index)
         copies = [{name: tensor.clone() for name, tensor in tensors.items()} for tensors in layers]
-        return replace(self, layers=copies, prompts=(self.prompts[index],))
+        one = replace(self, layers=copies, prompts=(self.prompts[index],))
+        return one._begun_with([self.beginnings[index]])
 
     @classmethod
     def stack(cls, states: Sequence["KeptState"]) -> "KeptState":
@@ -131,14 +133,36 @@ class KeptState:
             if state.fingerprint and states[0].fingerprint:
                 refuse_other("A state", state.fingerprint["model"], states[0].fingerprint["model"], "model")
         prompts = [prompt for state in states for prompt in state.prompts]
-        return replace(states[0], layers=layers, prompts=tuple(prompts))
+        stack = replace(states[0], layers=layers, prompts=tuple(prompts))
+        return stack._begun_with([beginning for state in states for beginning in state.beginnings])
 
     # --- whose it is ----------------------------------------------------------------------------------
 
-    def identified(self, model: nn.Module, processor) -> "KeptState":
-        """Return this state with the fingerprints of the model and processor that have read it."""
+    @property
+    def beginnings(self) -> Sequence[str | None]:
+        """For each sample the identity of the tuned state with which it began; None for zeros, or if unknown."""
+        identities = (self.fingerprint or {}).get("tuned_state", {}).get("identities")
+        return identities or [None] * len(self.prompts)
+
+    def _begun_with(self, beginnings: Sequence[str | None]) -> "KeptState":
+        if self.fingerprint is None:
+            return self
+        fingerprint = {name: part for name, part in self.fingerprint.items() if name != "tuned_state"}
+        if any(beginnings):
+            fingerprint["tuned_state"] = {"identities": [*beginnings]}
+        return replace(self, fingerprint=fingerprint)
+
+    def identified(self, model: nn.Module, processor, beginnings: Sequence[str | None] = ()) -> "KeptState":
+        """Return this state with the fingerprints of the model and processor that have read it.
+
+        Args:
+            model: the model.
+            processor: the processor.
+            beginnings: for each sample the identity of the tuned state with which it began.
+        """
         fingerprint = {"model": model_fingerprint(model), "processor": processor_fingerprint(processor)}
-        return replace(self, fingerprint=fingerprint, _known_models=WeakSet([model]))
+        named = replace(self, fingerprint=fingerprint, _known_models=WeakSet([model]))
+        return named._begun_with(beginnings)
 
     def refuse_other_model(self, model: nn.Module, name: str = "The state") -> None:
         """Raise `ValueError` that names the differences if another model has read this state."""

@@ -18,6 +18,7 @@ from .kept_state import KeptState
 from .prompt_identity import picture_inputs_of, pixel_inputs_of
 from .reading_plan import mask_of
 from .state_store import StateStore
+from .tuned_state import InitialStates, TunedState
 
 MAX_LOGITS_BYTES = 2**27
 """How large the float32 logits of answers that are read together may become."""
@@ -73,6 +74,7 @@ class VisualRWKVScoringMixin:
         end_of_turn: bool = False,
         past_key_values: KeptState | None = None,
         state_store: StateStore | None = None,
+        initial_state: TunedState | Sequence[TunedState | None] | None = None,
     ) -> AnswerScores:
         """Return the log-probabilities of answers. Nothing is generated.
 
@@ -95,10 +97,13 @@ class VisualRWKVScoringMixin:
                 then leaves out longer answers that begin with it. Text and end are tokenized together, as in training.
             past_key_values: a state that has read the beginning of the prompts, of one sample or of B.
             state_store: where to look for a state and to leave states in this call, in place of `model.state_store`.
+            initial_state: a [`TunedState`] with which the prompts begin in place of zeros, or one for each row; None in
+                the list stands for zeros. No gradient reaches it.
 
         Raises:
             ValueError: no answers, an empty one, texts without a tokenizer; inputs that no state can continue; pixels
-                that require a gradient although a kept state has read them; as `generate` for a kept state.
+                that require a gradient although a kept state has read them, or with an `initial_state` while gradients
+                are checkpointed; as `generate` for a kept state and for `initial_state`.
         """
         ids = answer_ids(answers, tokenizer, end_of_turn)
         inputs = _left_padded(inputs)
@@ -111,9 +116,9 @@ class VisualRWKVScoringMixin:
                 raise ValueError(
                     "The pixels require a gradient, and a kept state has read them already: leave past_key_values out."
                 )
-            return self._differentiable_scores(inputs, ids)
+            return self._differentiable_scores(inputs, ids, initial_state)
         with torch.no_grad():
-            return self._scores(inputs, ids, past_key_values, state_store)
+            return self._scores(inputs, ids, past_key_values, state_store, initial_state)
 
     def _last_logits_by_store(
         self, inputs: Mapping[str, Any], logits_to_keep: int | Tensor, **others: Any
@@ -145,8 +150,9 @@ class VisualRWKVScoringMixin:
         answers: list[list[int]],
         kept: KeptState | None,
         store: StateStore | None,
+        initial: TunedState | Sequence[TunedState | None] | None,
     ) -> AnswerScores:
-        hidden, cache = self._read_prompt(inputs, kept, store)  # [B, C]
+        hidden, cache = self._read_prompt(inputs, kept, store, initial)  # [B, C]
         shared = _common_beginning(answers)
         begun: list[Tensor] = []  # of each shared token: [B]
         if shared:
@@ -192,7 +198,12 @@ class VisualRWKVScoringMixin:
         log_probs = self.lm_head(hidden).float().log_softmax(-1)
         return log_probs.gather(-1, tokens[..., None])[..., 0]
 
-    def _differentiable_scores(self, inputs: Mapping[str, Any], answers: list[list[int]]) -> AnswerScores:
+    def _differentiable_scores(
+        self,
+        inputs: Mapping[str, Any],
+        answers: list[list[int]],
+        initial: TunedState | Sequence[TunedState | None] | None,
+    ) -> AnswerScores:
         """Return the same scores from one plain forward pass for each answer."""
         pictures = {
             name: inputs[name] for name in picture_inputs_of(self.config) if inputs.get(name) is not None
@@ -206,6 +217,7 @@ class VisualRWKVScoringMixin:
                 input_ids=torch.cat([prompt, tokens], 1),
                 attention_mask=torch.cat([mask, torch.ones_like(tokens)], 1),
                 mm_encoder_outputs=encoded,
+                past_key_values=None if initial is None else InitialStates(initial, self, len(prompt)),
                 use_cache=False,
             )
             scores.append(self._log_probs(outputs.last_hidden_state[:, -len(answer) - 1 : -1], tokens))

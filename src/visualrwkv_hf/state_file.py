@@ -166,7 +166,8 @@ def _checked(path: str, file) -> SavedState:
 
     num_rows = sum(name.startswith(f"{ID_NAMES[version]}.") for name in names)
     of_layers = _by_layer(kinds)
-    if fault := _fault_of_layers(of_layers, num_rows) or _fault_of_prompts(kinds, num_rows, version):
+    faults = _fault_of_layers(of_layers, num_rows) or _fault_of_prompts(kinds, num_rows, version)
+    if fault := faults or _fault_of_beginnings(fingerprint, num_rows):
         refuse(fault)
 
     # Clones: the tensors themselves are a view of the file, which may change.
@@ -189,9 +190,19 @@ def _parsed_fingerprint(text: str) -> dict[str, dict[str, Any]] | None:
         fingerprint = json.loads(text) if len(text) <= MAX_FINGERPRINT else None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(fingerprint, dict) or set(fingerprint) != {"model", "processor"}:
+    parts = {"model", "processor"}
+    if not isinstance(fingerprint, dict) or not parts <= set(fingerprint) <= parts | {"tuned_state"}:
         return None
     return fingerprint if all(isinstance(part, dict) for part in fingerprint.values()) else None
+
+
+def _fault_of_beginnings(fingerprint: Mapping[str, Mapping[str, Any]], num_rows: int) -> str | None:
+    """Return what is wrong with the tuned states that a fingerprint names; None if nothing is."""
+    found = fingerprint.get("tuned_state", {"identities": [None] * num_rows}).get("identities")
+    identities = found if isinstance(found, list) else []
+    if len(identities) != num_rows or not all(one is None or isinstance(one, str) for one in identities):
+        return f"it does not say with which tuned state each of {num_rows} samples began"
+    return None
 
 
 Kinds = Mapping[str, tuple[str, tuple[int, ...]]]

@@ -272,6 +272,32 @@ def initial_cache(
     return VisualRWKVCache.from_layers(layers, 0)
 
 
+class InitialStates:
+    """Take a cache's place in a forward pass through which gradients flow to the inputs: it begins, and keeps nothing.
+
+    A cache keeps its states in place, which the backward pass would find overwritten.
+
+    Attributes:
+        layers: for each layer what holds its states.
+
+    Raises:
+        ValueError: as `initial_cache`; or the model is training with gradient checkpointing, which takes no cache.
+    """
+
+    is_empty = False
+
+    def __init__(self, initial: TunedState | Sequence[TunedState | None], model: Any, count: int):
+        if model.training and _text_model(model).gradient_checkpointing:
+            raise ValueError(
+                "initial_state and gradient checkpointing exclude each other: call model.eval(), or attach the state."
+            )
+        tensors = initial_cache(initial, model, count).layer_tensors()
+        self.layers = [PlainStateHolder(LayerState(dict(layer))) for layer in tensors]
+
+    def advance(self, num_tokens: int) -> None:
+        """Count nothing: nobody asks how many tokens were read."""
+
+
 def identity_of(initial: TunedState | Sequence[TunedState | None]) -> str:
     """Return a name for what a reading begins with, under which its states are stored."""
     states = [initial] if isinstance(initial, TunedState) else initial

@@ -93,6 +93,12 @@ def without(data: bytes, name: str) -> bytes:
     return save(tensors, taken_apart(data)[0]["__metadata__"])
 
 
+def with_beginnings(data, part):
+    """The file with this JSON as the tuned states with which its samples began."""
+    fingerprint = f'{{"model": {{}}, "processor": {{}}, "tuned_state": {part}}}'
+    return with_metadata(data, fingerprint=fingerprint)
+
+
 NAN, INFINITE = torch.full((2, 2, 16, 16), float("nan")), torch.zeros(2, 32)
 INFINITE[1, 31] = float("inf")
 SECRET = "\x1b]0;owned\x07\u202e" * 99
@@ -126,6 +132,16 @@ FAULTS = {
     "fingerprint of digits": (
         lambda data: with_metadata(data, fingerprint='{"model": {"a": ' + "9" * 9999 + '}, "processor": {}}'),
         "fingerprint cannot be read",
+    ),
+    "fingerprint with more": (
+        lambda data: with_metadata(data, fingerprint='{"model": {}, "processor": {}, "more": {}}'),
+        "fingerprint cannot be read",
+    ),
+    "beginnings missing": (lambda data: with_beginnings(data, "{}"), "with which tuned state each of 2 samples"),
+    "beginnings of one": (lambda data: with_beginnings(data, '{"identities": ["a"]}'), "each of 2 samples began"),
+    "beginnings a text": (lambda data: with_beginnings(data, '{"identities": "ab"}'), "each of 2 samples began"),
+    "beginnings of lists": (
+        lambda data: with_beginnings(data, '{"identities": [null, []]}'), "each of 2 samples began"
     ),
     "NaN": (lambda data: with_tensor(data, "layers.1.wkv", NAN), r"layers.1.wkv holds NaN or infinite"),
     "infinity": (lambda data: with_tensor(data, "layers.0.token_shift1", INFINITE), "token_shift1 holds NaN"),

@@ -10,7 +10,7 @@ from tiny_training import save_tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
-from visualrwkv_hf import TunedState
+from visualrwkv_hf import Chat, TunedState
 from visualrwkv_hf.cli.app import app
 
 QUESTION = "Which colour is it?"
@@ -211,14 +211,37 @@ def test_commands_begin_with_a_tuned_state(folder, tuned, red, tmp_path):
     assert row["text"] == wanted
 
 
-def test_a_tuned_state_of_another_model_or_none_is_refused(folder, tuned, red, tmp_path):
+def test_a_chat_begins_with_a_tuned_state(folder, tuned, red):
+    """The first answer and a follow-up, which goes on from the state that was kept."""
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(folder),
+        AutoProcessor.from_pretrained(folder),
+    )
+    chat = Chat(model, processor, max_new_tokens=8, initial_state=TunedState.from_pretrained(tuned, model))
+    chat.add_picture(str(red))
+    wanted = ["".join(chat.ask(question)) for question in (QUESTION, "And why?")]
+    options = ["chat", red, "--model", folder, "--max-new-tokens", 8, "--device", "cpu"]
+    lines = f"{QUESTION}\nAnd why?\n"
+    result = CliRunner().invoke(app, [*map(str, options), "--tuned-state", str(tuned)], input=lines)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "".join(f"{line}\n" for line in wanted)
+    assert CliRunner().invoke(app, [*map(str, options)], input=lines).stdout != result.stdout
+
+
+@pytest.mark.parametrize("command", ["ask", "chat", "serve"])
+def test_a_tuned_state_of_another_model_or_none_is_refused(folder, tuned, red, tmp_path, command):
+    if command == "serve":
+        pytest.importorskip("uvicorn", reason="needs the extra serve")
     other = save_tiny_model(tmp_path / "other", version=7)
-    options = (red, QUESTION, "--tuned-state", tuned, "--model", other)
-    assert_refused(run("ask", *options), "The tuned state is for another model: rwkv_version 6 there, 7 here")
-    options = (red, QUESTION, "--tuned-state", tmp_path, "--model", folder)
-    assert_refused(run("ask", *options), "There is no tuned_state.safetensors")
-    options = (red, QUESTION, "--tuned-state", tmp_path / "nowhere", "--model", folder)
-    assert_refused(run("ask", *options), f"There is no folder {tmp_path / 'nowhere'}.")
+
+    def refused(model, state):
+        given = {"ask": (red, QUESTION, "--model", model), "chat": ("--model", model)}
+        return run(command, *given.get(command, (model, "--port", 0)), "--tuned-state", state)
+
+    sentence = "The tuned state is for another model: rwkv_version 6 there, 7 here"
+    assert_refused(refused(other, tuned), sentence)
+    assert_refused(refused(folder, tmp_path), "There is no tuned_state.safetensors")
+    assert_refused(refused(folder, tmp_path / "nowhere"), f"There is no folder {tmp_path / 'nowhere'}.")
 
 
 @pytest.mark.parametrize("picture", ["data:image/png;base64,AAAA", "A" * 9000, "ftp://example.org/a.png"])

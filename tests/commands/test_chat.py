@@ -24,7 +24,7 @@ from PIL import Image
 from tiny_training import save_tiny_model, tiny_model, tiny_processor
 from typer.testing import CliRunner
 
-from visualrwkv_hf import Chat, VisualRWKVForConditionalGeneration, VisualRWKVProcessor
+from visualrwkv_hf import Chat, TunedState, VisualRWKVForConditionalGeneration, VisualRWKVProcessor
 from visualrwkv_hf.cli.app import app
 from visualrwkv_hf.cli.chat_terminal import COMMANDS, paths_in
 from visualrwkv_hf.cli.options import answering_source
@@ -253,6 +253,32 @@ def test_a_chat_with_another_model_is_read_again_and_says_so(chat, tmp_path):
     reading = Reading(other)
     answer(loaded, "And then?")
     assert reading.pictures == 1 and len(loaded.messages) == 4
+
+
+def test_a_chat_that_began_with_another_tuned_state_is_read_again_and_says_so(folder, processor, tmp_path):
+    def begun(seed):
+        model = VisualRWKVForConditionalGeneration.from_pretrained(folder)
+        if seed is not None:
+            state = TunedState.attach(model)
+            generator = torch.Generator().manual_seed(seed)
+            for weight in state.parameters():
+                weight.data.normal_(std=1e3, generator=generator)
+        return Chat(model, processor, **GREEDY)
+
+    for seed in (None, 1):
+        chat = begun(seed)
+        answer(chat, "What is this?")
+        chat.save(tmp_path / "kept")
+        for other in (None, 1, 2):
+            loaded = begun(other)
+            refusals = loaded.load(tmp_path / "kept")
+            assert len(refusals) == (other != seed)
+            reading, read_all = Reading(loaded.model), chat_inputs(processor, chat.messages)["input_ids"]
+            again = begun(other)
+            again.branches = {name: list(messages) for name, messages in loaded.branches.items()}
+            assert answer(loaded, "And why?") == answer(again, "And why?")
+            assert (reading.tokens > read_all.shape[1]) == bool(refusals)
+            assert all("did not begin as this model does" in refusal for refusal in refusals)
 
 
 def test_a_file_is_written_whole_or_not_at_all(chat, tmp_path, monkeypatch):

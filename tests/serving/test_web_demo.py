@@ -230,6 +230,40 @@ def test_an_error_of_the_model_reaches_the_page(demo):
         list(demo.pieces_or_status(Broken(), "Which?"))
 
 
+def test_a_film_is_decoded_once_for_a_visitor_and_within_bounds(demo, monkeypatch):
+    frame = Image.new("RGB", (10, 10))
+    decoded = []
+
+    def pictures_of(file):
+        decoded.append(file)
+        return [frame] * 2
+
+    monkeypatch.setattr(demo, "pictures_of", pictures_of)
+    films = demo.KeptFilms(most_bytes=2 * 600)  # two films
+    for _ in range(3):
+        assert films.of("ann")("a.mp4") == [frame] * 2
+    assert decoded == ["a.mp4"]
+    films.of("bob")("a.mp4")  # does not learn what Ann has sent
+    assert decoded == ["a.mp4"] * 2 and films.num_bytes == 1200
+    films.of("ann")("a.mp4")
+    films.of("ann")("b.mp4")  # in the place of Bob's, asked about longest ago
+    assert decoded == ["a.mp4", "a.mp4", "b.mp4"] and films.num_bytes == 1200
+    films.of("ann")("a.mp4")
+    films.of("bob")("a.mp4")
+    assert decoded == ["a.mp4", "a.mp4", "b.mp4", "a.mp4"] and films.num_bytes == 1200
+    small = demo.KeptFilms(most_bytes=599)
+    for _ in range(2):
+        assert small.of("ann")("c.mp4") == [frame] * 2
+    assert decoded[-2:] == ["c.mp4"] * 2 and small.num_bytes == 0
+
+
+def test_frames_take_the_place_of_their_film(demo):
+    text, picture = {"type": "text", "text": "What?"}, {"type": "image", "url": "a.png"}
+    content = [picture, {"type": "video", "path": "a.mp4"}, text]
+    frames = [{"type": "image", "image": number} for number in (1, 2)]
+    assert demo.with_frames(content, lambda file: [1, 2]) == [picture, *frames, text]
+
+
 def test_the_line_about_the_model(demo):
     model = AutoModelForImageTextToText.from_pretrained(bundled_model())
     assert "It knows one coloured shape" in demo.model_line(None, model, 9)

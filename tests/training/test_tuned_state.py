@@ -166,6 +166,63 @@ def test_scores_and_pipelines_begin_with_it(rwkv7):
     assert begun["generated_text"] == told["generated_text"]
 
 
+def test_scores_begin_with_an_initial_state(rwkv7):
+    """One for all rows or one for each, with a store, and where gradients flow to the pixels."""
+    processor, store = tiny_processor(rwkv7), StateStore()
+    states, answers = [random_state(rwkv7, 1), None, random_state(rwkv7, 2)], ["yes", "a dot", "a line"]
+    chats = [[user(text, "red")] for text in ("What is it?", "Is it a dot, or a line?", "What?")]
+
+    def score(inputs, initial_state, **options):
+        scores = rwkv7.score(inputs, answers, tokenizer=processor, initial_state=initial_state, **options)
+        return scores.log_probs
+
+    alone = []
+    for chat, state in zip(chats, states):
+        inputs = inputs_of(processor, *chat)
+        kept = rwkv7.read(processor, [user(None, "red")], initial_state=state)
+        alone.append(rwkv7.score(inputs, answers, tokenizer=processor, past_key_values=kept).log_probs)
+        for _ in range(2):  # the second time from the store
+            found = score(inputs, state, state_store=store)
+            torch.testing.assert_close(found, alone[-1], rtol=0, atol=1e-3)
+    assert store.hits >= 3
+    for side in ("left", "right"):
+        inputs = processor.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": side},
+        )
+        torch.testing.assert_close(score(inputs, states), torch.cat(alone), rtol=0, atol=1e-3)
+    own = score(inputs_of(processor, *chats[0]), states[0])
+    torch.testing.assert_close(score(inputs, states[0])[:1], own, rtol=0, atol=1e-3)
+    assert not torch.allclose(score(inputs, states[0])[1:], torch.cat(alone)[1:], atol=1e-2)
+    pixels = inputs["pixel_values"].requires_grad_()
+    with_gradient = score({**inputs, "pixel_values": pixels}, states)
+    torch.testing.assert_close(with_gradient.detach(), torch.cat(alone), rtol=0, atol=1e-3)
+    with_gradient.sum().backward()
+    assert all(of_row.abs().max() > 0 for of_row in pixels.grad)
+
+
+def test_a_kept_state_says_how_it_began(rwkv7, tmp_path):
+    processor, state = tiny_processor(rwkv7), random_state(rwkv7)
+    chat = [user(None, "red")]
+    tuned, plain = (rwkv7.read(processor, chat, initial_state=begun) for begun in (state, None))
+    assert (tuned.beginnings, plain.beginnings) == ([state.identity], [None])
+    stack = type(tuned).stack([plain, tuned, plain])
+    for kept, beginnings in (
+        (tuned, [state.identity]),
+        (stack, [None, state.identity, None]),
+        (stack[0], [None]),
+        (stack[1], [state.identity]),
+    ):
+        kept.save(tmp_path / "kept")
+        assert type(kept).load(tmp_path / "kept", rwkv7, processor).beginnings == beginnings
+    TunedState.attach(rwkv7, state)
+    assert rwkv7.read(processor, chat).beginnings == [state.identity]
+
+
 def test_a_saved_state_is_the_same_and_small(rwkv7, tmp_path):
     state = random_state(rwkv7, layers=[0])
     state.save_pretrained(tmp_path)
@@ -248,6 +305,7 @@ def test_states_that_do_not_fit_are_refused(rwkv7, tmp_path):
         lambda: other.generate(**inputs, **GREEDY, initial_state=state),
         lambda: TunedState.from_pretrained(tmp_path, other),
         lambda: TunedState.attach(other, state),
+        lambda: other.score(inputs, [[1]], initial_state=state),
     ):
         with pytest.raises(ValueError, match="The tuned state is for another model: weights"):
             attempt()
@@ -255,9 +313,18 @@ def test_states_that_do_not_fit_are_refused(rwkv7, tmp_path):
         TunedState.from_pretrained(tmp_path, tiny_model(version=6))
     with pytest.raises(ValueError, match="has 2 states, the inputs are of 1 samples"):
         rwkv7.generate(**inputs, **GREEDY, initial_state=[state, None])
+    with pytest.raises(ValueError, match="has 2 states, the inputs are of 1 samples"):
+        rwkv7.score(inputs, [[1]], initial_state=[state, None])
+    kept = rwkv7.read(tiny_processor(rwkv7), [user(None, "red")])
     with pytest.raises(ValueError, match="without past_key_values"):
-        kept = rwkv7.read(tiny_processor(rwkv7), [user(None, "red")])
         rwkv7.generate(**inputs, **GREEDY, initial_state=state, past_key_values=kept)
+    with pytest.raises(ValueError, match="without past_key_values"):
+        rwkv7.score(inputs, [[1]], initial_state=state, past_key_values=kept)
+    pixels = {**inputs, "pixel_values": inputs["pixel_values"].clone().requires_grad_()}
+    rwkv7.model.language_model.gradient_checkpointing = True
+    with pytest.raises(ValueError, match="initial_state and gradient checkpointing exclude each other"):
+        rwkv7.train().score(pixels, [[1]], initial_state=state)
+    rwkv7.eval().model.language_model.gradient_checkpointing = False
     with pytest.raises(ValueError, match="no option with which a prompt is read at once"):
         rwkv7.generate(**inputs, **GREEDY, initial_state=state, use_cache=False)
     with pytest.raises(ValueError, match="layers must be some of 0 to 1"):

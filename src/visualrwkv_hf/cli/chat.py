@@ -14,6 +14,7 @@ from .options import (
     ImagePositionOption,
     MaxNewTokensOption,
     ModelOption,
+    TunedStateOption,
     VerboseOption,
     WeightsOption,
     answering_source,
@@ -50,6 +51,7 @@ def chat(
     image_position: ImagePositionOption = None,
     accelerate: AccelerateOption = True,
     weights: WeightsOption = None,
+    tuned_state: TunedStateOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Talk about pictures. Type /help for the commands. Questions may also come from a pipe, one per line."""
@@ -69,6 +71,7 @@ def chat(
             accelerate,
             weights,
             seed,
+            tuned_state,
             image_position=image_position,
             max_new_tokens=max_new_tokens,
             **sampling,
@@ -91,6 +94,7 @@ def start_chat(
     accelerate: bool,
     weights: str | None,
     seed: int | None,
+    tuned_state: str | None = None,
     **options: Any,
 ) -> "Chat":
     """Return a [`Chat`] with the model of `source`. The heavy imports are here, so that `--help` is quick."""
@@ -103,7 +107,9 @@ def start_chat(
         processor = load_processor(source)
         # What the template refuses is said before the weights are read.
         chat_inputs(processor, [{"role": "user", "content": "?"}], options["image_position"])
-        vlm = load_model(source, device, dtype, accelerate, report=step, weights=weights)
+        vlm = load_model(
+            source, device, dtype, accelerate, report=step, weights=weights, tuned_state=tuned_state
+        )
     say_backend(vlm)
     if seed is not None:
         set_seed(seed)

@@ -15,6 +15,7 @@ from .options import (
     AccelerateOption,
     DeviceOption,
     DtypeOption,
+    TunedStateOption,
     WeightsOption,
     answering_source,
     errors_in_a_sentence,
@@ -61,6 +62,7 @@ def serve(
     dtype: DtypeOption = "auto",
     accelerate: AccelerateOption = True,
     weights: WeightsOption = None,
+    tuned_state: TunedStateOption = None,
     max_states: Annotated[
         int,
         typer.Option(min=0, help="How many states of earlier prompts are kept; 0 keeps none."),
@@ -134,6 +136,7 @@ def serve(
             access=access,
             accelerate=accelerate,
             weights=weights,
+            tuned_state=tuned_state,
         )
 
 

@@ -17,6 +17,7 @@ from transformers import BatchFeature
 from ..image_processing_visualrwkv import open_picture
 from ..kept_state import KeptState
 from ..state_store import StateStore
+from ..tuned_state import attached, store_of_beginning
 from .pictures import open_named_picture
 from .progress import Report
 from .saved_chat import ChatWriter, picture_part, read_chat
@@ -56,7 +57,7 @@ class Chat:
         model: a `VisualRWKVForConditionalGeneration`. It is given a [`StateStore`] if it has none.
         processor: the model's.
         image_position: "first", "middle" or "last"; None: as the model was trained.
-        generation: for `model.generate`, e.g. `max_new_tokens`, `do_sample`.
+        generation: for `model.generate`, e.g. `max_new_tokens`, `do_sample`, `initial_state`, `state_store`.
 
     Attributes:
         branches: name -> the messages of a branch.
@@ -183,8 +184,8 @@ class Chat:
         """Continue with a saved chat in place of this one, without reading its pictures again.
 
         Returns:
-            list[str]: reasons why states could not be used, for example because they are another model's. The chat
-            is there all the same; its next question reads all of it.
+            list[str]: reasons why states could not be used, for example because they are another model's or began with
+            another tuned state. The chat is there all the same; its next question reads all of it.
 
         Raises:
             ValueError: the file is not a saved chat, or damaged.
@@ -201,14 +202,28 @@ class Chat:
     def _state_of(self, messages: Sequence) -> KeptState:
         """Return the state after `messages`. Only what the store no longer has is read again."""
         placement = {} if self.image_position is None else {"image_position": self.image_position}
-        return self.model.read(self.processor, messages, **placement)
+        begun = {
+            name: self.generation[name]
+            for name in ("initial_state", "state_store")
+            if name in self.generation
+        }
+        return self.model.read(self.processor, messages, **begun, **placement)
 
     def _take(self, state: bytes) -> str | None:
         """Put a saved state into the model's store. Return why not, if it is refused."""
         with tempfile.TemporaryDirectory() as scratch:
             (state_file := Path(scratch) / "state.safetensors").write_bytes(state)
             try:
-                self.model.state_store.add(KeptState.load(state_file, self.model, self.processor))
+                kept = KeptState.load(state_file, self.model, self.processor)
+                initial = self.generation.get("initial_state")
+                begun = attached(self.model) if initial is None else initial
+                if [*kept.beginnings] != [None if begun is None else begun.identity]:
+                    raise ValueError(
+                        "it did not begin as this model does, with the same tuned state or with none."
+                    )
+                store = self.generation.get("state_store", self.model.state_store)
+                if (store := store_of_beginning(store, self.model, initial)) is not None:
+                    store.add(kept)
             except ValueError as error:
                 return str(error).replace(f"{state_file}", "its state")
         return None

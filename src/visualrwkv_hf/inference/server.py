@@ -33,6 +33,7 @@ def serve(
     access: Access | None = None,
     accelerate: bool = True,
     weights: str | None = None,
+    tuned_state: str | None = None,
 ) -> None:
     """Answer requests of OpenAI clients until SIGINT or SIGTERM comes.
 
@@ -48,15 +49,18 @@ def serve(
         access: who may ask, and from where pictures are fetched.
         accelerate: whether a CPU computes with native ops.
         weights: "int8" or "int4" rounds the weights on a CPU; see `load_model`.
+        tuned_state: a folder or a Hub id with a [`TunedState`], with which whatever the model reads begins.
 
     Raises:
         ImportError: without the packages of the extra `serve`.
-        ValueError: a device, dtype, port or limit that is none.
-        OSError: the address is in use, or is none of this machine.
+        ValueError: a device, dtype, port or limit that is none, or a tuned state for another model.
+        OSError: the address is in use, or is none of this machine; or there is no tuned state.
     """
     limits, access = limits or Limits(), access or Access()
     with bound_socket(host, port) as listener:
-        app = build_app(source, device, dtype, name, max_states, limits, access, accelerate, weights)
+        app = build_app(
+            source, device, dtype, name, max_states, limits, access, accelerate, weights, tuned_state
+        )
 
         def announce() -> None:
             print(_announcement(app, host, listener.getsockname()[1], bool(access.api_keys)), flush=True)
@@ -87,13 +91,14 @@ def build_app(
     access: Access | None = None,
     accelerate: bool = True,
     weights: str | None = None,
+    tuned_state: str | None = None,
 ) -> Any:
     """Return the server of [`serve`] as an ASGI application (Starlette); `app.state.model` is the model.
 
     Limits on connections and stopping hold only where `serve` runs it.
 
     Raises:
-        ImportError, ValueError: as `serve`.
+        ImportError, ValueError, OSError: as `serve`.
     """
     try:
         from starlette.applications import Starlette
@@ -105,7 +110,7 @@ def build_app(
     from .server_routes import EXCEPTION_HANDLERS, Gate, Service
 
     limits, access = limits or Limits(), access or Access()
-    model = load_model(str(source), device, dtype, accelerate, weights=weights)
+    model = load_model(str(source), device, dtype, accelerate, weights=weights, tuned_state=tuned_state)
     processor = load_processor(str(source))
     # An answer becomes part of the next prompt, in which a placeholder would have no picture.
     config = model.generation_config
