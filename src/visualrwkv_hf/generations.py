@@ -36,6 +36,7 @@ class Generation(NamedTuple):
         ranks: default ranks of the low-rank maps, a field of `VisualRWKVTextConfig` -> a function of C.
         intermediate_size: default width of the channel mix, a function of C.
         attention_size_is_hidden_size: whether A must be C.
+        hands_on_values: whether the first block hands its values (`v_first`, [B, T, A]) to all others.
         makes_compressors: whether its blocks can be those of a Visual Token Compressor.
     """
 
@@ -46,6 +47,7 @@ class Generation(NamedTuple):
     ranks: dict[str, Callable[[int], int]] = {}
     intermediate_size: Callable[[int], int] = lambda hidden_size: int(hidden_size * 3.5) // 32 * 32
     attention_size_is_hidden_size: bool = False
+    hands_on_values: bool = False
     makes_compressors: bool = False
 
 
@@ -88,6 +90,7 @@ GENERATIONS: dict[int, Generation] = {
         },
         intermediate_size=lambda hidden_size: 4 * hidden_size,
         attention_size_is_hidden_size=True,
+        hands_on_values=True,
         makes_compressors=True,
     ),
 }

@@ -242,28 +242,48 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel, VisualRWKVEmbeddingMixin):
             orders: from `token_orders`; block l reads in order l mod their number.
             holders: one for each block, with the states of the S sequences; updated. None: no state is kept.
         """
-        hidden_states, v_first = self.embed_norm(inputs_embeds), None  # [B, T, C]
-        if (decoded := self._decoded(hidden_states, orders, holders)) is not None:
+        return self.run_layers(self.embed_norm(inputs_embeds), None, orders, holders)[0]
+
+    def run_layers(
+        self,
+        hidden_states: Tensor,
+        v_first: Tensor | None,
+        orders: Sequence[TokenOrder],
+        holders: Sequence[StateHolder] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the blocks in `layers`: all of a model, or those that one stage of a pipeline has.
+
+        Args:
+            hidden_states: [B, T, C], from the block before these; for the first block the normed embeddings.
+            v_first: as the first block of the model returned it, [B, T, A]; None if that block is among these.
+            orders: see `run_blocks`; l counts all blocks of the model.
+            holders: one for each of these blocks, see `run_blocks`.
+
+        Returns:
+            The hidden states [B, T, C], and `v_first` for the blocks after these.
+        """
+        if (decoded := self._decoded(hidden_states, v_first, orders, holders)) is not None:
             return decoded
-        for layer_idx, layer in enumerate(self.layers):
-            holder = None if holders is None else holders[layer_idx]
+        for place, layer in enumerate(self.layers):
+            holder = None if holders is None else holders[place]
             hidden_states, v_first, updates = layer(
                 hidden_states,
                 v_first,
                 state=None if holder is None else holder.state(),
-                token_order=orders[layer_idx % len(orders)],
+                token_order=orders[layer.layer_idx % len(orders)],
             )
             if holder is not None:
-                holder.update(inputs_embeds.shape[1], updates)
-        return hidden_states
+                holder.update(hidden_states.shape[1], updates)
+        return hidden_states, v_first
 
     def _decoded(
         self,
         hidden_states: Tensor,
+        v_first: Tensor | None,
         orders: Sequence[TokenOrder],
         holders: Sequence[StateHolder] | None,
-    ) -> Tensor | None:
-        """Return what a kernel of all blocks makes of one token that follows others, without gradients.
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Return what a kernel of all these blocks makes of one token that follows others, without gradients.
 
         None where there is no such kernel, or where it cannot serve these blocks or states: they run one by one then.
         """
@@ -275,7 +295,7 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel, VisualRWKVEmbeddingMixin):
         states = [holder.state() for holder in holders] if decode else []
         if decode is None or not all(state.tensors for state in states):
             return None
-        decoded = decode(self.layers, hidden_states, states, orders[0])
+        decoded = decode(self.layers, hidden_states, v_first, states, orders[0])
         for holder in holders if decoded is not None else ():
             holder.update(1, {})
         return decoded

@@ -291,6 +291,23 @@ def test_slots_of_pools_are_read_and_written_where_they_lie(version, rows, dtype
     assert all(torch.equal(one[untouched], other[untouched]) for one, other in zip(memories, before))
 
 
+@pytest.mark.parametrize("version", [6, 7])
+def test_blocks_in_two_calls_equal_all_in_one(version, counts):
+    model = causal_lm(version).model
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    first.layers, second.layers = first.layers[:1], second.layers[1:]
+    x, slots = torch.randn(3, 1, 128), torch.tensor([3, 1, 7])
+    (expected, expected_memories), (found, memories) = (
+        pools_of(model, slots, torch.float32) for _ in range(2)
+    )
+    whole = model.run_blocks(x, [IN_ORDER], expected)
+    hidden, values = first.run_layers(first.embed_norm(x), None, [IN_ORDER], found[:1])
+    hidden, _ = second.run_layers(hidden, values, [IN_ORDER], found[1:])
+    assert counts == [3, 1, 2]
+    for one, other in zip((hidden, *memories), (whole, *expected_memories)):
+        assert torch.equal(one, other)
+
+
 def test_slots_that_differ_between_blocks_or_lie_outside_are_not_computed_together(counts):
     model = causal_lm(7)
     x, slots = torch.randn(2, 1, 128), torch.tensor([3, 1])

@@ -1,5 +1,7 @@
 """The order in which a layer reads: indices of token shift and order, against a loop over the tokens."""
 
+import copy
+
 import pytest
 import torch
 from tiny import awake, text_config
@@ -165,6 +167,24 @@ def test_continued_packed_sequences_equal_each_alone(version, pooled):
         assert all((tensor[torch.tensor([0, 1, 3, 5])] == 7).all() for tensor in pool.values()), (
             "others' slots"
         )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_blocks_in_two_parts_equal_all_at_once(version):
+    """A prompt that the layers read in two orders, and a token after it: the second part begins with layer 1."""
+    whole = awake(VisualRWKVForCausalLM(text_config(version))).double().model
+    first, second = copy.deepcopy(whole), copy.deepcopy(whole)
+    first.layers, second.layers = whole.layers[:1], whole.layers[1:]
+    expected, found = ([PlainStateHolder(LayerState({})) for _ in whole.layers] for _ in range(2))
+    prompt, token = randn(2, 7, 64).double(), randn(2, 1, 64, seed=1).double()
+    for tokens, orders in (
+        (prompt, token_orders(positions(2, 7), None, [*ORDERS.values()])),
+        (token, [IN_ORDER]),
+    ):
+        hidden, values = first.run_layers(first.embed_norm(tokens), None, orders, found[:1])
+        hidden, _ = second.run_layers(hidden, values, orders, found[1:])
+        torch.testing.assert_close(hidden, whole.run_blocks(tokens, orders, expected), atol=1e-12, rtol=0)
 
 
 SLOTS = torch.tensor([4, 6, 2])

@@ -15,9 +15,7 @@ from visualrwkv_hf import bundled_model
 
 def engine_options(**fields):
     """What `RwkvEngineConfig` looks at, of an engine without special wishes."""
-    parallel = SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1)
     config = SimpleNamespace(
-        parallel_config=parallel,
         model_config=SimpleNamespace(quantization=None),
         speculative_config=None,
         structured_outputs_config=SimpleNamespace(backend="auto"),
@@ -32,7 +30,6 @@ def engine_options(**fields):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"parallel_config__pipeline_parallel_size": 4}, "pipeline_parallel_size=4"),
         ({"model_config__quantization": "fp8"}, "quantization='fp8'"),
         ({"speculative_config": object()}, "Speculative decoding is not supported"),
         ({"lora_config": object()}, "Merge the adapter"),

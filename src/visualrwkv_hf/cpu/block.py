@@ -125,9 +125,6 @@ def _versions_with(name: str) -> frozenset[int]:
 MIXES_BY_MAP = _versions_with("LOW_SHIFT")
 """Generations whose token shift has a low-rank map: one for all five targets, of five times the rank."""
 
-HANDS_ON_VALUES = _versions_with("LOW_V")
-"""Generations whose first layer hands its values to the others."""
-
 
 class _Weights(NamedTuple):
     """What fills ops.c's `Weights`; None where the block has nothing."""
@@ -364,7 +361,7 @@ def call_blocks(
         *(states.slots, mask, v_first, x),
     )
     dtype = hidden_states.dtype
-    return x.to(dtype), v_first.to(dtype) if first.version in HANDS_ON_VALUES else None
+    return x.to(dtype), v_first.to(dtype) if GENERATIONS[first.version].hands_on_values else None
 
 
 def has_native_parts(block: RwkvBlock) -> bool:

@@ -29,18 +29,24 @@ would also have to launch some hundred ops for each block, and to gather and sca
 
 
 def decode_blocks(
-    layers: nn.ModuleList, hidden_states: Tensor, states: Sequence[LayerState], token_order: TokenOrder
-) -> Tensor | None:
-    """Compute one token of all blocks: the same as `decode_block` of each.
+    layers: nn.ModuleList,
+    hidden_states: Tensor,
+    v_first: Tensor | None,
+    states: Sequence[LayerState],
+    token_order: TokenOrder,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Compute one token of some blocks, one after the other: the same as `decode_block` of each.
 
     Args:
-        layers: all blocks of a model.
+        layers: all blocks of a model, or those of a stage of a pipeline.
         hidden_states: x, [B, 1, C].
+        v_first: layer 0's values [B, 1, A] (RWKV-7); None if layer 0 is among these.
         states: what each block has read before, which is updated in place.
         token_order: of all blocks; its `order` [B, 1] is negative at padding.
 
     Returns:
-        The hidden states [B, 1, C] after the last block, or None where `decode_block` would not compute one of them.
+        The hidden states [B, 1, C] after the last block and `v_first`, or None where `decode_block` would not compute
+        one of them.
     """
     in_pools = bool(states) and states[0].indices is not None
     if not serves(hidden_states, MAX_ROWS_OF_BLOCKS if in_pools else MAX_ROWS) or _has_any_global_hook():
@@ -49,7 +55,7 @@ def decode_blocks(
     if blocks is None or len(states) != blocks.number:
         return None
     found = States.of(blocks.first.sizes, states, hidden_states.dtype)
-    return None if found is None else call_blocks(blocks, found, hidden_states, None, token_order.mask())[0]
+    return None if found is None else call_blocks(blocks, found, hidden_states, v_first, token_order.mask())
 
 
 class _Found(NamedTuple):

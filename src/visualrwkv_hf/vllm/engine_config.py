@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm.model_executor.models.config import MambaModelConfig
+from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
 from ..configuration_visualrwkv import VisualRWKVConfig
@@ -13,6 +14,7 @@ from ..modeling_visualrwkv import is_trivial
 from .media import register_picture_connector
 from .parallel import refuse_uneven_parts
 from .pictures import max_picture_tokens
+from .stages import refuse_empty_stages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,7 +38,10 @@ class RwkvEngineConfig(MambaModelConfig):
         write_compact_json(vllm_config)
         read_dense_weights(vllm_config)
         config = vllm_config.model_config.hf_config
-        refuse_uneven_parts(config.get_text_config(), vllm_config.parallel_config.tensor_parallel_size)
+        parallel = vllm_config.parallel_config
+        refuse_uneven_parts(config.get_text_config(), parallel.tensor_parallel_size)
+        refuse_empty_stages(config.get_text_config(), parallel.pipeline_parallel_size)
+        prepare_stages(vllm_config)
         if isinstance(config, VisualRWKVConfig) and not is_trivial(config.scan):
             read_pictures_whole(vllm_config, config)
         if vllm_config.cache_config.enable_prefix_caching and not HAS_TRITON:
@@ -49,12 +54,6 @@ class RwkvEngineConfig(MambaModelConfig):
 
 def refuse_what_is_missing(vllm_config: VllmConfig) -> None:
     """Raise `ValueError` for options of vLLM that would be ignored or fail later, with a reason."""
-    parallel = vllm_config.parallel_config
-    if (size := parallel.pipeline_parallel_size) > 1:
-        raise ValueError(
-            f"pipeline_parallel_size={size}: a VisualRWKV model is divided by heads, not by layers. Use "
-            "tensor_parallel_size, or data_parallel_size for a whole model on each device."
-        )
     quantization = vllm_config.model_config.quantization
     if quantization not in (None, METHOD):
         raise ValueError(
@@ -98,6 +97,16 @@ def read_dense_weights(vllm_config: VllmConfig) -> None:
     if model.quantization is not None:
         refuse_strange_quantization(model.hf_config.__dict__.pop("quantization_config", None), "config.json")
         model.quantization = None
+
+
+def prepare_stages(vllm_config: VllmConfig) -> None:
+    """Have the stages of a pipeline on a CPU warm up, with `enforce_eager` as well.
+
+    There vLLM (0.32) makes the room for what a stage receives only in a warm-up, and leaves that out with
+    `enforce_eager`. For our models this option changes nothing else on a CPU: none is marked to be compiled.
+    """
+    if vllm_config.parallel_config.pipeline_parallel_size > 1 and current_platform.is_cpu():
+        vllm_config.model_config.enforce_eager = False
 
 
 def read_pictures_whole(vllm_config: VllmConfig, config: VisualRWKVConfig) -> None:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from vllm.model_executor.models.interfaces import SupportsMultiModal
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.sequence import IntermediateTensors
 
 from ..modeling_rwkv import VisualRWKVTextModel
-from ..modeling_visualrwkv import VisualRWKVForConditionalGeneration
+from ..modeling_visualrwkv import VisualRWKVForConditionalGeneration, is_trivial
 from .language_model import RecurrentModel
 from .pictures import LargestPictures, PictureInfo, PictureProcessor
+from .stages import HIDDEN_STATES, PICTURES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,6 +32,7 @@ class VisualRWKV(RecurrentModel, SupportsMultiModal):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._is_scan_trivial = is_trivial(self.hf.config.scan)
         self._pictures: Tensor | None = None
 
     @classmethod
@@ -46,12 +49,19 @@ class VisualRWKV(RecurrentModel, SupportsMultiModal):
         return self.blocks
 
     def embed_multimodal(self, **inputs: Any) -> Sequence[Tensor]:
-        """Return the tokens of each picture, N tensors [L, C], from the inputs of the vision tower."""
+        """Return the tokens of each picture, N tensors [L, C], from the inputs of the vision tower.
+
+        In a stage of a pipeline that has no vision tower they are empty: there vLLM (0.32) asks for them only to see
+        how much memory they take.
+        """
         if inputs.get("pixel_values") is None:
             return []
         pixels = {name: _joined(value) for name, value in inputs.items() if name.startswith("pixel_values")}
         tiles = inputs.get("num_tiles")
         tiles = None if tiles is None else torch.as_tensor(tiles).flatten().cpu()
+        if not self.stage.is_first:
+            views = len(pixels["pixel_values"]) // self.hf.config.vision_config.num_views
+            return [torch.empty(0, 0)] * (views if tiles is None else len(tiles))
         features = self.hf.get_image_features(**pixels, num_tiles=tiles, return_dict=True)
         return list(features.pooler_output)
 
@@ -78,9 +88,33 @@ class VisualRWKV(RecurrentModel, SupportsMultiModal):
 
     def orders(self, num_tokens: int) -> Sequence[Tensor | None]:
         """Return the orders in which the layers read a step: pictures are whole and are permuted, text is not."""
-        if self._pictures is None:
+        if self._pictures is None or not self._pictures[:num_tokens].any():
             return [None]
         return self.hf.model.scan_orders(self._pictures[None, :num_tokens]) or [None]
+
+    def receive(self, tensors: IntermediateTensors) -> tuple[Tensor, Tensor | None]:
+        """Return the hidden states and `v_first` of a step, and keep where its pictures are: only the first stage
+        gets the pictures."""
+        self._pictures = None if self._is_scan_trivial else tensors[PICTURES].bool()
+        return super().receive(tensors)
+
+    def hand_on(self, hidden_states: Tensor, v_first: Tensor | None) -> IntermediateTensors:
+        """Return what the next stage receives, and where the pictures are if that decides how its layers read."""
+        made = super().hand_on(hidden_states, v_first)
+        if not self._is_scan_trivial:
+            made[PICTURES] = torch.zeros_like(hidden_states[:, 0])
+            if self._pictures is not None:
+                made[PICTURES][: len(self._pictures)] = self._pictures
+        return made
+
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """Return room for what a stage receives of a step of `batch_size` tokens."""
+        room = super().make_empty_intermediate_tensors(batch_size, dtype, device)
+        if not self._is_scan_trivial:
+            room[PICTURES] = torch.zeros_like(room[HIDDEN_STATES][:, 0])
+        return room
 
 
 def _joined(pieces: Any) -> Tensor:
