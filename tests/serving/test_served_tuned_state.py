@@ -11,7 +11,7 @@ from tiny_training import save_tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from visualrwkv_hf import TunedState
-from visualrwkv_hf.inference.server import build_app
+from visualrwkv_hf.inference.server import _announcement, build_app
 from visualrwkv_hf.inference.server_decisions import Decider, Decision, decision_config
 from visualrwkv_hf.inference.server_limits import Limits
 
@@ -47,7 +47,7 @@ def served(folder, tuned):
         lambda _, args, kwargs: reads.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
     with running(app) as url, httpx.Client(base_url=f"{url}/v1", timeout=PATIENCE) as client:
-        yield SimpleNamespace(client=client, reads=reads)
+        yield SimpleNamespace(client=client, reads=reads, app=app)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,12 @@ def ours(message):
         return message
     kinds = {"image_url": lambda part: {"type": "image", "url": part["image_url"]["url"]}, "text": dict}
     return message | {"content": [kinds[part["type"]](part) for part in message["content"]]}
+
+
+def test_the_line_at_the_start_names_it(served, tuned):
+    assert f", begins with {tuned}) answers at http://127.0.0.1:1" in _announcement(
+        served.app, "127.0.0.1", 1, False
+    )
 
 
 def test_a_conversation_begins_with_it_and_goes_on(served, by_hand):

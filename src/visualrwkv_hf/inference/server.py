@@ -72,6 +72,8 @@ def _announcement(app: Any, host: str, port: int, needs_key: bool) -> str:
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     model = app.state.model
     kind = f"{model.num_parameters() / 1e6:,.1f} million parameters, {backend_of(model)}"
+    if app.state.tuned_state is not None:
+        kind += f", begins with {printable(app.state.tuned_state)}"
     key = " -H 'Authorization: Bearer YOUR-KEY'" if needs_key else ""
     name = printable(app.state.name)
     return (
@@ -140,6 +142,7 @@ def build_app(
         lifespan=lifespan,
     )
     app.state.model, app.state.line, app.state.name = model, line, rules.name
+    app.state.tuned_state = tuned_state
     return app
 
 
