@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -264,6 +264,7 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel, VisualRWKVEmbeddingMixin):
         """
         if (decoded := self._decoded(hidden_states, v_first, orders, holders)) is not None:
             return decoded
+        layer: Any
         for place, layer in enumerate(self.layers):
             holder = None if holders is None else holders[place]
             hidden_states, v_first, updates = layer(

@@ -81,7 +81,7 @@ def keep_stage(model: PreTrainedModel, stage: Stage) -> None:
     base: Any = model.model
     text = getattr(base, "language_model", base)
     text.layers = text.layers[stage.begin : stage.end]
-    missing = () if stage.is_first else BEFORE_THE_BLOCKS
+    missing: tuple[str, ...] = () if stage.is_first else BEFORE_THE_BLOCKS
     missing += () if stage.is_last else AFTER_THE_BLOCKS
     for parent in (model, base, text):
         for name in missing:
