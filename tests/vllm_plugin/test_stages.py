@@ -59,6 +59,23 @@ def test_each_weight_is_in_one_stage(release):
     assert second.model.language_model.layers[0].layer_idx == 2
 
 
+def test_devices_that_share_the_heads_hand_on_the_same(monkeypatch):
+    """On GPUs vLLM has each of them send a part of every tensor; on CPUs it does not, so an engine here cannot tell."""
+    from vllm.sequence import IntermediateTensors
+
+    from visualrwkv_hf.vllm import stages
+
+    hidden, whole = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    parts = whole.chunk(2, -1)
+    monkeypatch.setattr(stages, "get_tensor_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(stages, "tensor_model_parallel_all_gather", lambda part: torch.cat(parts, -1))
+    for rank, part in enumerate(parts):
+        monkeypatch.setattr(stages, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        made = stages.handed_on(hidden, part)
+        assert torch.equal(made[stages.HIDDEN_STATES], hidden) and torch.equal(made[stages.V_FIRST], whole)
+        assert torch.equal(stages.received(IntermediateTensors(made))[1], part)
+
+
 def test_three_stages_write_what_a_text_model_writes(tmp_path, start_engine):
     """The stage in the middle gets `v_first` and hands it on."""
     folder = write_text_model(tmp_path / "model", 7)
