@@ -175,11 +175,12 @@ class _classproperty(property):
 class VisualRWKVVisionConfig(PreTrainedConfig):
     r"""Configuration of the vision tower: one or several stock encoders with a common forward.
 
-    clip_config, dinov2_config, siglip_config, sam_config (`dict` or `PreTrainedConfig`, *optional*):
+    clip_config, dinov2_config, siglip_config, sam_config, resnet_config (`dict` or `PreTrainedConfig`, *optional*):
         The encoders, as configurations of transformers' `CLIPVisionModel`, `Dinov2WithRegistersModel`,
-        `SiglipVisionModel` and `SamVisionModel`: one `{name}_config` for each row of `encoders.ENCODERS`. At least
-        one; none given means a SigLIP base. Features of several encoders are concatenated along the channels, in
-        the order of the table.
+        `SiglipVisionModel`, `SamVisionModel` and `ResNetModel`: one `{name}_config` for each row of
+        `encoders.ENCODERS`. At least one; none given means a SigLIP base. Features of several encoders are
+        concatenated along the channels, in the order of the table. A ResNet's configuration has an `image_size` here
+        (224 if none is given), which transformers' own does not need.
     feature_layer (`int`, defaults to -1):
         -1: what the encoder gives as its last hidden state. -2: what its last block reads, without the final norm
         and without class and register tokens (SAM always gives its neck's output).
@@ -234,7 +235,7 @@ class VisualRWKVVisionConfig(PreTrainedConfig):
     def grid_sizes(self) -> dict[str, int]:
         """Side of each encoder's patch grid."""
         return {
-            name: config.image_size // config.patch_size // ENCODERS[name].fold
+            name: ENCODERS[name].grid_size(config) // ENCODERS[name].fold
             for name, config in self.encoders.items()
         }
 
@@ -260,6 +261,9 @@ class VisualRWKVVisionConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses encoders that do not fit together."""
+        for name, config in self.encoders.items():
+            if problem := ENCODERS[name].problem(config):
+                raise ValueError(f"{name}_config: {problem}")
         if len(set(self.grid_sizes.values())) > 1:
             raise ValueError(f"All encoders must give the same patch grid, got sides {self.grid_sizes}.")
         if self.grid_size < 1:
@@ -294,14 +298,19 @@ class VisualRWKVVisionConfig(PreTrainedConfig):
 
 def _encoder_config(name: str, given: Any) -> PreTrainedConfig | None:
     """Return an encoder's configuration, made from a dict if that is what was given."""
-    if given is None or isinstance(given, PreTrainedConfig):
-        return given
+    if given is None:
+        return None
+    if isinstance(given, PreTrainedConfig):
+        missing = {
+            field: value for field, value in ENCODERS[name].defaults.items() if not hasattr(given, field)
+        }
+        return type(given)(**(given.to_dict() | missing)) if missing else given
     if not isinstance(given, dict):
         raise ValueError(f"{name}_config must be a dict or a configuration, got {type(given).__name__}.")
     model_type = ENCODERS[name].model_type
     if given.get("model_type", model_type) != model_type:
         raise ValueError(f"{name}_config must have model_type {model_type!r}, got {given['model_type']!r}.")
-    return AutoConfig.for_model(model_type, **_without_model_type(given))
+    return AutoConfig.for_model(model_type, **(ENCODERS[name].defaults | _without_model_type(given)))
 
 
 @strict

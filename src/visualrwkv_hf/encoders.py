@@ -8,6 +8,7 @@ Letters: N pictures, L patches, D channels, S pixels of a picture's side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,8 +46,16 @@ class Encoder(NamedTuple):
     """Makes patches [V N, L, D] of the last hidden state, the encoder's configuration and `class_token`."""
     width: Callable[[Any], int] = lambda config: config.hidden_size
     """D, from the encoder's configuration."""
+    grid_size: Callable[[Any], int] = lambda config: config.image_size // config.patch_size
+    """Side of its patch grid, before `fold`, from the encoder's configuration."""
     fold: int = 1
     """How many patches of the encoder, per direction, become one."""
+    embedding: Callable[[Any], nn.Module] = lambda model: model.get_input_embeddings()
+    """The module of a model that reads pixels."""
+    defaults: dict[str, Any] = {}
+    """Fields that are added to transformers' configuration, with their values if none are given."""
+    problem: Callable[[Any], str] = lambda config: ""
+    """What is wrong with its configuration in a way that transformers lets pass; empty if nothing is."""
     has_class_token: bool = False
     """Whether `read` can keep a class token."""
     has_feature_layer: bool = True
@@ -126,9 +135,14 @@ def _read_siglip(hidden: Tensor, config: Any, class_token: str) -> Tensor:
 
 
 def _siglip_processor(size: int) -> BaseImageProcessor:
+    return _square_processor(size, HALF)
+
+
+def _square_processor(size: int, statistics: dict[str, list[float]]) -> BaseImageProcessor:
+    """Return SigLIP's, which resizes to a square, with other statistics."""
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    return SiglipImageProcessorPil(size={"height": size, "width": size}, **HALF)
+    return SiglipImageProcessorPil(size={"height": size, "width": size}, **statistics)
 
 
 def _sam_class() -> type[PreTrainedModel]:
@@ -155,6 +169,30 @@ def unshuffle_map(feature_map: Tensor) -> Tensor:
         [N, h w, 4 D]; channel 4 c + 2 dy + dx of patch (y, x) is the map's channel c at (2 y + dy, 2 x + dx).
     """
     return F.pixel_unshuffle(feature_map, SAM_UNSHUFFLE).flatten(2).transpose(1, 2)
+
+
+def _resnet_class() -> type[PreTrainedModel]:
+    from transformers import ResNetModel
+
+    return ResNetModel
+
+
+def _resnet_problem(config: Any) -> str:
+    """transformers leaves out stages that only one of the two lists has."""
+    if config.depths and len(config.depths) == len(config.hidden_sizes):
+        return ""
+    return f"depths {config.depths} and hidden_sizes {config.hidden_sizes} must have a number for each stage."
+
+
+def _resnet_grid_size(config: Any) -> int:
+    """Stem and pooling halve the side, then each stage but the first, which may be told to as well."""
+    halvings = len(config.depths) + 1 + config.downsample_in_first_stage
+    return math.ceil(config.image_size / 2**halvings)
+
+
+def _read_map(hidden: Tensor, config: Any, class_token: str) -> Tensor:
+    """Return the places of a feature map row by row, [V N, D, h, w] -> [V N, h w, D]."""
+    return hidden.flatten(2).transpose(1, 2)
 
 
 ENCODERS = {
@@ -192,6 +230,21 @@ ENCODERS = {
         fold=SAM_UNSHUFFLE,
         has_feature_layer=False,
         attention=("eager", "sdpa"),  # it adds relative positions inside the attention
+    ),
+    "resnet": Encoder(
+        model_type="resnet",
+        model_class=_resnet_class,
+        statistics=IMAGENET,
+        cut=_cut_nothing,
+        read=_read_map,
+        width=lambda config: config.hidden_sizes[-1],
+        grid_size=_resnet_grid_size,
+        embedding=lambda model: model.embedder,
+        defaults={"image_size": 224},
+        problem=_resnet_problem,
+        has_feature_layer=False,
+        attention=("eager",),  # it has none
+        image_processor=lambda size: _square_processor(size, IMAGENET),
     ),
 }
 """The encoders by name, in the order in which their features are concatenated along the channels."""

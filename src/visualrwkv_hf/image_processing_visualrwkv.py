@@ -192,7 +192,7 @@ class VisualRWKVImageProcessor(PilBackend):
     r"""Pictures for towers of several encoders (v6 HD and UHD, v7.00) and for tiles (UHD, v7.02 to v7.04).
 
     encoders (`dict[str, dict]`, defaults to DINOv2 at 448, SigLIP at 448 and SAM at 1024):
-        For each encoder of the tower (`"clip"`, `"dinov2"`, `"siglip"`, `"sam"`): `size`, the side of its
+        For each encoder of the tower (`"clip"`, `"dinov2"`, `"siglip"`, `"sam"`, `"resnet"`): `size`, the side of its
         square picture in pixels, `image_mean` and `image_std`, three numbers each. The first, in this order,
         gives `pixel_values`, every other one `pixel_values_{name}`.
     tiling (`str`, defaults to `"none"`):

@@ -133,7 +133,16 @@ class VisualRWKVVisionModel(PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.get_submodule(next(iter(self.config.encoders))).get_input_embeddings()
+        first = next(iter(self.config.encoders))
+        return ENCODERS[first].embedding(self.get_submodule(first))
+
+    def train(self, mode: bool = True) -> "VisualRWKVVisionModel":
+        """Set training mode, but keep the statistics of batch norms whose weights are frozen."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d) and not any(w.requires_grad for w in module.parameters()):
+                module.eval()
+        return self
 
     @can_return_tuple
     def forward(
@@ -236,7 +245,8 @@ def _chained(kind: str, outputs: Mapping[str, BaseModelOutput]) -> tuple[torch.T
     for name, output in outputs.items():
         recorded = output.get(kind)
         if not recorded or any(tensor is None for tensor in recorded):
-            hint = "; load the model with attn_implementation='eager'" if kind == "attentions" else ""
+            is_fused = kind == "attentions" and ENCODERS[name].attention != ("eager",)
+            hint = "; load the model with attn_implementation='eager'" if is_fused else ""
             raise ValueError(f"output_{kind}=True: the encoder {name} gives no {kind}{hint}.")
         chained += recorded
     return tuple(chained)

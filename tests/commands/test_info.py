@@ -28,7 +28,7 @@ from visualrwkv_hf.generations import GENERATIONS
 from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
 from visualrwkv_hf.inference import facts, plain_folder
 from visualrwkv_hf.inference.facts import facts_of, title_of
-from visualrwkv_hf.inference.loading import may_be_on_hub
+from visualrwkv_hf.inference.loading import load_config, may_be_on_hub
 from visualrwkv_hf.inference.progress import in_bytes
 from visualrwkv_hf.scan_orders import SCANS
 
@@ -150,6 +150,26 @@ def test_a_release_is_described_alike_without_torch(release, tmp_path, monkeypat
     assert plain_folder.plain_config(tmp_path) is not None and plain_folder.stored_tensors(tmp_path)
     plain, loaded = plain_and_loaded(tmp_path, monkeypatch)
     assert plain == loaded
+
+
+@pytest.mark.parametrize(("side", "depths", "first"), [(64, [1, 1, 1], False), (50, [1, 2], True)])
+def test_a_resnet_is_described_alike_without_torch(side, depths, first, tmp_path, monkeypatch):
+    resnet = {"embedding_size": 8, "hidden_sizes": [8] * len(depths), "depths": depths, "layer_type": "basic"}
+    resnet |= {"image_size": side, "downsample_in_first_stage": first}
+    model = tiny_model(7, vision_config={"resnet_config": resnet}, scan="unidirectional")
+    model.save_pretrained(tmp_path)
+    assert plain_folder.plain_config(tmp_path) is not None
+    plain, loaded = plain_and_loaded(tmp_path, monkeypatch)
+    assert plain == loaded
+    config = json.loads((tmp_path / "config.json").read_text())
+    for strange in ("two", [], [1] * 5, [10**9] * len(depths)):
+        config["vision_config"]["resnet_config"]["depths"] = strange
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert plain_folder.plain_config(tmp_path) is None
+    with pytest.raises(
+        ValueError, match=r"sum of vision_config\.resnet_config\.depths .* must be at most 512"
+    ):
+        load_config(str(tmp_path))  # before so many layers are made
 
 
 def test_shards_of_few_bits_are_described_alike_without_torch(tmp_path, monkeypatch):

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from mean_color import ROW, MeanColorConfig
 from PIL import Image
 from tiny_training import tiny_model
+from transformers import ResNetConfig
 
 from visualrwkv_hf import (
     VisualRWKVConfig,
@@ -22,9 +24,16 @@ TOKENIZER = build_world_tokenizer()
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 CLIP = {**SMALL, "image_size": 28, "patch_size": 14, "intermediate_size": 32}
 DINOV2 = {**SMALL, "image_size": 28, "patch_size": 14}
+RESNET = {
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "layer_type": "basic",
+    "image_size": 16,
+}
 
 
-@pytest.fixture(params=["new", "new and siglip", "clip and dinov2"])
+@pytest.fixture(params=["new", "new and siglip", "clip and dinov2", "resnet"])
 def vision(request, monkeypatch) -> dict:
     """Fields of a vision configuration; those of the first two need a row that is in the table for this test."""
     if request.param.startswith("new"):
@@ -33,6 +42,7 @@ def vision(request, monkeypatch) -> dict:
         "new": {"mean_config": {"model_type": MeanColorConfig.model_type}},
         "new and siglip": {"mean_config": {"width": 16}, "siglip_config": CLIP},
         "clip and dinov2": {"clip_config": CLIP, "dinov2_config": DINOV2},
+        "resnet": {"resnet_config": RESNET},
     }[request.param]
 
 
@@ -106,6 +116,73 @@ def test_every_encoder_of_the_table_has_its_fields():
     for name in ENCODERS:
         assert f"{name}_config" in config.vision_config.sub_configs
         assert hasattr(config.vision_config, f"{name}_config")
+
+
+@pytest.mark.parametrize(
+    ("size", "first", "depths"),
+    [(64, False, [1, 1, 1]), (100, False, [1, 1]), (49, True, [1, 1, 1]), (33, False, [1])],
+)
+def test_a_resnets_grid_is_the_side_of_its_map(size, first, depths):
+    """Each halving rounds up, at sizes that are no multiple of the stride too."""
+    fields = {"hidden_sizes": [8] * len(depths), "depths": depths, "downsample_in_first_stage": first}
+    config = VisualRWKVConfig(vision_config={"resnet_config": {**RESNET, **fields, "image_size": size}})
+    tower = VisualRWKVVisionModel(config.vision_config).eval()
+    features = tower(torch.randn(2, 3, size, size)).last_hidden_state
+    assert features.shape == (2, config.vision_config.grid_size**2, 8)
+    feature_map = tower.resnet(torch.zeros(1, 3, size, size)).last_hidden_state
+    assert feature_map.shape[-1] == config.vision_config.grid_size
+
+
+def test_a_resnets_gradients_reach_what_reads_its_pixels():
+    """As PEFT asks for, where the weights themselves are frozen."""
+    model = model_of({"resnet_config": RESNET}).requires_grad_(False)
+    model.enable_input_require_grads()
+    outputs = []
+    model.model.vision_tower.resnet.embedder.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    model.model.vision_tower(torch.randn(1, 3, 16, 16))
+    assert outputs[0].requires_grad and model.model.vision_tower.get_input_embeddings() is not None
+
+
+def test_a_resnets_patches_are_read_row_by_row():
+    config = VisualRWKVConfig(vision_config={"resnet_config": RESNET | {"image_size": 64}})
+    tower = VisualRWKVVisionModel(config.vision_config).eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    patches = tower(pixels).last_hidden_state
+    feature_map = tower.resnet(pixels).last_hidden_state
+    assert torch.equal(patches[0, 11], feature_map[0, :, 1, 3])  # a map of 8 x 8
+
+
+def test_a_resnet_of_transformers_has_a_picture_size_here():
+    stock = ResNetConfig(**{name: value for name, value in RESNET.items() if name != "image_size"})
+    for given in (stock, {**stock.to_dict(), "image_size": 224}):
+        config = VisualRWKVConfig(vision_config={"resnet_config": given}).vision_config
+        assert (config.image_sizes, config.grid_size) == ({"resnet": 224}, 28)
+
+    assert not hasattr(stock, "image_size")  # the caller's own stays as it is
+
+
+@pytest.mark.parametrize("depths", [[1], [1, 1, 1], []])
+def test_a_resnet_has_a_number_for_each_stage(depths):
+    with pytest.raises(StrictDataclassError, match=r"resnet_config: depths .* must have a number for each stage"):
+        VisualRWKVConfig(vision_config={"resnet_config": RESNET | {"depths": depths}})
+
+
+def test_a_frozen_resnet_keeps_its_statistics():
+    """As a tower that is frozen has no other state than its weights, which an adapter or a tuned state relies on."""
+    tower = VisualRWKVVisionModel(VisualRWKVConfig(vision_config={"resnet_config": RESNET}).vision_config)
+    before = {name: buffer.clone() for name, buffer in tower.named_buffers()}
+    tower.requires_grad_(False).train()
+    tower(3 + torch.randn(4, 3, 16, 16))
+    assert before and all(torch.equal(before[name], buffer) for name, buffer in tower.named_buffers())
+    tower.requires_grad_(True).train()
+    tower(3 + torch.randn(4, 3, 16, 16))
+    assert not all(torch.equal(before[name], buffer) for name, buffer in tower.named_buffers())
+
+
+def test_a_resnet_has_no_attentions_to_give():
+    tower = VisualRWKVVisionModel(VisualRWKVConfig(vision_config={"resnet_config": RESNET}).vision_config)
+    with pytest.raises(ValueError, match=r"the encoder resnet gives no attentions\.$"):
+        tower(torch.randn(1, 3, 16, 16), output_attentions=True)
 
 
 def test_the_first_encoder_reads_pixel_values():

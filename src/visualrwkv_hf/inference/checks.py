@@ -96,6 +96,8 @@ def _layers_of(fields: Mapping[str, Any], where: str = "") -> Iterator[tuple[str
             yield from _layers_of(value, f"{where}{name}.")
         elif name in ("num_hidden_layers", "compressor_num_layers") and isinstance(value, int):
             yield where + name, value
+        elif name == "depths" and isinstance(value, list):  # a ResNet's, by stage
+            yield f"the sum of {where}{name}", sum(depth for depth in value if isinstance(depth, int))
 
 
 def count_parameters(config: Any) -> int:

@@ -15,9 +15,12 @@ from ..image_tokens import ClassToken, ImagePosition, PictureNumbers, Pooling, P
 from .checks import MAX_LAYERS, MAX_TEXT_FILE_BYTES, refuse_strange_size
 from .loading import INDEX_FILE, TEXT_MODEL, VISION_MODEL, model_folder, model_type_of, read_json
 
-FOLDS = {"clip": 1, "dinov2": 1, "siglip": 1, "sam": 2}
+FOLDS = {"clip": 1, "dinov2": 1, "siglip": 1, "sam": 2, "resnet": 1}
 """Encoder -> how many of its patches, per direction, become one. It is a column of `encoders.ENCODERS`, which imports
 torch; a test compares this table and the others here."""
+
+NUMBERS = ("image_size", "patch_size", "num_hidden_layers")
+"""Fields of an encoder's configuration that are read here, all positive integers. A ResNet has others."""
 
 SCANS = ("unidirectional", "bidirectional", "multidirectional", "snake", "spiral", "zigzag")
 """The names of `scan_orders.SCANS`."""
@@ -143,23 +146,39 @@ def _vision(fields: Any) -> PlainVision | None:
         return None
     given: dict[str, Any] = {name: fields.get(f"{name}_config") for name in FOLDS}
     encoders = {name: encoder for name, encoder in given.items() if encoder is not None}
-    numbers = ("image_size", "patch_size", "num_hidden_layers")
-    if not encoders or not all(
-        isinstance(encoder, dict) and all(_is_count(encoder.get(number)) for number in numbers)
-        for encoder in encoders.values()
-    ):
+    if not encoders or not all(_is_plain_encoder(name, encoder) for name, encoder in encoders.items()):
         return None
     sides = {_grid_size(name, encoder) for name, encoder in encoders.items()}
     tile_grid = fields.get("tile_grid", 1)
     if len(sides) > 1 or not _is_count(tile_grid) or not min(sides) or min(sides) % tile_grid:
         return None
-    if any(encoder["num_hidden_layers"] > MAX_LAYERS for encoder in encoders.values()):
-        return None
     return PlainVision(encoders=encoders, class_token=fields["class_token"], tile_grid=tile_grid)
 
 
+def _is_plain_encoder(name: str, fields: Any) -> bool:
+    """Return whether an encoder's fields have a form from which `_grid_size` follows."""
+    if not isinstance(fields, dict):
+        return False
+    if name != "resnet":
+        return all(_is_count(fields.get(number)) for number in NUMBERS) and (
+            fields["num_hidden_layers"] <= MAX_LAYERS
+        )
+    depths, sizes = fields.get("depths"), fields.get("hidden_sizes")
+    if not isinstance(depths, list) or not isinstance(sizes, list) or not 0 < len(depths) == len(sizes):
+        return False
+    return (
+        all(map(_is_count, depths))
+        and sum(depths) <= MAX_LAYERS
+        and _is_count(fields.get("image_size"))
+        and type(fields.get("downsample_in_first_stage")) is bool
+    )
+
+
 def _grid_size(name: str, fields: Mapping[str, Any]) -> int:
-    """Return the side of an encoder's patch grid."""
+    """Return the side of an encoder's patch grid, as `encoders.ENCODERS` has it."""
+    if name == "resnet":
+        halvings = len(fields["depths"]) + 1 + fields["downsample_in_first_stage"]
+        return math.ceil(fields["image_size"] / 2**halvings)
     return fields["image_size"] // fields["patch_size"] // FOLDS[name]
 
 
