@@ -11,8 +11,8 @@ are relative to the file. Without answers, those of the first format are taken a
 The first format is what the others are compared with. All of them answer greedily; then each reads the reference
 answers token by token, which gives the share of tokens that it would have chosen as the first format does ("same next
 token"), the error of its logits, relative in norm, and the perplexity of the reference answers. The pip packages
-easy-vqa and scikit-learn hold the test sets of the model in the package; its emoji are asked if --emoji names the
-folder in which examples/train_tiny.py keeps them.
+easy-vqa and scikit-learn hold two test sets of the model in the package; all its tasks about one picture are asked if
+--data names the folder in which examples/train_tiny.py keeps fonts, words and emoji.
 """
 
 import json
@@ -70,7 +70,10 @@ class Reading(NamedTuple):
 def main(
     model: Annotated[str | None, typer.Option(help="Model folder, Hub id or release.")] = None,
     questions: Annotated[Path | None, typer.Option(help="JSON Lines file; see above.")] = None,
-    emoji: Annotated[Path | None, typer.Option(help="Folder with the emoji of train_tiny.py.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with fonts, words and emoji of train_tiny.py: ask all of its tasks."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Ask only so many questions of each set.")] = None,
     formats: Annotated[str, typer.Option(help="Separated by commas; the first is the reference.")] = ",".join(
         FORMATS
@@ -94,7 +97,7 @@ def main(
         rows = list(random_rows(names, *random))
     else:
         source = model or str(bundled_model())
-        sets = {"": read_questions(questions)} if questions else own_test_sets(emoji)
+        sets = {"": read_questions(questions)} if questions else own_test_sets(data)
         compare = compared_tensors if tensors else compared
         rows = [
             row
@@ -119,14 +122,20 @@ def read_questions(path: Path) -> list[Exam]:
     return exams
 
 
-def own_test_sets(emoji: Path | None) -> dict[str, list[Exam]]:
+def own_test_sets(data: Path | None) -> dict[str, list[Exam]]:
     """Return the questions that the model in the package was not trained on."""
-    from tiny_data import digits_task, easy_vqa_task, emoji_archive, emoji_task
+    from tiny_collections import digits_task, easy_vqa_task
+    from tiny_tasks import all_tasks
 
-    tasks = [easy_vqa_task(), digits_task(), *([emoji_task(emoji_archive(emoji))] if emoji else [])]
+    tasks = list(all_tasks(data).values()) if data else [easy_vqa_task(), digits_task()]
     return {
-        task.name: [Exam(exam.picture, exam.question.text, exam.question.answer) for exam in task.test]
+        task.name: [
+            Exam(exam.picture, exam.question.text, exam.question.answer)
+            for exam in task.test
+            if len(exam.pictures) == 1
+        ]
         for task in tasks
+        if task.name != "frames"
     }
 
 

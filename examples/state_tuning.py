@@ -3,8 +3,8 @@
     python examples/state_tuning.py                 # some minutes on two cores; needs easy-vqa and peft
     python examples/state_tuning.py --steps 100     # a first look
 
-The task: a small shape lies somewhere in the picture, and the question is in which quarter. The model has seen neither
-such pictures nor the question. A tuned state learns it while every weight stays as it is; LoRA learns it in adapters.
+The task: a small shape lies somewhere in the picture, and the question is in which quarter. The model has not been
+asked that before. A tuned state learns it while every weight stays as it is; LoRA learns it in adapters.
 Both are examined on new pictures, and on easy-VQA's test questions, which the model could answer before. The state is
 then given to half of the rows of a batch, so that one batch asks about both kinds of pictures.
 """
@@ -18,10 +18,11 @@ from typing import Annotated
 
 import typer
 from benchmarking import markdown_table
+from evaluate_tiny import answers
 from PIL import Image, ImageDraw
-from tiny_data import SIDE, Exam, Question, conversation, easy_vqa_task
+from tiny_collections import easy_vqa_task
+from tiny_data import SIDE, Exam, Question, conversation
 from torch.utils.data import Dataset
-from train_tiny import answers
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from visualrwkv_hf import (
@@ -43,7 +44,7 @@ def small_shape(random: Random) -> Exam:
     """A small shape on light paper, and the number of the quarter in which it lies, counted as one reads."""
     paper = tuple(random.randint(200, 255) for _ in "rgb")
     picture = Image.new("RGB", (SIDE, SIDE), paper)
-    quarter, radius, half = random.randrange(4), random.randint(5, 9), SIDE // 2
+    quarter, radius, half = random.randrange(4), random.randint(SIDE // 13, SIDE // 7), SIDE // 2
     row, column = divmod(quarter, 2)
     x, y = (half * part + random.randint(radius + 1, half - radius - 1) for part in (column, row))
     draw, color, box = (
@@ -58,7 +59,7 @@ def small_shape(random: Random) -> Exam:
         draw.rectangle(box, color)
     else:
         draw.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], color)
-    return Exam(picture, Question(QUESTION, str(quarter + 1)))
+    return Exam([picture], Question(QUESTION, str(quarter + 1)))
 
 
 class Lessons(Dataset):
@@ -71,8 +72,8 @@ class Lessons(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> dict:
-        picture, question = small_shape(Random(f"lesson {index}"))
-        return {"conversations": conversation([question]), "images": [picture]}
+        pictures, question = small_shape(Random(f"lesson {index}"))
+        return {"conversations": conversation([question]), "images": list(pictures)}
 
 
 def right(said: Sequence[str], exams: Sequence[Exam]) -> float:

@@ -1,0 +1,8 @@
+"""Importing this makes the files of examples/ importable by their bare names, as they import each other."""
+
+import sys
+
+from paths import EXAMPLES
+
+if str(EXAMPLES) not in sys.path:
+    sys.path.append(str(EXAMPLES))  # last: nothing there hides a library
