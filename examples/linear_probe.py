@@ -4,8 +4,8 @@
     python examples/linear_probe.py --model MODEL --train 500
 
 Four things are asked about small pictures: colour and shape of easy-VQA's drawings, scikit-learn's digits, and printed
-letters, which the model in the package was never trained on. The same ridge regression classifies every kind of vector;
-its strength is chosen on the training pictures. No weight of the model is changed.
+small letters, which the model in the package was never trained on: its signs have capitals. The same ridge regression
+classifies every kind of vector; its strength is chosen on the training pictures. No weight of the model is changed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +18,14 @@ import torch
 import typer
 from benchmarking import markdown_table
 from PIL import Image, ImageDraw, ImageFont
-from tiny_data import SIDE, Task, digits_task, easy_vqa_task, scribbled
+from tiny_collections import digits_task, easy_vqa_task, scribbled
+from tiny_data import SIDE, Task
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from visualrwkv_hf import bundled_model
 
 BATCH = 100
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 QUESTION = "what is in the picture?"
 
 
@@ -37,7 +38,7 @@ class Problem(NamedTuple):
 
 
 def letter(random: Random) -> tuple[Image.Image, str]:
-    """A printed letter, turned and moved like the digits that the model in the package was trained on."""
+    """A printed small letter, turned and moved like the digits that the model in the package was trained on."""
     name = random.choice(LETTERS)
     picture = Image.new("L", (SIDE, SIDE))
     font = ImageFont.load_default(random.randint(36, 56))
@@ -47,7 +48,7 @@ def letter(random: Random) -> tuple[Image.Image, str]:
 
 def letters(train: int, test: int) -> Problem:
     drawn = [letter(Random(f"letter {number}")) for number in range(train + test)]
-    return Problem("letters (never seen)", drawn[:train], drawn[train:])
+    return Problem("small letters (never seen)", drawn[:train], drawn[train:])
 
 
 def open_questions(name: str, task: Task, word: str, other: str, train: int, test: int) -> Problem:
@@ -56,7 +57,7 @@ def open_questions(name: str, task: Task, word: str, other: str, train: int, tes
     def is_asked(text: str, answer: str) -> bool:
         return word in text and other not in text and answer not in ("yes", "no")
 
-    known = [(s.pictures[0], q.answer) for s in task.train for q in s.main if is_asked(*q)]
+    known = [(s.pictures[0], q.answer) for s in task.subjects for q in s.main if is_asked(*q)]
     asked = [(e.picture, e.question.answer) for e in task.test if is_asked(*e.question)]
     random = Random(0)
     known = random.sample(known, min(train, len(known)))

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +34,7 @@ from visualrwkv_hf.inference import load_model, load_processor, read_film, readi
 
 TITLE = "VisualRWKV"
 BUNDLED = (
-    "**The small model inside the package answers.** It knows one coloured shape, a handwritten digit or an emoji. "
+    "**The small model inside the package answers.** It reads signs and bar charts, counts and compares shapes. "
     "Photographs need a released model: `--model v6-1.6b`."
 )
 REFUSED, WORKING = "\u26a0 Not answered: ", "Working: "
@@ -474,47 +475,50 @@ def build_page(answer: Callable, examples: Sequence[Mapping[str, Any]], limits: 
     return page
 
 
-# The example pictures are of kinds that the model inside the package knows.
+# The examples.
 
 
 def save_examples(folder: Path) -> list[dict[str, Any]]:
-    """Draw the example pictures into `folder`, and return the questions, each with its picture."""
+    """Draw the example pictures into `folder`, and return the questions, each with its pictures."""
     examples = []
-    for name, (draw_it, question) in EXAMPLES.items():
-        picture = Image.new("RGB", (SIDE, SIDE), "white")
-        draw_it(ImageDraw.Draw(picture))
-        picture.save(folder / f"{name}.png")
-        examples.append({"text": question, "files": [str(folder / f"{name}.png")]})
+    for name, (drawings, question) in EXAMPLES.items():
+        files = []
+        for number, draw_it in enumerate(drawings):
+            picture = Image.new("RGB", (SIDE, SIDE), "white")
+            draw_it(ImageDraw.Draw(picture))
+            files.append(str(folder / f"{name}-{number}.png"))
+            picture.save(files[-1])
+        examples.append({"text": question, "files": files})
     return examples
 
 
-def draw_circle(draw: ImageDraw.ImageDraw) -> None:
-    draw.ellipse((70, 60, 190, 180), fill="red")
+def draw_sign(draw: ImageDraw.ImageDraw) -> None:
+    draw.rectangle((0, 0, SIDE, SIDE), fill="#14505a")
+    draw.text((SIDE / 2, SIDE / 2), "OPEN", "#fff8e0", ImageFont.load_default(size=80), anchor="mm")
 
 
-def draw_triangle(draw: ImageDraw.ImageDraw) -> None:
-    draw.polygon([(128, 60), (60, 190), (196, 190)], fill="#1e46dc")
+def draw_chart(draw: ImageDraw.ImageDraw) -> None:
+    for left, height, color in ((40, 90, "#2850dc"), (110, 190, "#d82828"), (180, 130, "#22963c")):
+        draw.rectangle((left, 230 - height, left + 45, 230), fill=color)
+    draw.line([(20, 20), (20, 230), (245, 230)], fill="#3c3c3c", width=3)
 
 
-def draw_digit(draw: ImageDraw.ImageDraw) -> None:
-    draw.rectangle((0, 0, SIDE, SIDE), fill="black")
-    draw.text((SIDE / 2, SIDE / 2), "7", fill="white", font=ImageFont.load_default(size=200), anchor="mm")
+def draw_things(draw: ImageDraw.ImageDraw) -> None:
+    draw.ellipse((24, 110, 84, 170), fill="#2850dc")
+    draw.regular_polygon((170, 110, 64), 3, rotation=20, fill="#d82828")
 
 
-def draw_face(draw: ImageDraw.ImageDraw) -> None:
-    draw.ellipse((16, 16, 240, 240), fill="#fcc21b")
-    for x in (88, 168):
-        draw.ellipse((x - 14, 84, x + 14, 120), fill="#513a1f")
-    draw.arc((70, 90, 186, 196), 20, 160, fill="#513a1f", width=12)
+def draw_ball(draw: ImageDraw.ImageDraw, left: float) -> None:
+    draw.ellipse((left, 90, left + 64, 154), fill="#f5821e")
 
 
-EXAMPLES = {
-    "circle": (draw_circle, "what color is the shape?"),
-    "triangle": (draw_triangle, "what shape is in the image?"),
-    "digit": (draw_digit, "what digit is this?"),
-    "face": (draw_face, "what kind of emoji is this?"),
+EXAMPLES: dict[str, tuple[list[Callable[[ImageDraw.ImageDraw], None]], str]] = {
+    "sign": ([draw_sign], "what does the sign say?"),
+    "chart": ([draw_chart], "which bar is the tallest?"),
+    "things": ([draw_things], "which is larger, the blue circle or the red triangle?"),
+    "ball": ([partial(draw_ball, left=left) for left in (170, 120, 70)], "which way does the circle move?"),
 }
-"""Name -> the function that draws the picture, and a question about it."""
+"""Name -> the functions that draw the pictures, and a question about them. The model in the package knows such ones."""
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def test_first_command_of_the_readme_answers(run):
     """Its last part; what comes before sets up the environment that runs this."""
     block = blocks_of("README.md")[0]
     ask = block.code.split(" && ")[-1].replace(".venv/bin/", "")
-    assert run.bash(block._replace(code=ask)).strip() == "a blue triangle"
+    assert run.bash(block._replace(code=ask)).strip() == "The word is BLOWN."
 
 
 @pytest.mark.parametrize("page", NAMES)
