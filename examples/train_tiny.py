@@ -356,12 +356,12 @@ def save(model, processor: VisualRWKVProcessor, folder: Path, without_code: bool
 
 
 def remove_code(folder: Path) -> None:
-    """Leave out what a folder needs where the package is not installed."""
+    """Leave out what a folder needs where the package is not installed; a model's classes are still named, for TRL."""
     for file in folder.glob("*.py"):
         file.unlink()
     for file in folder.glob("*.json"):
         fields = json.loads(file.read_text(encoding="utf-8"))
-        if fields.pop("auto_map", None):
+        if file.name != "config.json" and fields.pop("auto_map", None):
             file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -414,7 +414,7 @@ ENCODER = {"size": 16, **HALF}
         ),
         ({"tile_grid": 2}, "got 2 with 'none'"),
         ({"tiling": "closest"}, r"got 3: \['dinov2', 'siglip', 'sam'\]"),
-        ({"encoders": {"vit": ENCODER}}, r"clip, dinov2, siglip, sam, got \['vit'\]"),
+        ({"encoders": {"vit": ENCODER}}, r"clip, dinov2, siglip, sam, resnet, got \['vit'\]"),
         ({"encoders": {}}, "got none"),
         ({"encoders": {"sam": {"size": 4}}}, r"encoders\['sam'\] needs size, image_mean and image_std"),
         ({"encoders": {"sam": {**ENCODER, "size": 0}}}, "whole number of pixels from 1, got 0"),

@@ -28,12 +28,13 @@ def cells(table: str) -> list[dict[str, str]]:
 def test_a_small_shape_lies_in_the_quarter_that_is_its_answer(example):
     state_tuning, seen = example("state_tuning"), set()
     for number in range(40):
-        picture, question = state_tuning.small_shape(Random(number))
+        (picture,), question = state_tuning.small_shape(Random(number))
         pixels = np.asarray(picture).astype(int)
         rows, columns = np.nonzero((pixels != pixels[0, 0]).any(-1))
-        quarter = 2 * (rows.mean() > 31.5) + (columns.mean() > 31.5) + 1
+        half = picture.width // 2
+        quarter = 2 * (rows.mean() > half) + (columns.mean() > half) + 1
         assert question.answer == str(quarter)
-        assert (rows.max() < 32 or rows.min() >= 32) and (columns.max() < 32 or columns.min() >= 32)
+        assert (rows.max() < half or rows.min() >= half) and (columns.max() < half or columns.min() >= half)
         seen.add(question.answer)
     assert seen == set("1234")
 
@@ -47,7 +48,7 @@ def test_state_tuning_prints_its_table(example, monkeypatch, capsys, tmp_path):
         steps=1, layer=0, state_rate=1.0, lora_rank=1, lora_rate=1e-3, exams=3, save=tmp_path / "state"
     )
     rows = cells(capsys.readouterr().out)
-    assert [row["parameters"] for row in rows] == ["0", "8,448 (0.58%)", "", "6,912 (0.47%)"]
+    assert [row["parameters"] for row in rows] == ["0", "4,352 (0.23%)", "", "6,912 (0.36%)"]
     assert rows[2]["easy-VQA"] == rows[0]["easy-VQA"]  # rows without the state are what they were
     assert rows[1]["file, bytes"] == f"{(tmp_path / 'state' / 'tuned_state.safetensors').stat().st_size:,}"
 
@@ -68,5 +69,5 @@ def test_the_linear_probe_prints_its_table(example, monkeypatch, capsys, tmp_pat
     printed = capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() in printed
     rows = cells(printed)
-    assert [row["size"] for row in rows] == ["3,072", "128", "128", "128", "8,192", "128", ""]
+    assert [row["size"] for row in rows] == ["3,072", "160", "128", "128", "4,096", "128", ""]
     assert {row["colour"] for row in rows[:-1]} == {"100.0%"} and rows[-1]["colour"] == "50.0%"
