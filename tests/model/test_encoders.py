@@ -163,7 +163,9 @@ def test_a_resnet_of_transformers_has_a_picture_size_here():
 
 @pytest.mark.parametrize("depths", [[1], [1, 1, 1], []])
 def test_a_resnet_has_a_number_for_each_stage(depths):
-    with pytest.raises(StrictDataclassError, match=r"resnet_config: depths .* must have a number for each stage"):
+    with pytest.raises(
+        StrictDataclassError, match=r"resnet_config: depths .* must have a number for each stage"
+    ):
         VisualRWKVConfig(vision_config={"resnet_config": RESNET | {"depths": depths}})
 
 

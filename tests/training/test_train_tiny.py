@@ -97,7 +97,9 @@ def test_without_code_the_folder_still_loads(trained, tmp_path):
     processor.save_pretrained(tmp_path)
     train_tiny.remove_code(tmp_path)
     assert not list(tmp_path.glob("*.py"))
-    assert [file.name for file in tmp_path.glob("*.json") if "auto_map" in file.read_text()] == ["config.json"]
+    assert [file.name for file in tmp_path.glob("*.json") if "auto_map" in file.read_text()] == [
+        "config.json"
+    ]
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
     assert AutoProcessor.from_pretrained(tmp_path).image_token_id == model.config.image_token_id
