@@ -39,6 +39,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 NOT_RUN = {
     "README.md": ["sets up what runs this"] * 2,
     "docs/benchmarks/serving-cpu.md": ["takes minutes"],
+    "docs/bundled-model.md": ["needs npm, takes more than an hour"],
     "docs/evaluation.md": ["installs packages", "needs a GPU"],
     "docs/fine-tuning.md": ["installs packages"] + ["needs a GPU"] * 2,
     "docs/gpu.md": ["needs a GPU"],
