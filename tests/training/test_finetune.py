@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import tiny_training
 import torch
+import tqdm.auto
 import transformers
 import yaml
 from hub_client import client_process, weights_of
@@ -391,6 +393,9 @@ def killed_while_running(command: list, folder: Path, chance: random.Random) -> 
     told, tell = os.pipe()
 
     def run() -> None:
+        # tqdm's lock is shared with forked processes, and one that was killed may have taken it with it.
+        for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):
+            bar.set_lock(threading.RLock())
         step = VisualRWKVTrainer.training_step
 
         def telling(self, *args, **kwargs):
