@@ -44,13 +44,13 @@ def vocabulary_of(task) -> dict[bytes, int]:
     return train_tiny.cut_vocabulary(tiny_data.all_wording([task]))
 
 
-def trained_on(task, folder: Path) -> tuple:
+def trained_on(task, folder: Path, trained: tuple[str, ...] = tiny_stages.ALL_PARTS) -> tuple:
     """A model that has learned the task, and its processor."""
     torch.manual_seed(0)
     fields = dict(scan="bidirectional", image_position="middle")
     model, processor = train_tiny.fresh_model(vocabulary_of(task), TOWER, LANGUAGE_MODEL, **fields)
     shares = {task.name: 1.0}
-    stages = [tiny_stages.Stage(30, 5e-3, 1e-3, tiny_stages.ALL_PARTS, 1, 0, shares)]
+    stages = [tiny_stages.Stage(30, 5e-3, 1e-3, trained, 1, 0, shares)]
     stages.append(tiny_stages.Stage(3, 1e-3, 1e-4, ("projector", "language_model"), 1, 1, shares))
     train_tiny.train(model, processor, {task.name: task}, stages, 0, folder)
     return model, processor
@@ -61,7 +61,7 @@ def main(folder: Path) -> None:
     from accelerate import PartialState
 
     state, task = PartialState(cpu=True), two_colors()
-    model, processor = trained_on(task, folder / "stages")
+    model, processor = trained_on(task, folder / "stages", tiny_stages.ALL_BUT_TOWER)
     right = evaluate_tiny.accuracy(model, processor, task.test)
     state.print(f"processes: {state.num_processes}, right: {right}")
     torch.save(model.state_dict(), folder / f"{state.process_index}.pt")
