@@ -72,7 +72,7 @@ def test_an_engine_writes_what_the_model_in_the_package_writes(start_engine):
     model = VisualRWKVForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     chats = mixed_chats(32)
     expected = [generated(model, processor, chat) for chat in chats]
-    engine = start_engine(folder, max_num_batched_tokens=32)
+    engine = start_engine(folder, max_num_batched_tokens=model.config.num_image_tokens + 1)
     given = requests(processor, chats)
     assert answers(engine, given) == expected
     assert answers_after_preemption(engine, given) == expected
