@@ -17,7 +17,9 @@ from pathlib import Path
 
 from film_files import gif
 from patience import PATIENCE
-from PIL import Image
+from PIL import Image, ImageDraw
+
+SHAPE_QUESTION = "what color is the shape?"
 
 COMMAND = """
 import sys
@@ -35,8 +37,20 @@ def png(colour: str, width: int = 60, height: int = 56) -> bytes:
     return file.getvalue()
 
 
+def circle_png(colour: str) -> bytes:
+    """Return a PNG of a circle on white; asked `SHAPE_QUESTION`, the model in the package names its colour."""
+    picture, file = Image.new("RGB", (64, 64), "white"), io.BytesIO()
+    ImageDraw.Draw(picture).ellipse((16, 16, 48, 48), fill=colour)
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
 def data_url(colour: str, **size: int) -> str:
-    return "data:image/png;base64," + base64.b64encode(png(colour, **size)).decode()
+    return url_of(png(colour, **size))
+
+
+def url_of(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def user(text: str, *urls: str) -> dict:

@@ -13,7 +13,7 @@ import openai
 import pytest
 from paths import EXAMPLES
 from patience import PATIENCE
-from serving import data_url, png, user
+from serving import SHAPE_QUESTION, circle_png, url_of, user
 
 from visualrwkv_hf import bundled_model
 
@@ -21,7 +21,6 @@ pytest.importorskip("ray")
 pytest.importorskip("ray.data.llm")
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
-QUESTION = "What color is it?"
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
@@ -46,8 +45,8 @@ def expected():
     model = VisualRWKVForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     found = {}
     for colour in COLOURS:
-        image = Image.open(io.BytesIO(png(colour)))
-        content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
+        image = Image.open(io.BytesIO(circle_png(colour)))
+        content = [{"type": "image", "image": image}, {"type": "text", "text": SHAPE_QUESTION}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -68,7 +67,7 @@ def test_a_folder_becomes_a_dataset_and_what_is_there_stays(tmp_path, expected):
     (pictures / "inner").mkdir(parents=True)
     output.mkdir()
     for colour in COLOURS:
-        (pictures / ("inner" if colour == "white" else "") / f"{colour}.png").write_bytes(png(colour))
+        (pictures / ("inner" if colour == "white" else "") / f"{colour}.png").write_bytes(circle_png(colour))
     (output / "earlier.json").write_text(
         json.dumps({"picture": "red.png", "text": "from an earlier run"}) + "\n"
     )
@@ -81,7 +80,7 @@ def test_a_folder_becomes_a_dataset_and_what_is_there_stays(tmp_path, expected):
         bundled_model(),
         "--cpu",
     ]
-    command += ["--question", QUESTION, "--block", "2", "--dtype", "float32", "--tokens", "8"]
+    command += ["--question", SHAPE_QUESTION, "--block", "2", "--dtype", "float32", "--tokens", "8"]
     done = subprocess.run(
         list(map(str, command)),
         env=os.environ | ENVIRONMENT,
@@ -127,7 +126,10 @@ def test_two_replicas_answer(tmp_path, expected):
 
         def answer(colour: str) -> str:
             reply = client.chat.completions.create(
-                model="bundled", messages=[user(QUESTION, data_url(colour))], max_tokens=8, temperature=0
+                model="bundled",
+                messages=[user(SHAPE_QUESTION, url_of(circle_png(colour)))],
+                max_tokens=8,
+                temperature=0,
             )
             return reply.choices[0].message.content.strip()
 

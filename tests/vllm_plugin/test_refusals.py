@@ -88,7 +88,7 @@ def test_weights_of_another_model_are_refused(tmp_path, start_engine):
 
 def test_an_engine_lives_on_after_bad_requests(start_engine):
     folder = bundled_model()
-    engine = start_engine(folder, max_num_batched_tokens=32, max_model_len=256)
+    engine = start_engine(folder, max_num_batched_tokens=128, max_model_len=256)
     good = requests(AutoProcessor.from_pretrained(folder), mixed_chats(3))
     expected = answers(engine, good)
     empty = np.zeros((0, 5, 3), np.uint8)

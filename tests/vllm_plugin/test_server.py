@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from patience import PATIENCE
-from serving import data_url, user
+from serving import SHAPE_QUESTION, circle_png, data_url, url_of, user
 
 from visualrwkv_hf import bundled_model
 
@@ -56,7 +56,7 @@ def ask(client, *messages, **options):
 
 
 def about(colour: str) -> dict:
-    return user("What color is it?", data_url(colour))
+    return user(SHAPE_QUESTION, url_of(circle_png(colour)))
 
 
 def text(reply) -> str:
