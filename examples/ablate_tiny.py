@@ -3,10 +3,10 @@
     python examples/ablate_tiny.py --minutes 110                     # as many runs as begin within the time
     python examples/ablate_tiny.py --table-only --markdown docs/benchmarks/ablation.md
 
-A small model of each variant is trained from nothing with each of five seeds and asked about pictures, fonts and
+A small model of each variant is trained from scratch with each of five seeds and asked about pictures, fonts and
 words of the test. Each run's scores are written when it ends, and a run that has scores is not repeated, so that the
-whole can be done in pieces, and by several processes at once: one for each core is best. All runs take some ten hours
-of two cores. Needs what `train_tiny.py` needs.
+whole can be done in pieces, and by several processes at once: one for each core is best. All runs take some three
+and a half hours of two cores. Needs what `train_tiny.py` needs.
 """
 
 import json

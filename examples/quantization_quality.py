@@ -129,11 +129,7 @@ def own_test_sets(data: Path | None) -> dict[str, list[Exam]]:
 
     tasks = list(all_tasks(data).values()) if data else [easy_vqa_task(), digits_task()]
     return {
-        task.name: [
-            Exam(exam.picture, exam.question.text, exam.question.answer)
-            for exam in task.test
-            if len(exam.pictures) == 1
-        ]
+        task.name: [Exam(exam.picture, exam.question.text, exam.question.answer) for exam in task.test]
         for task in tasks
         if task.name != "frames"
     }

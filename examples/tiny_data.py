@@ -71,7 +71,7 @@ class Task:
 
 
 class DrawnExams(Sequence[Exam]):
-    """A test that is drawn anew whenever it is read: exam i depends on the task's name and on i alone."""
+    """Draws a test anew whenever it is read. Exam i depends on the task's name and on i alone."""
 
     def __init__(self, name: str, count: int, draw: Callable[[Random], Exam]):
         self.name, self.count, self.draw = name, count, draw

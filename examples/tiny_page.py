@@ -69,7 +69,7 @@ def poster_of(number: int, data_dir: Path) -> tuple[Image.Image, list[Question]]
 
 def main(
     page: Annotated[
-        Path | None, typer.Option(help="The page, of which the table between two comments is replaced.")
+        Path | None, typer.Option(help="Page whose table of pictures, between two comments, is replaced.")
     ] = None,
     poster: Annotated[Path | None, typer.Option(help="File for the README's picture.")] = None,
     data_dir: Annotated[Path, typer.Option(help="Folder for fonts, words and emoji.")] = Path("tiny-data"),

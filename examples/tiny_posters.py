@@ -5,7 +5,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 from tiny_charts import bar_questions, draw_chart, random_bars
-from tiny_data import SIDE, WHAT, DrawnExams, Exam, Lesson, Question, Task, noisy, shade
+from tiny_data import SIDE, DrawnExams, Exam, Lesson, Question, Task, noisy, shade, without_what
 from tiny_packages import Fonts, Words
 from tiny_scenes import (
     ALL_KINDS,
@@ -90,8 +90,7 @@ def poster(text: str, font_file: bytes, random: Random) -> tuple[Image.Image, li
         main += bar_questions(colors, values)
     if kind == "both":
         main = [question for question in main if question.text not in OF_ALL]
-    main = [question for question in main if question.text != WHAT]
-    return noisy(picture, random) if random.random() < 0.3 else picture, main, others
+    return noisy(picture, random) if random.random() < 0.3 else picture, without_what(main), others
 
 
 def add_things(

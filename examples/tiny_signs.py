@@ -9,6 +9,7 @@ import io
 import string
 from collections.abc import Sequence
 from functools import cache
+from math import cos, radians, sin
 from random import Random
 from typing import NamedTuple
 
@@ -166,8 +167,6 @@ def letter_size(lines: Sequence[str], font_file: bytes, box: Box, random: Random
 
 def turning_room(box: Box, size: tuple[int, int], turn: float) -> float:
     """Return by how many degrees, `turn` at most, a box may be turned about its middle within a picture."""
-    from math import cos, radians, sin
-
     half_width, half_height = (box.right - box.left) / 2, (box.bottom - box.top) / 2
     x, y = box.left + half_width, box.top + half_height
     room_x, room_y = min(x, size[0] - x), min(y, size[1] - y)

@@ -1,11 +1,11 @@
-"""What the model of `train_tiny.py` must refuse: photographs, and questions that a picture does not answer.
+"""The task of refusing, for `train_tiny.py`: photographs, and questions that a picture does not answer.
 
 Training photographs are crops of scikit-learn's two and of matplotlib's one, and drawn textures; those of the test
 are crops of scikit-image's. The questions of the test are about other things and in other words than those of the
 training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from random import Random
 
@@ -14,6 +14,7 @@ from PIL import Image, ImageEnhance
 from tiny_data import SIDE, WHAT, DrawnExams, Exam, Lesson, Question, Task, shade
 
 UNKNOWN = "I do not know."
+Drawing = Callable[[Random], Image.Image]
 TESTED = 200
 
 PHOTOGRAPHS = [
@@ -139,7 +140,6 @@ TEST_FORMS = (
 
 def unknown_task(others: Sequence[Task]) -> Task:
     """Return pictures and questions that do not fit each other; `others` are the tasks that the model knows."""
-
     by_name = {task.name: task for task in others}
     pairs = [(a, b) for a, found in MISMATCHES.items() for b in found if {a, b} <= by_name.keys()]
     open_texts = {
@@ -149,29 +149,34 @@ def unknown_task(others: Sequence[Task]) -> Task:
         for task in others
     }
 
-    def lesson(random: Random) -> Lesson:
+    def drawn(
+        random: Random, photograph: Drawing, picture_of: Callable[[Task], Image.Image], forms, things
+    ) -> tuple[Image.Image, Question]:
+        """Return a photograph with a known question, or a known picture with one of `forms` or of another task."""
         kind = random.random()
         if kind < 0.4:
-            picture, text = training_photograph(random), random.choice(open_texts[random.choice(others).name])
+            picture, text = photograph(random), random.choice(open_texts[random.choice(others).name])
         elif kind < 0.7 or not pairs:
-            picture = random.choice(others).lesson(random).pictures[0]
-            text = random.choice(TRAIN_FORMS).format(random.choice(TRAIN_THINGS))
+            picture = picture_of(random.choice(others))
+            text = random.choice(forms).format(random.choice(things))
         else:
             asked, shown = random.choice(pairs)
-            picture, text = by_name[shown].lesson(random).pictures[0], random.choice(open_texts[asked])
-        return Lesson([picture.convert("RGB")], [Question(text, UNKNOWN)])
+            picture, text = picture_of(by_name[shown]), random.choice(open_texts[asked])
+        return picture.convert("RGB"), Question(text, UNKNOWN)
+
+    def lesson(random: Random) -> Lesson:
+        def picture_of(task: Task) -> Image.Image:
+            return task.lesson(random).pictures[0]
+
+        picture, question = drawn(random, training_photograph, picture_of, TRAIN_FORMS, TRAIN_THINGS)
+        return Lesson([picture], [question])
 
     def exam(random: Random) -> Exam:
-        kind = random.random()
-        if kind < 0.4:
-            picture, text = held_out_photograph(random), random.choice(open_texts[random.choice(others).name])
-        elif kind < 0.7 or not pairs:
-            picture = random.choice(random.choice(others).test).picture
-            text = random.choice(TEST_FORMS).format(random.choice(TEST_THINGS))
-        else:
-            asked, shown = random.choice(pairs)
-            picture, text = random.choice(by_name[shown].test).picture, random.choice(open_texts[asked])
-        return Exam([picture.convert("RGB")], Question(text, UNKNOWN))
+        def picture_of(task: Task) -> Image.Image:
+            return random.choice(task.test).picture
+
+        picture, question = drawn(random, held_out_photograph, picture_of, TEST_FORMS, TEST_THINGS)
+        return Exam([picture], question)
 
     wording = [Question(form.format(thing), UNKNOWN) for form in TRAIN_FORMS for thing in TRAIN_THINGS]
     source = "crops of photographs (scikit-learn, matplotlib; test: scikit-image), drawn textures"

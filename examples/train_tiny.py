@@ -282,7 +282,7 @@ def main(
         "tiny-training"
     ),
     scale: Annotated[float, typer.Option(min=0.0, help="Share of each stage's steps.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the initial weights and of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the initial weights and the samples.")] = 0,
     validation: Annotated[
         bool,
         typer.Option(

@@ -178,10 +178,11 @@ def answerer(source: str, processor: Any, vlm: Any, max_new_tokens: int, folders
             asked = [*earlier, message_of_question(question, files)]
             refuse_too_much(asked)
             visitor = f"visitor {request.session_hash}"
+            read = films.of(visitor)
             if any(part["type"] == "video" for one in asked for part in one["content"]):
                 yield status_of("decoding the film"), gr.skip(), gr.skip()
-            earlier = [{**one, "content": with_frames(one["content"], films.of(visitor))} for one in earlier]
-            pictures = [picture for file in files for picture in films.of(visitor)(file)]
+            earlier = [{**one, "content": with_frames(one["content"], read)} for one in earlier]
+            pictures = [picture for file in files for picture in read(file)]
         except (ValueError, TypeError, KeyError, ImportError) as error:
             yield refusal_of(error), gr.skip(), gr.skip()
             return
@@ -312,8 +313,8 @@ def pictures_of(file: str) -> list[Any]:
 class KeptFilms:
     """The frames of films that were asked about: a follow-up question decodes nothing again.
 
-    Each visitor has his own, so that nobody learns from the time of an answer which films others have sent. What was
-    asked about longest ago is dropped first, and is decoded again if it is needed.
+    Each visitor has frames of their own, so that nobody learns from the time of an answer which films others have sent.
+    What was asked about longest ago is dropped first, and is decoded again if it is needed.
 
     Args:
         most_bytes: how many bytes the frames of all visitors may take together.
@@ -352,14 +353,14 @@ class KeptFilms:
 
 
 def with_frames(
-    content: Sequence[Mapping[str, Any]], pictures_of: Callable[[str], list[Any]]
+    content: Sequence[Mapping[str, Any]], read: Callable[[str], list[Any]]
 ) -> list[Mapping[str, Any]]:
-    """Return the content of a message with the frames of each film, as `pictures_of` gives them, in its place."""
+    """Return the content of a message with each film replaced by its frames, which `read` gives."""
     return [
         new
         for part in content
         for new in (
-            [{"type": "image", "image": frame} for frame in pictures_of(part["path"])]
+            [{"type": "image", "image": frame} for frame in read(part["path"])]
             if part["type"] == "video"
             else [part]
         )

@@ -134,12 +134,8 @@ def _read_siglip(hidden: Tensor, config: Any, class_token: str) -> Tensor:
     return hidden
 
 
-def _siglip_processor(size: int) -> BaseImageProcessor:
-    return _square_processor(size, HALF)
-
-
 def _square_processor(size: int, statistics: dict[str, list[float]]) -> BaseImageProcessor:
-    """Return SigLIP's, which resizes to a square, with other statistics."""
+    """Return SigLIP's image processor, which resizes to a square, with the statistics that are given."""
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     return SiglipImageProcessorPil(size={"height": size, "width": size}, **statistics)
@@ -168,7 +164,12 @@ def unshuffle_map(feature_map: Tensor) -> Tensor:
     Returns:
         [N, h w, 4 D]; channel 4 c + 2 dy + dx of patch (y, x) is the map's channel c at (2 y + dy, 2 x + dx).
     """
-    return F.pixel_unshuffle(feature_map, SAM_UNSHUFFLE).flatten(2).transpose(1, 2)
+    return map_as_patches(F.pixel_unshuffle(feature_map, SAM_UNSHUFFLE))
+
+
+def map_as_patches(feature_map: Tensor) -> Tensor:
+    """Return the places of a map row by row, [N, D, h, w] -> [N, h w, D]."""
+    return feature_map.flatten(2).transpose(1, 2)
 
 
 def _resnet_class() -> type[PreTrainedModel]:
@@ -178,21 +179,24 @@ def _resnet_class() -> type[PreTrainedModel]:
 
 
 def _resnet_problem(config: Any) -> str:
-    """transformers leaves out stages that only one of the two lists has."""
+    """Return what is wrong with the numbers of stages: transformers drops those that only one of two lists has."""
     if config.depths and len(config.depths) == len(config.hidden_sizes):
         return ""
     return f"depths {config.depths} and hidden_sizes {config.hidden_sizes} must have a number for each stage."
 
 
 def _resnet_grid_size(config: Any) -> int:
-    """Stem and pooling halve the side, then each stage but the first, which may be told to as well."""
+    """Return the side of the last stage's map.
+
+    The stem halves a picture's side, and so do the pooling after it and each stage, the first one only if
+    `downsample_in_first_stage` is set.
+    """
     halvings = len(config.depths) + 1 + config.downsample_in_first_stage
     return math.ceil(config.image_size / 2**halvings)
 
 
 def _read_map(hidden: Tensor, config: Any, class_token: str) -> Tensor:
-    """Return the places of a feature map row by row, [V N, D, h, w] -> [V N, h w, D]."""
-    return hidden.flatten(2).transpose(1, 2)
+    return map_as_patches(hidden)
 
 
 ENCODERS = {
@@ -218,7 +222,7 @@ ENCODERS = {
         statistics=HALF,
         cut=_cut_siglip,
         read=_read_siglip,
-        image_processor=_siglip_processor,
+        image_processor=lambda size: _square_processor(size, HALF),
     ),
     "sam": Encoder(
         model_type="sam_vision_model",

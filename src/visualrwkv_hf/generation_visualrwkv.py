@@ -33,7 +33,7 @@ from .prompt_identity import (
 )
 from .reading_plan import ReadingPlan
 from .state_store import StateStore
-from .tuned_state import TunedState, attached, store_of_beginning
+from .tuned_state import TunedState, identity_of_beginning, store_of_beginning
 
 CACHES: dict[str | None, Callable] = {
     None: VisualRWKVCache,
@@ -185,8 +185,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         tokens = self._encoded(plan.unread)
         self._read_pieces(plan, rest, torch.cat(tokens) if tokens else None)
         plan.leave(length)
-        begun = attached(self) if initial_state is None else initial_state
-        beginnings = [None if begun is None else begun.identity]
+        beginnings = [identity_of_beginning(self, initial_state)]
         return KeptState.of(plan.cache, [prompt], self.dtype).identified(self, processor, beginnings)
 
     @torch.no_grad()

@@ -145,6 +145,7 @@ class KeptState:
         return identities or [None] * len(self.prompts)
 
     def _begun_with(self, beginnings: Sequence[str | None]) -> "KeptState":
+        """Return this state with these `beginnings` in its fingerprint, if it has one."""
         if self.fingerprint is None:
             return self
         fingerprint = {name: part for name, part in self.fingerprint.items() if name != "tuned_state"}

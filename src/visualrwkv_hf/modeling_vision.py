@@ -17,7 +17,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_visualrwkv import VisualRWKVConfig, VisualRWKVVisionConfig
-from .encoders import ENCODERS
+from .encoders import ENCODERS, map_as_patches
 from .image_tokens import class_token_places, num_views
 
 
@@ -45,11 +45,6 @@ def _as_map(patches: torch.Tensor) -> torch.Tensor:
     """[N, h w, D] -> [N, D, h, w], h = w."""
     side = _side(patches.shape[1])
     return patches.transpose(1, 2).unflatten(2, (side, side))
-
-
-def _as_patches(feature_map: torch.Tensor) -> torch.Tensor:
-    """[N, D, h, w] -> [N, h w, D], row by row."""
-    return feature_map.flatten(2).transpose(1, 2)
 
 
 def stitch_tiles(tiles: torch.Tensor, tile_grid: int) -> torch.Tensor:
@@ -267,7 +262,7 @@ def resample_position_embedding(
     """
     prefix, patches = position[:, :num_prefix_tokens], position[:, num_prefix_tokens:]
     resized = F.interpolate(_as_map(patches.float()), size=new_grid, mode="bicubic", antialias=True)
-    return torch.cat((prefix, _as_patches(resized).to(position.dtype)), dim=1)
+    return torch.cat((prefix, map_as_patches(resized).to(position.dtype)), dim=1)
 
 
 # Pooling: patches [N, h w, D] to fewer patches.
@@ -276,12 +271,12 @@ def resample_position_embedding(
 def _pool_average(patches: torch.Tensor, grid_size: int) -> torch.Tensor:
     """Average windows of h // g, with that stride; where g does not divide h, there may be more than g * g."""
     feature_map = _as_map(patches)
-    return _as_patches(F.avg_pool2d(feature_map, feature_map.shape[-1] // grid_size))
+    return map_as_patches(F.avg_pool2d(feature_map, feature_map.shape[-1] // grid_size))
 
 
 def _pool_adaptive(patches: torch.Tensor, grid_size: int) -> torch.Tensor:
     """Average exactly g x g windows; window i spans floor(i h / g) to ceil((i + 1) h / g)."""
-    return _as_patches(F.adaptive_avg_pool2d(_as_map(patches), grid_size))
+    return map_as_patches(F.adaptive_avg_pool2d(_as_map(patches), grid_size))
 
 
 def _pool_none(patches: torch.Tensor, grid_size: None) -> torch.Tensor:

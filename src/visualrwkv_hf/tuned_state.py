@@ -308,10 +308,21 @@ def store_of_beginning(
     store: StateStore | None, model: Any, initial: TunedState | Sequence[TunedState | None] | None
 ) -> StateStore | None:
     """Return the part of `store` whose states began as a reading begins: with `initial`, or as `model` does."""
-    begun = attached(model) if initial is None else initial
+    begun = _beginning(model, initial)
     if store is None or begun is None:
         return store
     return store.scoped(f"{store.scope} {identity_of(begun)}")  # a client's part stays the client's
+
+
+def identity_of_beginning(model: Any, initial: TunedState | None) -> str | None:
+    """Return the identity of what a reading of one sample begins with; None for zeros."""
+    begun = _beginning(model, initial)
+    return None if begun is None else begun.identity
+
+
+def _beginning(model: Any, initial: Any) -> Any:
+    """Return what a reading begins with: `initial`, or else what is attached to `model`; None for zeros."""
+    return attached(model) if initial is None else initial
 
 
 def attached(model: Any) -> TunedState | None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from chats import FIRST, MODELS, inputs_of, picture, user
+from chats import FIRST, MODELS, batch_of, inputs_of, picture, user
 from tiny import awake, text_config
 from tiny_training import tiny_model, tiny_processor
 from transformers import pipeline
@@ -43,17 +43,6 @@ def model(request):
 @pytest.fixture(scope="module")
 def rwkv7():
     return tiny_model(**KINDS["rwkv7"]).requires_grad_(False)
-
-
-def batch_of(processor, chats, side):
-    return processor.apply_chat_template(
-        chats,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": side},
-    )
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "state"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from chats import FIRST, MODELS, assistant, counted_tokens, inputs_of, picture, user
+from chats import FIRST, MODELS, assistant, batch_of, counted_tokens, inputs_of, picture, user
 from tiny_training import tiny_model, tiny_processor
 from transformers import pipeline
 
@@ -85,14 +85,7 @@ def test_rows_of_a_batch_are_scored_as_alone(rwkv7, rwkv7_processor):
     state = rwkv7.read(rwkv7_processor, [user(None, "red")])
     for kept in (None, state):
         for side in ("left", "right"):
-            inputs = rwkv7_processor.apply_chat_template(
-                chats,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": side},
-            )
+            inputs = batch_of(rwkv7_processor, chats, side)
             scores = rwkv7.score(inputs, ANSWERS, tokenizer=rwkv7_processor, past_key_values=kept)
             assert scores.log_probs.shape == (3, len(ANSWERS))
             for row, chat in enumerate(chats):

@@ -11,6 +11,7 @@ from chats import (
     GREEDY,
     MODELS,
     assistant,
+    batch_of,
     counted_tokens,
     inputs_of,
     user,
@@ -399,10 +400,7 @@ def test_clients_of_a_server_do_not_share_what_they_sent(model, processor):
 
 def test_a_batch_does_without(model, processor):
     chats = [[user("What?", "red")], [user("What is that there?", "blue")]]
-    inputs = processor.apply_chat_template(
-        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )  # fmt: skip
+    inputs = batch_of(processor, chats)
     model.generate(**inputs, **GREEDY)
     assert not len(model.state_store)
 

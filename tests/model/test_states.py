@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from chats import FIRST, GREEDY, MODELS, assistant, counted_tokens, inputs_of, picture, user
+from chats import FIRST, GREEDY, MODELS, assistant, batch_of, counted_tokens, inputs_of, picture, user
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_training import tiny_model, tiny_processor
@@ -338,10 +338,7 @@ def test_states_of_different_lengths_make_a_batch(model, processor):
     assert batch.batch_size == 3 and batch.nbytes == sum(state.nbytes for state in states)
     question = user("And how big is it?")
     whole = [[*chat, question] for chat in chats]
-    inputs = processor.apply_chat_template(
-        whole, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )  # fmt: skip
+    inputs = batch_of(processor, whole)
     with counted_tokens(model) as tokens:
         together = model.generate(**inputs, **GREEDY, past_key_values=batch)[
             :, inputs["input_ids"].shape[1] :
@@ -365,10 +362,7 @@ def test_one_picture_many_questions_in_a_batch(rwkv7, rwkv7_processor):
     for question in questions:
         inputs = inputs_of(rwkv7_processor, user(question, "red"))
         alone.append(rwkv7.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :].tolist())
-    inputs = rwkv7_processor.apply_chat_template(
-        [[user(question, "red")] for question in questions], add_generation_prompt=True, tokenize=True,
-        return_dict=True, return_tensors="pt", processor_kwargs={"padding": True},
-    )  # fmt: skip
+    inputs = batch_of(rwkv7_processor, [[user(question, "red")] for question in questions])
     together = rwkv7.generate(**inputs, **GREEDY, past_key_values=state)
     assert together[:, inputs["input_ids"].shape[1] :].tolist() == alone
 

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from chats import FIRST, inputs_of, user
+from chats import FIRST, batch_of, inputs_of, user
 from tiny_training import tiny_model, tiny_processor, world_vocabulary
 
 from visualrwkv_hf.conversion.world_tokenizer import build_world_tokenizer
@@ -240,14 +240,7 @@ def test_rows_of_a_batch_beams_and_calls_after_one_another(model, processor):
     choices = ["red dot", "blue line", "no"]
     fits = structured_output(processor, choices=choices)
     chats = [[user("What is it?", "red")], [user("Is it? Or not?", "blue")]]
-    inputs = processor.apply_chat_template(
-        chats,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
+    inputs = batch_of(processor, chats)
     for options in ({}, dict(num_beams=3), dict(do_sample=True, num_return_sequences=2), {}):
         output = model.generate(
             **inputs, logits_processor=[fits], max_new_tokens=30, **{"do_sample": False, **options}

@@ -35,6 +35,12 @@ def inputs_of(processor, *messages, **template_variables):
     )
 
 
+def batch_of(processor, chats, side: str | None = None):
+    """Return the inputs of several chats, padded on a side; None is the processor's own."""
+    padding = {"padding": True} if side is None else {"padding": True, "padding_side": side}
+    return inputs_of(processor, *chats, processor_kwargs=padding)
+
+
 @contextmanager
 def counted_tokens(model):
     """The numbers of tokens that the language model reads, one for each forward."""

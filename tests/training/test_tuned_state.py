@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from chats import GREEDY, MODELS, inputs_of, user
+from chats import GREEDY, MODELS, batch_of, inputs_of, user
 from hub_client import client_process, push_and_pull_state, refusal_of_state
 from hub_server import Hub
 from safetensors.torch import load_file, save_file
@@ -97,14 +97,7 @@ def test_rows_of_a_batch_begin_each_with_its_own(rwkv7):
     processor = tiny_processor(rwkv7)
     chats = [[user(text, "red")] for text in ("What is it?", "Is it a dot, or a line?", "What?")]
     states = [random_state(rwkv7, 1), None, random_state(rwkv7, 2)]
-    inputs = processor.apply_chat_template(
-        chats,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
+    inputs = batch_of(processor, chats)
     together = logits_of(rwkv7, inputs, initial_state=states)
     beams = rwkv7.generate(**inputs, **GREEDY, num_beams=2, initial_state=states)
     for row, (chat, state) in enumerate(zip(chats, states)):
@@ -186,14 +179,7 @@ def test_scores_begin_with_an_initial_state(rwkv7):
             torch.testing.assert_close(found, alone[-1], rtol=0, atol=1e-3)
     assert store.hits >= 3
     for side in ("left", "right"):
-        inputs = processor.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": side},
-        )
+        inputs = batch_of(processor, chats, side)
         torch.testing.assert_close(score(inputs, states), torch.cat(alone), rtol=0, atol=1e-3)
     own = score(inputs_of(processor, *chats[0]), states[0])
     torch.testing.assert_close(score(inputs, states[0])[:1], own, rtol=0, atol=1e-3)

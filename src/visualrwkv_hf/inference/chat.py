@@ -17,7 +17,7 @@ from transformers import BatchFeature
 from ..image_processing_visualrwkv import open_picture
 from ..kept_state import KeptState
 from ..state_store import StateStore
-from ..tuned_state import attached, store_of_beginning
+from ..tuned_state import identity_of_beginning, store_of_beginning
 from .pictures import open_named_picture
 from .progress import Report
 from .saved_chat import ChatWriter, picture_part, read_chat
@@ -216,8 +216,7 @@ class Chat:
             try:
                 kept = KeptState.load(state_file, self.model, self.processor)
                 initial = self.generation.get("initial_state")
-                begun = attached(self.model) if initial is None else initial
-                if [*kept.beginnings] != [None if begun is None else begun.identity]:
+                if [*kept.beginnings] != [identity_of_beginning(self.model, initial)]:
                     raise ValueError(
                         "it did not begin as this model does, with the same tuned state or with none."
                     )

@@ -165,8 +165,8 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         """Copy the weights of a folder into the model.
 
         transformers reads them, because some encoders are saved under other names than those of their modules. Weights
-        of few bits become dense. Of several devices that share the heads each keeps its part,
-        and so does a stage of a pipeline.
+        of few bits become dense. Each of several devices that share the heads keeps its part, and so does each stage of
+        a pipeline.
 
         Raises:
             ValueError: the folder lacks tensors of the model, has others or has some of another shape, or holds NaN

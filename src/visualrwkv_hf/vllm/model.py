@@ -93,8 +93,10 @@ class VisualRWKV(RecurrentModel, SupportsMultiModal):
         return self.hf.model.scan_orders(self._pictures[None, :num_tokens]) or [None]
 
     def receive(self, tensors: IntermediateTensors) -> tuple[Tensor, Tensor | None]:
-        """Return the hidden states and `v_first` of a step, and keep where its pictures are: only the first stage
-        gets the pictures."""
+        """Return the hidden states and `v_first` of a step, and keep where its pictures are.
+
+        vLLM gives the pictures to the first stage alone.
+        """
         self._pictures = None if self._is_scan_trivial else tensors[PICTURES].bool()
         return super().receive(tensors)
 
