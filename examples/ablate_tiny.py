@@ -26,7 +26,7 @@ from tiny_data import Task, all_wording
 from tiny_packages import Fonts, fonts, words
 from tiny_scenes import comparing_task
 from tiny_signs import reading_task
-from tiny_stages import ALL_PARTS, BATCH, Stage
+from tiny_stages import ALL_PARTS, Stage
 from train_tiny import cut_vocabulary, fresh_model, lessons, train_stage
 from transformers import set_seed
 
@@ -60,7 +60,7 @@ LANGUAGE_MODEL = dict(hidden_size=96, num_hidden_layers=4, head_dim=32, mix_low_
 }
 """Four layers: each direction of the multidirectional scan is read by one."""
 
-STEPS = (400, 500, 700)
+BATCH, STEPS = 16, (400, 500, 700)
 
 
 def few_fonts(data_dir: Path) -> Fonts:
@@ -111,6 +111,7 @@ def run(
         with TemporaryDirectory() as folder:
             data = lessons(level, stage, rows, seed)
             options = dict(disable_tqdm=True, logging_steps=stage.steps, save_strategy="no")
+            options["per_device_train_batch_size"] = BATCH
             train_stage(model, processor, stage, data, seed, Path(folder), **options)
     return {name: accuracy(model, processor, sample_of(task.test, questions)) for name, task in tasks.items()}
 

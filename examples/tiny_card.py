@@ -8,7 +8,7 @@ from accelerate import PartialState
 from benchmarking import markdown_table
 from tiny_data import Task
 from tiny_packages import EMOJI, FONTS, WORDS
-from tiny_stages import BATCH, WEIGHT_DECAY, Stage, computes_in_bfloat16, shares_of
+from tiny_stages import BATCH, MUON_FACTOR, WEIGHT_DECAY, Stage, computes_in_bfloat16, shares_of
 
 CARD = Path(__file__).with_name("tiny_card.md")
 
@@ -57,6 +57,7 @@ def model_card(
         data=markdown_table(data),
         recipe=markdown_table(recipe),
         command=command,
+        muon_factor=MUON_FACTOR,
         weight_decay=WEIGHT_DECAY,
         seed=seed,
         minutes=f"{minutes:.0f}",

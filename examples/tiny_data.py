@@ -106,7 +106,8 @@ class Lessons(Dataset):
         others: int,
         seed: int,
     ):
-        """At most `main` and `others` questions of each kind in a row; `shares` weigh the tasks."""
+        """At most `main` and `others` questions of each kind in a row, their number divided by that of the
+        row's pictures; `shares` weigh the tasks."""
         self.tasks, self.shares, self.rows = tasks, shares, rows
         self.main, self.others, self.seed = main, others, seed
 
@@ -120,10 +121,10 @@ class Lessons(Dataset):
         main = random.sample(lesson.main, len(lesson.main))
         if not lesson.repeats:
             main = list({question.answer: question for question in main}.values())
-        questions = main[: self.main]
-        others = (
-            self.others if questions else max(1, self.others)
-        )  # of some pictures easy-VQA asks nothing open
+        room = -(-(self.main + self.others) // len(lesson.pictures))  # pictures take long to read
+        questions = main[: min(self.main, room)]
+        # Of some pictures easy-VQA asks nothing open.
+        others = min(self.others, room - len(questions)) if questions else max(1, self.others)
         questions += random.sample(lesson.others, min(others, len(lesson.others)))
         random.shuffle(questions)
         return {"conversations": conversation(questions, len(lesson.pictures)), "images": [*lesson.pictures]}

@@ -60,6 +60,9 @@ FONTS = tuple(
 TEST_FAMILIES = ("lora", "nunito", "ubuntu")
 """Families of which no training picture shows a letter: one with serifs, two without."""
 
+VALIDATION_FAMILIES = ("merriweather", "montserrat", "open-sans")
+"""Families that take the place of the test's where settings are chosen: one with serifs, two without."""
+
 SHORTEST_TEST_WORD = 4
 TEST_WORDS = 0.1
 """Share of the words that no training picture shows."""
@@ -96,15 +99,20 @@ class Fonts(NamedTuple):
     test: list[bytes]
 
 
-def fonts(folder: Path) -> Fonts:
+def fonts(folder: Path, validation: bool = False) -> Fonts:
     """Return the upright fonts of all families, regular and bold.
+
+    With `validation` those of `VALIDATION_FAMILIES` are held out, and those of the test are left out.
 
     Raises:
         RuntimeError, ValueError: as [`fetched`].
     """
     found = Fonts([], [])
     for package in FONTS:
-        held_out = package.name.rsplit("/", 1)[1] in TEST_FAMILIES
+        family = package.name.rsplit("/", 1)[1]
+        if validation and family in TEST_FAMILIES:
+            continue
+        held_out = family in (VALIDATION_FAMILIES if validation else TEST_FAMILIES)
         with tarfile.open(fetched(package, folder)) as archive:
             for member in sorted(archive, key=lambda member: member.name):
                 if member.name.endswith(("_400Regular.ttf", "_700Bold.ttf")):
@@ -119,8 +127,10 @@ class Words(NamedTuple):
     test: list[str]
 
 
-def words(folder: Path, longest: int) -> Words:
+def words(folder: Path, longest: int, validation: bool = False) -> Words:
     """Return the common English words of 2 to `longest` letters from A to Z.
+
+    With `validation` as many other words are held out, and the test's are left out. Random letters may show some.
 
     Raises:
         RuntimeError, ValueError: as [`fetched`].
@@ -128,17 +138,23 @@ def words(folder: Path, longest: int) -> Words:
     with tarfile.open(fetched(WORDS, folder)) as archive:
         lists = [archive.extractfile(f"package/english-words-{size}.json").read() for size in (10, 20, 35)]
     known = {word.upper() for text in lists for word in json.loads(text) if word.isascii() and word.isalpha()}
-    train = [word for word in sorted(known) if 2 <= len(word) <= longest and not is_test_word(word)]
+    fitting = [word for word in sorted(known) if 2 <= len(word) <= longest]
+    if validation:
+        fitting = [word for word in fitting if not is_test_word(word)]
+    held_out = [word for word in fitting if (is_validation_word if validation else is_test_word)(word)]
+    train = sorted(set(fitting) - set(held_out))
     shown = " ".join(train)
-    test = [
-        word for word in sorted(known) if SHORTEST_TEST_WORD <= len(word) <= longest and is_test_word(word)
-    ]
-    return Words(train, [word for word in test if word not in shown])
+    return Words(train, [word for word in held_out if len(word) >= SHORTEST_TEST_WORD and word not in shown])
 
 
 def is_test_word(word: str) -> bool:
     """Return whether a word is held out, which depends on the word alone."""
     return lot(word) < TEST_WORDS
+
+
+def is_validation_word(word: str) -> bool:
+    """Return whether a word is held out where settings are chosen."""
+    return TEST_WORDS <= lot(word) < 2 * TEST_WORDS
 
 
 def lot(text: str) -> float:

@@ -43,6 +43,9 @@ MOST = 9
 SIZE_RATIO = 1.4
 """How many times as wide each thing is as the next smaller one, where sizes are compared."""
 
+APART = 0.53
+"""Least distance of two things' middles in sums of their sizes; at one half they could touch."""
+
 
 class Thing(NamedTuple):
     """A drawn shape. `x` and `y` are its middle, `size` is the diameter of a circle around it, in pixels."""
@@ -133,7 +136,7 @@ def _place(
     for _ in range(40):
         x = random.uniform(box.left + 0.5 * size, box.right - 0.5 * size)
         y = random.uniform(box.top + 0.5 * size, box.bottom - 0.5 * size)
-        if all(math.dist((x, y), other) > 0.53 * (size + s) for other, s in zip(places, sizes)):
+        if all(math.dist((x, y), other) > APART * (size + s) for other, s in zip(places, sizes)):
             return x, y
     return None
 
@@ -326,21 +329,23 @@ PLACES = ("the first", "the second", "the third")
 
 
 def frames_task() -> Task:
-    """Return frames of a moving thing, pictures of which one differs, and pictures in which some things change."""
+    """Return frames of moving things, pictures of which one differs, and pictures in which some things change."""
     kinds = (moving, different, changed)
 
     def lesson(random: Random) -> Lesson:
-        return Lesson(*random.choice(kinds)(random))
+        kind = random.choice(kinds)
+        return moving(random, random.randint(1, 3)) if kind is moving else kind(random)
 
     def exam(random: Random) -> Exam:
-        pictures, questions = random.choice(kinds)(random)
-        return Exam(pictures, questions[0])
+        drawn = random.choice(kinds)(random)
+        return Exam(drawn.pictures, drawn.main[0])
 
     wording = [Question(f"which way does the {shape} move?", way) for shape in SHAPES for way in DIRECTIONS]
     wording += [Question("which picture is different?", place) for place in PLACES]
     wording += [Question("how many circles changed color?", str(n)) for n in range(1, 6)]
     wording += [what_is_in(place, "star", color) for place in PLACES for color in COLORS]
     wording += [count_in_second(color, 1) for color in COLORS]
+    wording += [are_alike(*pair, same) for pair in combinations(PLACES, 2) for same in (True, False)]
     return Task("frames", "drawn", lesson, DrawnExams("frames", 600, exam), wording)
 
 
@@ -352,27 +357,43 @@ def count_in_second(color: str, number: int) -> Question:
     return Question(f"how many {color} things are in the second picture?", str(number))
 
 
-def moving(random: Random) -> tuple[list[Image.Image], list[Question]]:
-    """Return three frames of a moving thing and ask which way it moves; then easier questions."""
-    shape, color = random.choice(SHAPES), random.choice(sorted(COLORS))
+def are_alike(place: str, other: str, same: bool) -> Question:
+    return Question(f"do {place} and {other} picture show the same?", "yes" if same else "no")
+
+
+def moving(random: Random, number: int = 1) -> Lesson:
+    """Return three frames of moving things and ask which way each moves; then colours and shapes."""
+    shapes, colors = random.sample(SHAPES, number), random.sample(sorted(COLORS), number)
+    while True:
+        paths = [_path(random, *kind) for kind in zip(shapes, colors)]
+        frames = [[frame[i] for frame, _ in paths] for i in range(3)]
+        if all(_are_separate(a, b) for things in frames for a, b in combinations(things, 2)):
+            break
+    seed = random.random()
+    main = [Question(f"which way does the {shape} move?", way) for shape, (_, way) in zip(shapes, paths)]
+    others = [Question(f"what color is the {shape}?", color) for shape, color in zip(shapes, colors)]
+    others += [Question(f"what shape is {color}?", shape) for shape, color in zip(shapes, colors)]
+    return Lesson([scene(things, Random(seed)) for things in frames], main, others, repeats=True)
+
+
+def _path(random: Random, shape: str, color: str) -> tuple[list[Thing], str]:
+    """Return a thing in three frames, and which way it moves."""
     size, step = random.uniform(0.2, 0.3) * SIDE, random.uniform(0.12, 0.22) * SIDE
-    name, (dx, dy) = random.choice(sorted(DIRECTIONS.items()))
+    way, (dx, dy) = random.choice(sorted(DIRECTIONS.items()))
     room = [(0.5 * size + 2 * max(0, -d * step), SIDE - 0.5 * size - 2 * max(0, d * step)) for d in (dx, dy)]
     x, y = (random.uniform(*ends) for ends in room)
-    thing, seed = random_thing(random, shape, color, x, y, size), random.random()
-    path = [thing._replace(x=x + i * dx * step, y=y + i * dy * step) for i in range(3)]
-    questions = [
-        Question(f"which way does the {shape} move?", name),
-        Question(f"what color is the {shape}?", color),
-        Question(f"what shape is {color}?", shape),
-    ]
-    return [scene([each], Random(seed)) for each in path], questions
+    thing = random_thing(random, shape, color, x, y, size)
+    return [thing._replace(x=x + i * dx * step, y=y + i * dy * step) for i in range(3)], way
 
 
-def different(random: Random) -> tuple[list[Image.Image], list[Question]]:
+def _are_separate(a: Thing, b: Thing) -> bool:
+    return math.dist((a.x, a.y), (b.x, b.y)) > APART * (a.size + b.size)
+
+
+def different(random: Random) -> Lesson:
     """Return three pictures, two of one kind of thing and one of another, and the question which is different.
 
-    After it come questions about each picture, which teach what is needed for it.
+    After it come questions about each picture and about each two, which teach what is needed for it.
     """
     shape, other = random.sample(SHAPES, 2)
     color, wrong = random.sample(sorted(COLORS), 2)
@@ -384,10 +405,11 @@ def different(random: Random) -> tuple[list[Image.Image], list[Question]]:
         size = random.uniform(0.35, 0.6) * SIDE
         ((x, y),), _ = free_places(random, [size])
         pictures.append(scene([random_thing(random, *kind, x, y, size)], random))
-    return pictures, questions
+    pairs = [are_alike(*pair, PLACES[place] not in pair) for pair in combinations(PLACES, 2)]
+    return Lesson(pictures, questions, pairs, repeats=True)
 
 
-def changed(random: Random) -> tuple[list[Image.Image], list[Question]]:
+def changed(random: Random) -> Lesson:
     """Return two pictures of the same things, some of another colour in the second, and the question how many.
 
     After it come questions about the second picture alone.
@@ -406,4 +428,4 @@ def changed(random: Random) -> tuple[list[Image.Image], list[Question]]:
     ]
     if number < total:
         questions.append(count_in_second(before, total - number))
-    return [scene(each, Random(seed)) for each in (things, later)], questions
+    return Lesson([scene(each, Random(seed)) for each in (things, later)], questions)

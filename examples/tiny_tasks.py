@@ -1,5 +1,6 @@
 """All tasks of `train_tiny.py`, by name."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from tiny_charts import charts_task
@@ -30,12 +31,15 @@ TARGETS = {
 def all_tasks(folder: Path, validation: bool = False) -> dict[str, Task]:
     """Return the tasks by name; what npm has for them is kept in `folder`.
 
+    With `validation` the pictures, fonts and words of the test are left out, and others are held out in their place.
+    What is drawn without fonts is drawn as for the test.
+
     Raises:
         RuntimeError, ValueError: as `tiny_packages.fetched`.
         ImportError: a library that the pictures need is missing.
     """
     held_out_photographs()  # a missing library is found out before the training and not after it
-    files, known_words = fonts(folder), words(folder, LONGEST_WORD)
+    files, known_words = fonts(folder, validation), words(folder, LONGEST_WORD, validation)
     known = [
         easy_vqa_task(validation),
         digits_task(validation),
@@ -48,5 +52,9 @@ def all_tasks(folder: Path, validation: bool = False) -> dict[str, Task]:
         turned_task(),
         posters_task(files, known_words),
     ]
-    one_picture = [task for task in known if task.wording and task.name != "frames"]
-    return {task.name: task for task in [*known, unknown_task(one_picture)]}
+    return {task.name: task for task in [*known, unknown_task(of_one_kind(known))]}
+
+
+def of_one_kind(tasks: Iterable[Task]) -> list[Task]:
+    """Return the tasks with one picture of one kind."""
+    return [task for task in tasks if task.name not in ("frames", "posters", "unknown")]

@@ -183,6 +183,32 @@ def unknown_task(others: Sequence[Task]) -> Task:
     return Task("unknown", source, lesson, DrawnExams("unknown", TESTED, exam), wording)
 
 
+STARTS = ("who", "what", "why", "when", "where", "how", "which", "is", "does", "can")
+KNOWN_THINGS = ("circle", "rectangle", "triangle", "star", "bar", "sign", "digit", "picture")
+
+
+def refusals_task(pictured: Sequence[Task], words: Sequence[str]) -> Task:
+    """Return pictures of other tasks with questions that none of them answers, about things that it may show; no test.
+
+    Half of the questions are made of random words: what the model was never asked begins with words that it does not
+    know.
+    """
+
+    def lesson(random: Random) -> Lesson:
+        picture = random.choice(pictured).lesson(random).pictures[0]
+        thing = random.choice(KNOWN_THINGS if random.random() < 0.5 else TRAIN_THINGS)
+        text = random.choice(TRAIN_FORMS).format(thing)
+        if random.random() < 0.5:
+            said = [word.lower() for word in random.choices(words, k=random.randint(1, 3))]
+            text = (
+                " ".join([random.choice(STARTS), *random.sample([*said, f"the {thing}"], len(said) + 1)])
+                + "?"
+            )
+        return Lesson([picture.convert("RGB")], [Question(text, UNKNOWN)])
+
+    return Task("refusals", "drawn, with words as reading", lesson, (), ())
+
+
 def training_photograph(random: Random) -> Image.Image:
     """Return a crop of a photograph, recoloured and mirrored, or a drawn texture."""
     if random.random() < 0.3:

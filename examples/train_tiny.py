@@ -28,10 +28,13 @@ from benchmarking import markdown_table
 from evaluate_tiny import accuracy, scores
 from tiny_card import model_card
 from tiny_data import Exam, Lessons, Question, Task, all_wording, conversation
+from tiny_optimizer import MuonAndAdamW
 from tiny_packages import fonts, words
 from tiny_signs import LONGEST_WORD, reading_task
 from tiny_stages import (
     BATCH,
+    MUON_FACTOR,
+    POSTERS_REFUSED,
     READING_LEVELS,
     STAGES,
     WARM_UP,
@@ -40,7 +43,8 @@ from tiny_stages import (
     computes_in_bfloat16,
     shares_of,
 )
-from tiny_tasks import all_tasks
+from tiny_tasks import all_tasks, of_one_kind
+from tiny_unknown import refusals_task
 from tqdm import tqdm
 from transformers import GenerationConfig, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -64,7 +68,7 @@ from visualrwkv_hf.training import PROMPT_FORMATS, encode_turns, exit_together
 EMBEDDING_STD, OUTPUT_STD = 0.3, 0.05
 """Initial standard deviations that replace RWKV's; see [`open_up`]."""
 
-CHECKPOINT_STEPS = 500
+CHECKPOINT_STEPS, REHEARSAL_STEPS = 500, 1000
 SCAN = "multidirectional"
 IMAGE_SIZE = 128
 TOWER = dict(
@@ -211,22 +215,27 @@ def train_stage(
     arguments = VisualRWKVTrainingArguments(
         output_dir=str(output_dir),
         max_steps=stage.steps,
-        per_device_train_batch_size=BATCH // processes,
         ddp_find_unused_parameters=False,
         learning_rate=stage.learning_rate,
         learning_rate_final=stage.final_learning_rate,
         warmup_steps=min(WARM_UP, stage.steps // 10),
         seed=seed,
         use_cpu=True,
-        weight_decay=WEIGHT_DECAY,
         bf16=computes_in_bfloat16(),
         save_steps=CHECKPOINT_STEPS,
         save_total_limit=1,
-        **{"logging_steps": 50, "report_to": "none", **options},
+        **{
+            "per_device_train_batch_size": BATCH // processes,
+            "logging_steps": 50,
+            "report_to": "none",
+            **options,
+        },
     )
+    rates = (stage.learning_rate, MUON_FACTOR * stage.learning_rate)
     trainer = VisualRWKVTrainer(
         model=model,
         args=arguments,
+        optimizers=(MuonAndAdamW(model.named_parameters(), *rates, WEIGHT_DECAY), None),
         train_dataset=data,
         data_collator=VisualRWKVDataCollator(processor, prompt_format(model.config.image_position)),
         callbacks=list(callbacks),
@@ -261,7 +270,7 @@ def train(
         result = place / "weights.pt"
         if not result.exists():
             PartialState().print(f"Stage {number}: {stage.steps} steps; {shares_of(stage)}.", flush=True)
-            progress = Progress(processor, [tasks[name] for name in stage.shares], every=CHECKPOINT_STEPS)
+            progress = Progress(processor, [tasks[name] for name in stage.shares], every=REHEARSAL_STEPS)
             data = lessons(tasks, stage, rows, seed)
             train_stage(model, processor, stage, data, seed, place, [progress, clock])
             if PartialState().is_main_process:
@@ -286,8 +295,8 @@ def main(
     validation: Annotated[
         bool,
         typer.Option(
-            help="Hold out a tenth of the training pictures of easy-VQA, digits and emoji, and examine on those, "
-            "for choosing settings."
+            help="Hold out a part of the training's pictures, fonts and words, and examine on those, for choosing "
+            "settings."
         ),
     ] = False,
     without_code: Annotated[bool, typer.Option(help="Do not save a copy of the package's code.")] = False,
@@ -303,12 +312,14 @@ def main(
             print(f"{error} Training uses plain torch, which is several times slower.", file=sys.stderr)
             backend = "torch"
         tasks = all_tasks(data_dir, validation)
-        files, known_words = fonts(data_dir), words(data_dir, LONGEST_WORD)
+        files, known_words = fonts(data_dir, validation), words(data_dir, LONGEST_WORD, validation)
     stages = [stage._replace(steps=max(1, round(scale * stage.steps))) for stage in STAGES]
     levels = {
         name: replace(reading_task(files, known_words, *level), name=name)
         for name, level in READING_LEVELS.items()
     }
+    pictured = [*of_one_kind(tasks.values()), *[tasks["posters"]] * POSTERS_REFUSED]
+    levels["refusals"] = refusals_task(pictured, known_words.train)
     with kernel_backend(backend):
         set_seed(seed)
         model, processor = fresh_model(

@@ -170,7 +170,14 @@ def name_of(source) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"it is not a file in one of the formats {', '.join(_readable_formats())}, or it is damaged."
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it is too large: {pillows_limit()}."
     return ADDRESS.sub("it", str(error))[:300] or f"{type(error).__name__}."
+
+
+def pillows_limit() -> str:
+    """Return what Pillow's `DecompressionBombError` says, in plain words."""
+    return f"at most {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels are decoded"
 
 
 # Values.

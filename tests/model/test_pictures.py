@@ -183,7 +183,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypat
 def test_pillows_own_limit_holds_too(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     picture(40, 30).save(tmp_path / "big.png")
-    with pytest.raises(ValueError, match=r"big\.png.*1200 pixels.*200 pixels"):
+    with pytest.raises(ValueError, match=r"big\.png.* is too large: at most 200 pixels are decoded"):
         open_picture(tmp_path / "big.png")
 
 
@@ -192,7 +192,9 @@ def test_a_small_file_of_many_pixels_is_refused(tmp_path):
     monster = Image.new("1", (20_000, 20_000))
     monster.save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
-    with pytest.raises(ValueError, match=r"bomb\.png' cannot be read as a picture"):
+    with pytest.raises(
+        ValueError, match=r"bomb\.png' cannot be read as a picture: it is too large: at most 178,9"
+    ):
         open_picture(tmp_path / "bomb.png")
 
 

@@ -50,7 +50,7 @@ from tiny_signs import (
     turning_room,
 )
 from tiny_tasks import TARGETS
-from tiny_unknown import MISMATCHES, UNKNOWN, unknown_task
+from tiny_unknown import MISMATCHES, UNKNOWN, refusals_task, unknown_task
 from train_tiny import cut_vocabulary
 
 
@@ -277,30 +277,38 @@ def color_of_thing(picture) -> str:
 
 
 def test_a_thing_moves_where_the_answer_says(plain):
-    for i in range(30):
-        frames, (question, *_) = moving(Random(i))
-        color = color_of_thing(frames[0])
-        path = np.array([extent(frame, color)[:2] for frame in frames])
-        way = np.diff(path, axis=0) @ np.array(DIRECTIONS[question.answer])
-        assert (way > 0.08 * SIDE).all(), question
+    for i in range(60):
+        number = 1 + i % 3
+        drawn = moving(Random(i), number)
+        assert len(drawn.main) == number
+        shapes = [question.text.split()[4] for question in drawn.main]
+        answers = {question.text: question.answer for question in drawn.others}
+        for shape, question in zip(shapes, drawn.main):
+            color = answers[f"what color is the {shape}?"]
+            path = np.array([extent(frame, color)[:2] for frame in drawn.pictures])
+            way = np.diff(path, axis=0) @ np.array(DIRECTIONS[question.answer])
+            assert (way > 0.08 * SIDE).all(), question
 
 
 def test_one_picture_differs(plain):
     places = set()
     for i in range(30):
-        pictures, (question, *others) = different(Random(i))
+        pictures, (question, *others), pairs, _ = different(Random(i))
         place = ("the first", "the second", "the third").index(question.answer)
         colors = [color_of_thing(picture) for picture in pictures]
         rest = [color for number, color in enumerate(colors) if number != place]
         assert rest[0] == rest[1]
         assert [other.answer.split()[1] for other in others] == colors
+        names = ("first", "second", "third")
+        for pair in pairs:
+            assert (pair.answer == "no") == (names[place] in pair.text), pair
         places.add(place)
     assert places == {0, 1, 2}
 
 
 def test_as_many_things_change_as_the_answer_says(plain):
     for i in range(30):
-        (before, after), (question, *others) = changed(Random(i))
+        (before, after), (question, *others), _, _ = changed(Random(i))
         old = color_of_thing(before)
         assert things_in(before, old) - things_in(after, old) == int(question.answer) > 0
         assert others
@@ -343,6 +351,16 @@ def test_what_is_unknown_is_refused_in_the_same_words(fonts):
         q.text for k in known for q in k.wording
     }
     assert asked_about_photographs
+
+
+def test_questions_of_random_words_are_refused(fonts):
+    task = refusals_task([posters_task(fonts, WORDS)], WORDS.train)
+    lessons = [task.lesson(Random(i)) for i in range(60)]
+    assert {question.answer for lesson in lessons for question in lesson.main} == {UNKNOWN}
+    texts = {lesson.main[0].text for lesson in lessons}
+    assert any(word.lower() in text.split() for text in texts for word in WORDS.train)
+    known = {q.text for k in (posters_task(fonts, WORDS), turned_task(), counting_task()) for q in k.wording}
+    assert any("star" in text for text in texts) and not texts & known
 
 
 # All of them.
@@ -416,6 +434,8 @@ def test_words_are_held_out_by_the_word_alone(tmp_path, monkeypatch):
     assert found.train == ["LANTERNS", "STONE", "THE"]
     assert found.test == ["ALES", "STREET"]
     assert tiny_packages.words(tmp_path, 5) == (["STONE", "THE"], ["ALES"])
+    monkeypatch.setattr(tiny_packages, "is_validation_word", lambda word: word in ("THE", "STONE"))
+    assert tiny_packages.words(tmp_path, 8, validation=True) == (["LANTERNS"], ["STONE"])
 
 
 def test_about_a_tenth_of_the_words_is_held_out():

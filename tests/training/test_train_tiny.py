@@ -64,8 +64,9 @@ def test_it_learns_and_shuffled_pictures_take_it_away(trained, task):
 
 @pytest.mark.slow
 def test_two_processes_share_batches_and_questions(task, tmp_path):
-    """Weights are the same in both, and those of one process but for rounding, which 33 steps of AdamW spread.
+    """Weights are the same in both, and those of one process but for rounding, which 33 steps of Muon spread.
 
+    On average they differ by 0.0012, and by 0.0046 from those of other samples.
     The tower is not trained: its batch norms would see half a batch in each of two processes.
     """
     script = SUPPORT / "two_colors.py"
@@ -79,8 +80,8 @@ def test_two_processes_share_batches_and_questions(task, tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     alone = trained_on(task, tmp_path / "alone", tiny_stages.ALL_BUT_TOWER)[0].state_dict()
-    moved = max((first[name] - alone[name]).abs().max().item() for name in first)
-    assert 0 < moved < 0.02
+    apart = sum((first[name] - alone[name]).abs().sum() for name in first)
+    assert 0 < apart / sum(weight.numel() for weight in first.values()) < 0.0025
 
 
 def test_the_saved_folder_answers_on_the_command_line(trained, tmp_path):
@@ -231,12 +232,21 @@ def test_a_sample_asks_no_open_question_whose_answer_it_has_already():
     picture = Image.new("RGB", (8, 8))
     main = [tiny_data.Question(text, answer) for text, answer in (("a?", "1"), ("b?", "1"), ("c?", "2"))]
     others = [tiny_data.Question("d?", "yes")]
-    task = tiny_data.Task("made", "", lambda random: tiny_data.Lesson([picture] * 2, main, others), [], main)
+    task = tiny_data.Task("made", "", lambda random: tiny_data.Lesson([picture], main, others), [], main)
     for row in range(20):
         sample = tiny_data.Lessons([task], [1.0], range(row, row + 1), 3, 1, seed=0)[0]
-        said = [turn["value"] for turn in sample["conversations"]]
-        assert sorted(said[1::2]) == ["1", "2", "yes"]
-        assert said[0].count("<image>") == len(sample["images"]) == 2 and "<image>" not in "".join(said[1:])
+        assert sorted(turn["value"] for turn in sample["conversations"][1::2]) == ["1", "2", "yes"]
+
+
+@pytest.mark.parametrize(("pictures", "questions"), [(1, 5), (2, 3), (3, 2), (4, 2)])
+def test_a_sample_of_several_pictures_has_fewer_questions(pictures, questions):
+    main = [tiny_data.Question(f"{number}?", str(number)) for number in range(3)]
+    shown = [Image.new("RGB", (8, 8))] * pictures
+    task = tiny_data.Task("made", "", lambda random: tiny_data.Lesson(shown, main, main), [], main)
+    sample = tiny_data.Lessons([task], [1.0], range(1), 3, 2, seed=0)[0]
+    said = [turn["value"] for turn in sample["conversations"]]
+    assert len(said) == 2 * questions
+    assert said[0].count("<image>") == len(sample["images"]) == pictures and "<image>" not in "".join(said[1:])
 
 
 @pytest.fixture(scope="module")
@@ -284,14 +294,14 @@ def refusals() -> Sequence[tiny_data.Exam]:
 
 
 HELD_OUT = {
-    "digits": (lambda: digits_task().test, 0.93),
-    "counting": (lambda: counting_task().test, 0.78),
-    "comparing": (lambda: comparing_task().test, 0.72),
-    "frames": (lambda: frames_task().test, 0.39),
+    "digits": (lambda: digits_task().test, 0.86),
+    "counting": (lambda: counting_task().test, 0.77),
+    "comparing": (lambda: comparing_task().test, 0.78),
+    "frames": (lambda: frames_task().test, 0.4),
     "triangles": (lambda: turned_task().test, 0.97),
-    "reading": (signs, 0.6),
-    "emoji": (held_out_emoji, 0.38),
-    "unknown": (refusals, 0.75),
+    "reading": (signs, 0.7),
+    "emoji": (held_out_emoji, 0.43),
+    "unknown": (refusals, 0.9),
 }
 """Task -> its test, and the least accuracy: what the card says, less what 200 questions may be off by chance."""
 

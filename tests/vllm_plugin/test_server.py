@@ -177,7 +177,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 SAID = {
-    "bomb": "The picture is too large: Image size (3600000000 pixels)",
+    "bomb": "The picture is too large: at most 178,956,970 pixels are decoded.",
     "file": "Cannot load local files",
     "closed port": "The picture could not be fetched",
     "other scheme": "must be either a HTTP, data or file URL",

@@ -10,6 +10,8 @@ from PIL import Image
 from vllm.exceptions import VLLMError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
+from ..pictures import pillows_limit
+
 
 class PictureConnector(MediaConnector):
     """vLLM's loader of pictures by URL, whose every refusal has a status of 4xx.
@@ -40,7 +42,7 @@ def _clients_error() -> Iterator[None]:
     except (ValueError, VLLMError):
         raise
     except Image.DecompressionBombError as error:
-        raise ValueError(f"The picture is too large: {error}") from error
+        raise ValueError(f"The picture is too large: {pillows_limit()}.") from error
     except (NotImplementedError, RuntimeError) as error:  # of URLs that vLLM does not take
         raise ValueError(str(error)) from error
     except Exception as error:  # why a fetch has failed would tell about the network behind the server
