@@ -5,8 +5,8 @@
 
 A small model of each variant is trained from scratch with each of five seeds and asked about pictures, fonts and
 words of the test. Each run's scores are written when it ends, and a run that has scores is not repeated, so that the
-whole can be done in pieces, and by several processes at once: one for each core is best. All runs take some three
-and a half hours of two cores. Needs what `train_tiny.py` needs.
+whole can be done in pieces, and by several processes at once: one for each core is best. All runs take some
+hours of two cores. Needs what `train_tiny.py` needs.
 """
 
 import json
@@ -26,7 +26,7 @@ from tiny_data import Task, all_wording
 from tiny_packages import Fonts, fonts, words
 from tiny_scenes import comparing_task
 from tiny_signs import reading_task
-from tiny_stages import ALL_PARTS, Stage
+from tiny_stages import ALL_PARTS, BATCH, Stage
 from train_tiny import cut_vocabulary, fresh_model, lessons, train_stage
 from transformers import set_seed
 
@@ -60,7 +60,7 @@ LANGUAGE_MODEL = dict(hidden_size=96, num_hidden_layers=4, head_dim=32, mix_low_
 }
 """Four layers: each direction of the multidirectional scan is read by one."""
 
-BATCH, STEPS = 16, (400, 500, 700)
+STEPS = (400, 500, 700)
 
 
 def few_fonts(data_dir: Path) -> Fonts:
@@ -111,7 +111,6 @@ def run(
         with TemporaryDirectory() as folder:
             data = lessons(level, stage, rows, seed)
             options = dict(disable_tqdm=True, logging_steps=stage.steps, save_strategy="no")
-            options["per_device_train_batch_size"] = BATCH
             train_stage(model, processor, stage, data, seed, Path(folder), **options)
     return {name: accuracy(model, processor, sample_of(task.test, questions)) for name, task in tasks.items()}
 

@@ -106,8 +106,8 @@ class Lessons(Dataset):
         others: int,
         seed: int,
     ):
-        """At most `main` and `others` questions of each kind in a row, their number divided by that of the
-        row's pictures; `shares` weigh the tasks."""
+        """A row has at most `main` and `others` questions of these kinds; one with n pictures has at most the n-th part
+        of both together, rounded up. `shares` weigh the tasks."""
         self.tasks, self.shares, self.rows = tasks, shares, rows
         self.main, self.others, self.seed = main, others, seed
 

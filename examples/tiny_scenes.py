@@ -43,9 +43,6 @@ MOST = 9
 SIZE_RATIO = 1.4
 """How many times as wide each thing is as the next smaller one, where sizes are compared."""
 
-APART = 0.53
-"""Least distance of two things' middles in sums of their sizes; at one half they could touch."""
-
 
 class Thing(NamedTuple):
     """A drawn shape. `x` and `y` are its middle, `size` is the diameter of a circle around it, in pixels."""
@@ -136,9 +133,16 @@ def _place(
     for _ in range(40):
         x = random.uniform(box.left + 0.5 * size, box.right - 0.5 * size)
         y = random.uniform(box.top + 0.5 * size, box.bottom - 0.5 * size)
-        if all(math.dist((x, y), other) > APART * (size + s) for other, s in zip(places, sizes)):
+        if all(_are_separate((x, y), size, other, s) for other, s in zip(places, sizes)):
             return x, y
     return None
+
+
+def _are_separate(
+    place: tuple[float, float], size: float, other: tuple[float, float], other_size: float
+) -> bool:
+    """Return whether two things with these middles do not touch and leave a little room."""
+    return math.dist(place, other) > 0.53 * (size + other_size)
 
 
 # One shape.
@@ -367,7 +371,8 @@ def moving(random: Random, number: int = 1) -> Lesson:
     while True:
         paths = [_path(random, *kind) for kind in zip(shapes, colors)]
         frames = [[frame[i] for frame, _ in paths] for i in range(3)]
-        if all(_are_separate(a, b) for things in frames for a, b in combinations(things, 2)):
+        pairs = [pair for things in frames for pair in combinations(things, 2)]
+        if all(_are_separate((a.x, a.y), a.size, (b.x, b.y), b.size) for a, b in pairs):
             break
     seed = random.random()
     main = [Question(f"which way does the {shape} move?", way) for shape, (_, way) in zip(shapes, paths)]
@@ -384,10 +389,6 @@ def _path(random: Random, shape: str, color: str) -> tuple[list[Thing], str]:
     x, y = (random.uniform(*ends) for ends in room)
     thing = random_thing(random, shape, color, x, y, size)
     return [thing._replace(x=x + i * dx * step, y=y + i * dy * step) for i in range(3)], way
-
-
-def _are_separate(a: Thing, b: Thing) -> bool:
-    return math.dist((a.x, a.y), (b.x, b.y)) > APART * (a.size + b.size)
 
 
 def different(random: Random) -> Lesson:

@@ -11,9 +11,8 @@ BATCH = 32
 WEIGHT_DECAY = 0.05
 """Weight decay of the matrices. The original has none, but trains no vision tower on small data."""
 
-
 MUON_FACTOR = 3.5
-"""The learning rate of the matrices that Muon trains, in multiples of the stage's, which is that of all else."""
+"""Muon's learning rate is so many times the stage's, with which AdamW trains all else."""
 
 
 class Stage(NamedTuple):
@@ -51,7 +50,7 @@ ALL_TASKS = {
 }
 LAST = ALL_TASKS | {"unknown": 0.06, "refusals": 0.2}
 POSTERS_REFUSED = 8
-"""How many times as often as pictures of any other task posters are shown with questions that they do not answer."""
+"""In "refusals" so many posters are shown for each picture of any other task."""
 
 STAGES = (
     Stage(350, 1.5e-3, 1.4e-3, ALL_PARTS, 1, 0, FIRST),

@@ -56,5 +56,5 @@ def all_tasks(folder: Path, validation: bool = False) -> dict[str, Task]:
 
 
 def of_one_kind(tasks: Iterable[Task]) -> list[Task]:
-    """Return the tasks with one picture of one kind."""
+    """Return the tasks that show a single picture with things of one kind."""
     return [task for task in tasks if task.name not in ("frames", "posters", "unknown")]

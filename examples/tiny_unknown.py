@@ -188,10 +188,9 @@ KNOWN_THINGS = ("circle", "rectangle", "triangle", "star", "bar", "sign", "digit
 
 
 def refusals_task(pictured: Sequence[Task], words: Sequence[str]) -> Task:
-    """Return pictures of other tasks with questions that none of them answers, about things that it may show; no test.
+    """Return lessons, without a test, in which the model refuses questions that other tasks' pictures do not answer.
 
-    Half of the questions are made of random words: what the model was never asked begins with words that it does not
-    know.
+    Half of the questions are made of random words, so that it learns to refuse words that it does not know.
     """
 
     def lesson(random: Random) -> Lesson:
@@ -199,11 +198,8 @@ def refusals_task(pictured: Sequence[Task], words: Sequence[str]) -> Task:
         thing = random.choice(KNOWN_THINGS if random.random() < 0.5 else TRAIN_THINGS)
         text = random.choice(TRAIN_FORMS).format(thing)
         if random.random() < 0.5:
-            said = [word.lower() for word in random.choices(words, k=random.randint(1, 3))]
-            text = (
-                " ".join([random.choice(STARTS), *random.sample([*said, f"the {thing}"], len(said) + 1)])
-                + "?"
-            )
+            said = [word.lower() for word in random.choices(words, k=random.randint(1, 3))] + [f"the {thing}"]
+            text = " ".join([random.choice(STARTS), *random.sample(said, len(said))]) + "?"
         return Lesson([picture.convert("RGB")], [Question(text, UNKNOWN)])
 
     return Task("refusals", "drawn, with words as reading", lesson, (), ())

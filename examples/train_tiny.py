@@ -215,6 +215,7 @@ def train_stage(
     arguments = VisualRWKVTrainingArguments(
         output_dir=str(output_dir),
         max_steps=stage.steps,
+        per_device_train_batch_size=BATCH // processes,
         ddp_find_unused_parameters=False,
         learning_rate=stage.learning_rate,
         learning_rate_final=stage.final_learning_rate,
@@ -224,12 +225,7 @@ def train_stage(
         bf16=computes_in_bfloat16(),
         save_steps=CHECKPOINT_STEPS,
         save_total_limit=1,
-        **{
-            "per_device_train_batch_size": BATCH // processes,
-            "logging_steps": 50,
-            "report_to": "none",
-            **options,
-        },
+        **{"logging_steps": 50, "report_to": "none", **options},
     )
     rates = (stage.learning_rate, MUON_FACTOR * stage.learning_rate)
     trainer = VisualRWKVTrainer(
@@ -314,12 +310,12 @@ def main(
         tasks = all_tasks(data_dir, validation)
         files, known_words = fonts(data_dir, validation), words(data_dir, LONGEST_WORD, validation)
     stages = [stage._replace(steps=max(1, round(scale * stage.steps))) for stage in STAGES]
-    levels = {
+    untested = {
         name: replace(reading_task(files, known_words, *level), name=name)
         for name, level in READING_LEVELS.items()
     }
     pictured = [*of_one_kind(tasks.values()), *[tasks["posters"]] * POSTERS_REFUSED]
-    levels["refusals"] = refusals_task(pictured, known_words.train)
+    untested["refusals"] = refusals_task(pictured, known_words.train)
     with kernel_backend(backend):
         set_seed(seed)
         model, processor = fresh_model(
@@ -329,7 +325,7 @@ def main(
             scan=SCAN,
             image_position="middle",
         )
-        minutes = train(model, processor, tasks | levels, stages, seed, work_dir)
+        minutes = train(model, processor, tasks | untested, stages, seed, work_dir)
         with state.main_process_first():
             if state.is_main_process:
                 save(model, processor, output_dir, without_code)

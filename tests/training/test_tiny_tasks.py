@@ -438,6 +438,21 @@ def test_words_are_held_out_by_the_word_alone(tmp_path, monkeypatch):
     assert tiny_packages.words(tmp_path, 8, validation=True) == (["LANTERNS"], ["STONE"])
 
 
+def test_fonts_of_the_test_are_left_out_where_settings_are_chosen(tmp_path, monkeypatch):
+    chosen = ("courier-prime", tiny_packages.TEST_FAMILIES[0], tiny_packages.VALIDATION_FAMILIES[0])
+    for family in chosen:
+        with tarfile.open(tmp_path / family, "w:gz") as archive:
+            member = tarfile.TarInfo("package/A_400Regular.ttf")
+            member.size = len(family)
+            archive.addfile(member, BytesIO(family.encode()))
+    packages = [tiny_packages.Package(f"@expo-google-fonts/{family}", "1", "") for family in chosen]
+    monkeypatch.setattr(tiny_packages, "FONTS", packages)
+    monkeypatch.setattr(tiny_packages, "fetched", lambda package, folder: folder / package.name.split("/")[1])
+    other, tested, validated = (family.encode() for family in chosen)
+    assert tiny_packages.fonts(tmp_path) == ([other, validated], [tested])
+    assert tiny_packages.fonts(tmp_path, validation=True) == ([other], [validated])
+
+
 def test_about_a_tenth_of_the_words_is_held_out():
     words = [f"{a}{b}" for a in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" for b in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
     assert 0.06 < sum(map(tiny_packages.is_test_word, words)) / len(words) < 0.14

@@ -246,7 +246,8 @@ def test_a_sample_of_several_pictures_has_fewer_questions(pictures, questions):
     sample = tiny_data.Lessons([task], [1.0], range(1), 3, 2, seed=0)[0]
     said = [turn["value"] for turn in sample["conversations"]]
     assert len(said) == 2 * questions
-    assert said[0].count("<image>") == len(sample["images"]) == pictures and "<image>" not in "".join(said[1:])
+    assert said[0].count("<image>") == len(sample["images"]) == pictures
+    assert "<image>" not in "".join(said[1:])
 
 
 @pytest.fixture(scope="module")

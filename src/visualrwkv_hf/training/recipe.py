@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from .conversations import sample_order
@@ -109,6 +109,11 @@ def learning_rate_at(
     if step < warmup_steps:
         rate *= WARM_UP_START + (1 - WARM_UP_START) * step / warmup_steps
     return rate
+
+
+def is_matrix(weight: Tensor) -> bool:
+    """Return whether weight decay applies to a parameter: at least two of its dimensions are larger than 1."""
+    return sum(size > 1 for size in weight.shape) >= 2
 
 
 class OriginalOrder(Sampler):

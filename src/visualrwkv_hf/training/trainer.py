@@ -23,6 +23,7 @@ from .recipe import (
     ORIGINAL_ORDERS,
     TRAINABLE_PARTS,
     OriginalOrder,
+    is_matrix,
     learning_rate_at,
     lora_config,
     train_only,
@@ -88,9 +89,8 @@ class VisualRWKVTrainer(Trainer):
         return OriginalOrder(len(data), batch_size, repeat)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return the names of the matrices: parameters with at least two dimensions larger than 1."""
-        shapes = {name: weight.shape for name, weight in model.named_parameters()}
-        return [name for name, shape in shapes.items() if sum(size > 1 for size in shape) >= 2]
+        """Return the names of the matrices."""
+        return [name for name, weight in model.named_parameters() if is_matrix(weight)]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Create the schedule of `learning_rate_at` for all parameter groups, or Trainer's schedule.
