@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visualrwkv_hf.training.recipe import is_matrix
+from visualrwkv_hf.training import is_matrix
 
 NOT_FOR_MUON = ("embed_tokens", "lm_head", "embedder.")
 """AdamW trains the matrices whose names contain one of these: their rows or columns are tokens or colours of pixels."""

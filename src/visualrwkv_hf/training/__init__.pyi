@@ -6,6 +6,7 @@ from .collator import messages_to_conversation as messages_to_conversation
 from .conversations import PROMPT_FORMATS as PROMPT_FORMATS
 from .conversations import encode_turns as encode_turns
 from .recipe import TRAINABLE_PARTS as TRAINABLE_PARTS
+from .recipe import is_matrix as is_matrix
 from .recipe import learning_rate_at as learning_rate_at
 from .recipe import lora_config as lora_config
 from .recipe import train_only as train_only

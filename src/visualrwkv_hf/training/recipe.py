@@ -143,4 +143,4 @@ class OriginalOrder(Sampler):
         self.epoch = epoch
 
 
-__all__ = ["TRAINABLE_PARTS", "learning_rate_at", "lora_config", "train_only"]
+__all__ = ["TRAINABLE_PARTS", "is_matrix", "learning_rate_at", "lora_config", "train_only"]
