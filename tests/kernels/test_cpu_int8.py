@@ -50,7 +50,8 @@ def _in_8_bits(steps: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 SHAPES = [(1, 16, 3), (9, 80, 33), (17, 256, 64), (100, 272, 130), (600, 528, 70)]
-"""(rows of x, columns, rows of W): less than a register, a tile, a block and a piece, and more."""
+"""(rows of x, columns, rows of W): less than a register, a tile, a block and a piece, and more. 528 columns end after a
+fourth of an AMX register."""
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -99,11 +100,20 @@ def test_rows_do_not_depend_on_one_another():
     assert not found[0].any() and found[3:].isfinite().all()
 
 
-@pytest.mark.parametrize("for_this_cpu", [(), ("-mavx2", "-mfma", "-mf16c", "-fopenmp")])
+AVX2 = ("-mavx2", "-mfma", "-mf16c", "-fopenmp")
+VNNI = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
+
+
+@pytest.mark.parametrize("for_this_cpu", [(), AVX2, VNNI], ids=["none", "AVX2", "VNNI"])
 def test_each_instruction_set(for_this_cpu, monkeypatch, tmp_path):
-    """They differ in how many rows they take at once, and in whether products of 8 or of 16 bits are summed."""
-    if for_this_cpu and not torch.cpu._is_avx2_supported():
+    """They differ in how many rows they take at once, and in whether products of 8 or of 16 bits are summed.
+
+    The other tests are of this CPU's own, such as AMX.
+    """
+    if for_this_cpu == AVX2 and not torch.cpu._is_avx2_supported():
         pytest.skip("the CPU has no AVX2")
+    if for_this_cpu == VNNI and not torch.cpu._is_vnni_supported():
+        pytest.skip("the CPU has no VNNI")
     monkeypatch.setattr(library, "FOR_THIS_CPU", (for_this_cpu,))
     native.build_native_ops(tmp_path)
     assert native.library().contract["FAST_INT8"] == bool(for_this_cpu)

@@ -103,13 +103,14 @@ static NarrowRow *const NARROWS[] = {FLOAT_FORMATS(AS_NARROW)};
 
 /* --- rows of W in 8 bits -------------------------------------------------------------------------------- */
 
-/* TILE_ROWS rows of n <= BLOCK columns; those beyond the last row of W are zero. */
+/* TILE_ROWS rows of n <= BLOCK columns, or CHUNK rows for AMX; those beyond the last row of W are zero. */
+enum { PANEL_ROWS = HAS_AMX ? CHUNK : TILE_ROWS };
 typedef struct {
     const char *rows; /* Factors, `stride` bytes from row to row */
     int64_t stride;
-    float scale[TILE_ROWS];
-    Word share[TILE_ROWS]; /* X_ZERO times the row's sum */
-    Factor room[TILE_ROWS * BLOCK];
+    float scale[PANEL_ROWS];
+    Word share[PANEL_ROWS]; /* X_ZERO times the row's sum */
+    Factor room[PANEL_ROWS * BLOCK];
 } Panel;
 
 static void widen_INT8(int64_t n, const int8_t *w, Factor *to) {
@@ -154,14 +155,14 @@ static float widen_INT4(int64_t n, const uint8_t *w, const BF16_t *scales, Facto
     return 8 * largest / MOST;
 }
 
-static void fill(Panel *panel, Linear w, int64_t in, int64_t row, int64_t rows, int64_t column, int64_t n) {
-    int is_read_in_place = w.format == INT8 && sizeof(Factor) == 1 && rows == TILE_ROWS;
+static void fill(Panel *panel, Linear w, int64_t in, int64_t row, int64_t rows, int64_t column, int64_t n, int most) {
+    int is_read_in_place = w.format == INT8 && sizeof(Factor) == 1 && rows == TILE_ROWS && most == TILE_ROWS;
     const uint8_t *weight = (const uint8_t *)w.weight + (row * in + column) * BITS[w.format] / 8;
     panel->rows = is_read_in_place ? (const char *)weight : (const char *)panel->room;
     panel->stride = is_read_in_place ? in : BLOCK * (int64_t)sizeof(Factor);
     memset(panel->scale, 0, sizeof panel->scale);
     memset(panel->share, 0, sizeof panel->share);
-    if (rows < TILE_ROWS) memset(panel->room, 0, sizeof panel->room);
+    if (rows < most) memset(panel->room, 0, sizeof panel->room);
     for (int64_t r = 0; r < rows; r++, weight += in * BITS[w.format] / 8) {
         Factor *to = panel->room + r * BLOCK;
         if (w.format == INT4)
@@ -263,6 +264,64 @@ static void multiply_panel(int64_t vectors, int64_t n, const Panel *w, const Wor
     }
 }
 
+#if HAS_AMX
+/* Products in tiles: of 2 AMX_ROWS rows of W from `row` on with `count` vectors of x, one or two, from `vector` on. */
+typedef struct {
+    int64_t row, vector, count;
+    Word sums[2][2][AMX_ROWS][AMX_ROWS]; /* [vector, half of the rows, row, row of x] */
+} InTiles;
+
+/* Add a quarter of these to the sums of all. */
+static inline void add_quarter(const InTiles *p, int64_t quarter, const Panel *w, const float *x_scale, float *sums,
+                               int64_t stride) {
+    enum { SOME = AMX_ROWS / 2 };
+    for (int64_t v = 0; v < p->count; v++)
+        for (int64_t i = quarter * SOME; i < (quarter + 1) * SOME; i++) {
+            int64_t at = (p->vector + v) * LANES;
+            Words total = words(p->sums[v][i / AMX_ROWS][i % AMX_ROWS]);
+            add_sums(w, p->row + i, total, x_scale + at, sums + (p->row + i) * stride + at);
+        }
+}
+
+/* The same as multiply_panel in tiles, for CHUNK rows of W. While tiles are multiplied, the products before them are added. */
+static void multiply_in_tiles(int64_t vectors, int64_t n, const Panel *w, const Word *x, const float *x_scale, float *sums,
+                              int64_t stride) {
+    InTiles products[2] = {{0}}; /* of these tiles and of those before */
+    int64_t now = 0, steps = (n + AMX_BYTES - 1) / AMX_BYTES;
+    for (int64_t v = 0; v < vectors; v += 2)
+        for (int64_t r = 0; r < CHUNK; r += 2 * AMX_ROWS, now = !now) {
+            InTiles *p = &products[now], *before = &products[!now];
+            p->row = r, p->vector = v, p->count = at_most(2, vectors - v);
+            const Word *first = x + v * (BLOCK / STEP) * LANES, *second = first + (p->count - 1) * (BLOCK / STEP) * LANES;
+            const Factor *upper = w->room + r * BLOCK, *lower = upper + AMX_ROWS * BLOCK;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int64_t s = 0; s < 4; s++) {
+                if (s < steps) {
+                    _tile_loadd(6, first + s * AMX_ROWS * LANES, AMX_BYTES);
+                    _tile_loadd(4, upper + s * AMX_BYTES, BLOCK);
+                    _tile_dpbsud(0, 4, 6);
+                    _tile_loadd(5, lower + s * AMX_BYTES, BLOCK);
+                    _tile_dpbsud(1, 5, 6);
+                    _tile_loadd(7, second + s * AMX_ROWS * LANES, AMX_BYTES);
+                    _tile_dpbsud(2, 4, 7);
+                    _tile_dpbsud(3, 5, 7);
+                }
+                add_quarter(before, s, w, x_scale, sums, stride);
+            }
+            _tile_stored(0, p->sums[0][0], AMX_BYTES);
+            _tile_stored(1, p->sums[0][1], AMX_BYTES);
+            _tile_stored(2, p->sums[1][0], AMX_BYTES);
+            _tile_stored(3, p->sums[1][1], AMX_BYTES);
+        }
+    for (int64_t s = 0; s < 4; s++) add_quarter(&products[!now], s, w, x_scale, sums, stride);
+}
+#else
+#define multiply_in_tiles multiply_panel
+#endif
+
 /* x [count, in], of a float format, as words: for each block of columns, LANES rows after the other. */
 typedef struct {
     int64_t count, in, vectors, blocks;
@@ -276,26 +335,27 @@ static void round_rows(const Rounded *x, int64_t vector, int64_t format, const v
             int64_t row = vector * LANES + lane, column = b * BLOCK, at = b * x->vectors + vector;
             x->scale[at * LANES + lane] = 0;
             Word *to = x->words + at * (BLOCK / STEP) * LANES + lane;
-            if (row < x->count)
+            int64_t n = row < x->count ? at_most(BLOCK, x->in - column) : 0;
+            if (n)
                 x->scale[at * LANES + lane] =
-                    NARROWS[format](at_most(BLOCK, x->in - column),
-                                    (const char *)from + (row * x->in + column) * (BITS[format] / 8), to);
-            else /* beyond the last row */
-                for (int64_t s = 0; s < BLOCK / STEP; s++) to[s * LANES] = 0;
+                    NARROWS[format](n, (const char *)from + (row * x->in + column) * (BITS[format] / 8), to);
+            for (int64_t s = n / STEP; s < BLOCK / STEP; s++) to[s * LANES] = 0; /* beyond the last row or column */
         }
 }
 
 /* Multiply rows [row, row + rows) of W with the vectors [first, first + vectors) of x; `sums` [CHUNK, PIECE] is room. */
 static void multiply_chunk(const Rounded *x, Linear w, int64_t row, int64_t rows, int64_t first, int64_t vectors,
                            Panel *panel, float *sums) {
+    int in_tiles = may_use_tiles();
+    int64_t most = in_tiles ? CHUNK : TILE_ROWS;
     memset(sums, 0, CHUNK * PIECE * sizeof(float));
     for (int64_t b = 0; b < x->blocks; b++) {
         int64_t n = at_most(BLOCK, x->in - b * BLOCK), at = b * x->vectors + first;
-        for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-            int64_t some = at_most(TILE_ROWS, rows - r);
-            fill(panel, w, x->in, row + r, some, b * BLOCK, n);
-            multiply_panel(vectors, n, panel, x->words + at * (BLOCK / STEP) * LANES, x->scale + at * LANES,
-                           sums + r * PIECE, PIECE);
+        const Word *from = x->words + at * (BLOCK / STEP) * LANES;
+        for (int64_t r = 0; r < rows; r += most) {
+            fill(panel, w, x->in, row + r, at_most(most, rows - r), b * BLOCK, n, most);
+            (in_tiles ? multiply_in_tiles : multiply_panel)(vectors, n, panel, from, x->scale + at * LANES,
+                                                            sums + r * PIECE, PIECE);
         }
     }
 }
@@ -329,8 +389,9 @@ int visualrwkv_linear_int8(int threads, int64_t count, int64_t in, int64_t out, 
     int error = rounded.words && rounded.scale ? OK : NO_MEMORY;
 #pragma omp parallel num_threads(threads) if (!error)
     {
-        Panel *panel = error ? NULL : malloc(sizeof *panel);
+        Panel *panel = error ? NULL : calloc(1, sizeof *panel);
         float *sums = error ? NULL : malloc(CHUNK * PIECE * sizeof(float));
+        if (may_use_tiles()) begin_tiles();
         if (!panel || !sums) {
 #pragma omp atomic write
             error = NO_MEMORY;
@@ -349,6 +410,7 @@ int visualrwkv_linear_int8(int threads, int64_t count, int64_t in, int64_t out, 
                                         (char *)y + (n * out + row) * (BITS[x_format] / 8), out);
             }
         }
+        if (may_use_tiles()) end_tiles();
         free(panel), free(sums);
     }
     free(rounded.words), free(rounded.scale);

@@ -10,6 +10,8 @@
 
 #include "products.h"
 
+#include "amx.h"
+
 #include "int8.h"
 
 #include "bf16.h"
