@@ -30,6 +30,7 @@ OPS = {
     "wkv7": Op(triton=True, native=True),
     "token_shift": Op(triton=True),
     "low_rank": Op(triton=True),
+    "matmul": Op(native=True),
     "rwkv6_decode": Op(triton=True, native=True),
     "rwkv7_decode": Op(triton=True, native=True),
     "block_decode": Op(triton=True, native=True),

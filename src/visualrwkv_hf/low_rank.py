@@ -36,4 +36,21 @@ def low_rank(
     B, T, _ = x[0].shape
     if T == 1 and B <= FEW_ROWS and not torch.is_grad_enabled() and (fast := kernel("low_rank", x[0])):
         return fast(x, down, up, functions).unbind()
-    return [FUNCTIONS[f](x_m @ w1) @ w2 for x_m, w1, w2, f in zip(x, down, up, functions)]
+    return [matmul(FUNCTIONS[f](matmul(x_m, w1)), w2) for x_m, w1, w2, f in zip(x, down, up, functions)]
+
+
+def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Compute x W for a weight of a low-rank map.
+
+    The native op multiplies in float32 where a CPU has no unit for the dtype: these products would otherwise take
+    longer than those of all linear layers.
+
+    Args:
+        x: [..., T, in].
+        weight: W, [in, out] or [..., in, out].
+
+    Returns:
+        [..., T, out] in the dtype of x.
+    """
+    fast = kernel("matmul", x)
+    return x @ weight if fast is None else fast(x, weight)  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .low_rank import low_rank
+from .low_rank import low_rank, matmul
 from .mixing import parameters_of
 from .time_mix import (
     Recurrence,
@@ -215,9 +215,9 @@ class Rwkv6TimeMix(DecayTimeMix):
         self.gate = nn.Linear(hidden_size, width, bias=False)
 
     def products(self, shift):
-        low = torch.tanh(shift([self.time_maa_x])[0] @ self.time_maa_w1)
+        low = torch.tanh(matmul(shift([self.time_maa_x])[0], self.time_maa_w1))
         low = low.unflatten(-1, (5, -1)).movedim(-2, 0)  # [5, B, T, D]
-        lora = low @ self.time_maa_w2[:, None]  # [5, B, T, C]
+        lora = matmul(low, self.time_maa_w2[:, None])  # [5, B, T, C]
         x_w, x_k, x_v, x_r, x_g = shift(parameters_of(self, "time_maa_", "wkvrg"), dynamic=lora)  # [B, T, C]
         (decay,) = low_rank([x_w], [self.time_decay_w1], [self.time_decay_w2], ["tanh"])
         return DecayProducts(

@@ -15,6 +15,7 @@ import torch
 from native_ops import NEEDS_NATIVE_OPS
 from tiny import awake, pixels, prompt, text_config, tiny_vlm
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from visualrwkv_hf import VisualRWKVForCausalLM, bundled_model
@@ -24,6 +25,7 @@ from visualrwkv_hf.cpu import ops as native
 from visualrwkv_hf.dispatch import chosen_backend, kernel_backend, wkv_backend
 from visualrwkv_hf.inference.loading import load_model
 from visualrwkv_hf.inference.progress import backend_of
+from visualrwkv_hf.low_rank import low_rank, matmul
 from visualrwkv_hf.wkv import wkv6, wkv7
 
 TOLERANCE = 1e-5
@@ -894,6 +896,55 @@ def test_towers_and_projectors_multiply_in_panels(without_units, panels):
     features = model.get_image_features(inputs["pixel_values"])
     assert len(panels) >= len(linears) and features is not None
     assert error(model(**inputs).logits, exact) < 1.2 * plain
+
+
+class NarrowProducts(TorchDispatchMode):
+    """Note the products that torch computes from bfloat16 or float16: matrix products and convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_product = any(word in func.name() for word in ("mm", "matmul", "linear", "conv"))
+        if is_product and any(isinstance(x, torch.Tensor) and x.dtype in products.UNITS for x in args):
+            self.found.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("version", [5, 6, 7])
+def test_nothing_is_multiplied_slowly_without_units(version, dtype, without_units):
+    """Of a prompt with a picture, in the tower, the projector and all maps of the language model."""
+    model = native_layers.accelerate_on_cpu(tiny_vlm(version=version).to(dtype))
+    inputs = dict(input_ids=prompt(model), pixel_values=pixels(1).to(dtype))
+    with NarrowProducts() as ours:
+        model(**inputs)
+    with NarrowProducts() as plain, kernel_backend("torch"):
+        model(**inputs)
+    assert plain.found and not ours.found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_rank_maps_without_units_round_each_product_once(dtype, without_units):
+    torch.manual_seed(0)
+    x, w1, w2 = (torch.randn(*shape).to(dtype) for shape in ((2, 5, 64), (64, 8), (8, 48)))
+    with kernel_backend("native"):
+        (found,) = low_rank([x], [w1], [w2], ["tanh"])
+    low = (x.double() @ w1.double()).to(dtype).tanh()
+    assert found.dtype == dtype
+    assert error(found, low.double() @ w2.double()) < torch.finfo(dtype).eps
+
+
+def test_low_rank_maps_without_units_have_gradients(without_units):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 5, 64).bfloat16(), torch.randn(64, 8).bfloat16().requires_grad_()
+    with kernel_backend("native"):
+        matmul(x, weight).sum().backward()
+    expected = x.double().sum((0, 1))[:, None].expand(64, 8)
+    assert error(weight.grad, expected) < 2**-8
 
 
 @torch.no_grad()

@@ -10,11 +10,13 @@ from .blocks import decode_blocks
 from .decode import DECODES, rwkv6_decode, rwkv7_decode, unsuitable
 from .ops import unsupported as unsupported_op
 from .ops import wkv6, wkv7
+from .products import matmul
 from .token import token_decode
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "wkv6": wkv6,
     "wkv7": wkv7,
+    "matmul": matmul,
     "rwkv6_decode": rwkv6_decode,
     "rwkv7_decode": rwkv7_decode,
     "block_decode": decode_block,

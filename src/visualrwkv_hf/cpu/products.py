@@ -47,6 +47,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if has_unit(dtype) else torch.float32
 
 
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute x W in `compute_dtype`, for a W that is small enough to be widened whole; see `low_rank.matmul`."""
+    dtype = compute_dtype(x.dtype)
+    return x @ weight if dtype == x.dtype else (x.to(dtype) @ weight.to(dtype)).to(x.dtype)
+
+
 def may_use_panels(x: Tensor) -> bool:
     """Return whether `multiply_panels` may compute with x: without a gradient or a trace, and not for plain torch."""
     return (
