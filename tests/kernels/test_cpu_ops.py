@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from native_ops import NEEDS_NATIVE_OPS
-from tiny import awake, pixels, prompt, text_config, tiny_vlm
+from tiny import awake, pixels, prompt, text_config, tiny_vlm, vlm_config
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from visualrwkv_hf import VisualRWKVForCausalLM, bundled_model
+from visualrwkv_hf import VisualRWKVForCausalLM, VisualRWKVForConditionalGeneration, bundled_model
 from visualrwkv_hf.cpu import block, formats, library, memory, products
 from visualrwkv_hf.cpu import layers as native_layers
 from visualrwkv_hf.cpu import ops as native
@@ -1039,6 +1039,32 @@ def test_pages_of_a_file_are_unmapped_only_if_nobody_wrote_to_them(tmp_path):
     assert any(inside) == Path("/proc/self/smaps").exists()
     weight[1000] = 5
     assert not any(low <= weight.data_ptr() < high for low, high in memory.mapped_files())
+
+
+def resident_bytes_of(path: Path) -> int:
+    """Return how much of a mapped file is in this process's memory."""
+    mappings = re.split(
+        r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE
+    )
+    ours = [mapping for mapping in mappings if str(path) in mapping.partition("\n")[0]]
+    return sum(1024 * int(re.search(r"^Rss: +(\d+) kB", mapping, re.MULTILINE)[1]) for mapping in ours)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells which pages are in memory")
+@torch.no_grad()
+def test_the_tower_leaves_the_memory_after_each_picture_of_one_answer(tmp_path):
+    clip = vlm_config().vision_config.clip_config.to_dict() | dict(hidden_size=512, intermediate_size=2048)
+    tiny_vlm(vision_config={"clip_config": clip, "class_token": "last"}).save_pretrained(tmp_path)
+    found = {}
+    for huge_pages in (True, False):
+        model = VisualRWKVForConditionalGeneration.from_pretrained(tmp_path, dtype="auto")
+        native_layers.accelerate_on_cpu(model, huge_pages=huge_pages)
+        first, second = (model.get_image_features(pixels(1)).pooler_output[0] for _ in range(2))
+        assert torch.equal(first, second)
+        size = sum(weight.nbytes for weight in model.model.vision_tower.parameters())
+        found[huge_pages] = resident_bytes_of(tmp_path / "model.safetensors") / size
+        del model
+    assert found[False] < 0.2 and found[True] > 0.8
 
 
 def test_a_library_is_of_every_file_that_it_was_compiled_from():

@@ -22,7 +22,7 @@ from ..modeling_rwkv import RwkvBlock
 from ..modeling_vision import VisualRWKVVisionModel
 from .attention import use_native_attention
 from .formats import FLOAT_DTYPES
-from .memory import give_back, is_plain, mapped_files, move_to_huge_pages, unmap
+from .memory import give_back, is_plain, mapped_files, move_to_huge_pages, unmap, unmap_after_use
 from .ops import MAX_ROWS, linear, linear_bf16, linear_int8, unsupported, unusable
 from .packed import (
     INTEGER_DTYPES,
@@ -325,7 +325,8 @@ def accelerate_on_cpu(
             to int8. None rounds nothing. Rounded models are not for training. The embedding, the low-rank maps, the
             vision tower and the projector keep their weights.
         huge_pages: whether to move the weights of the blocks and of the head to pages of 2 MB, if the system has them.
-            A token then takes some 10 % less time, but each weight is copied first: a short answer ends later.
+            A token then takes some 10 % less time, but each weight is copied first: a short answer ends later. If
+            not, the vision tower's weights also leave the memory after each picture, until the next one.
 
     Returns:
         The model. Where native ops cannot be built, such as without a C compiler, a `RuntimeWarning` says why and the
@@ -350,6 +351,8 @@ def accelerate_on_cpu(
     for module in model.modules():
         if isinstance(module, VisualRWKVVisionModel):
             use_native_attention(module)
+            if not huge_pages:
+                unmap_after_use(module)
     if huge_pages:
         head = model.get_output_embeddings()
         move_to_huge_pages(nn.ModuleList([*blocks, *([] if head is None else [head])]))

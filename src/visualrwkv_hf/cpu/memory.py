@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +98,22 @@ def mapped_files() -> list[tuple[int, int]]:
         elif current and line.split() == ["Anonymous:", "0", "kB"]:
             ranges.append(current)
     return ranges
+
+
+def unmap_after_use(module: nn.Module) -> None:
+    """Let the weights that a module reads from a mapped file leave the memory after each of its calls.
+
+    A vision tower is needed once for a picture. When it is called again, the system maps its pages again, from its
+    cache where they are still there.
+    """
+    module.register_forward_hook(_unmap_weights)
+
+
+def _unmap_weights(module: nn.Module, args: Any, output: Any) -> None:
+    files = mapped_files()
+    for weight in (*module.parameters(), *module.buffers()):
+        if is_plain(weight):
+            unmap(weight, files)
 
 
 def unmap(weight: Tensor, files: Sequence[tuple[int, int]]) -> None:
