@@ -28,6 +28,8 @@ def main(
     if output.exists():
         raise typer.BadParameter(f"{output} exists.")
     base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise typer.BadParameter(f"The base model, {base}, is not there: say with --base where it is.")
     model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
     PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
     AutoProcessor.from_pretrained(base).save_pretrained(output)

@@ -1,11 +1,15 @@
 """PEFT's LoRA and TRL's SFTTrainer and GRPOTrainer on pictures, as their users run them."""
 
+import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
@@ -119,6 +123,18 @@ def test_finetune_with_lora_saves_adapters_or_the_merged_model(data, tmp_path, c
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "library_name: peft" in card and "base_model: base" in card
     assert "library_name: transformers" in (tmp_path / "merged" / "README.md").read_text()
+    # What the card says works as it is written, beside a base model without code.
+    for file in base.glob("*.py"):
+        file.unlink()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = code.replace("path/or/name", "adapter") + "\nprint(type(model).__name__, len(processor.tokenizer))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("PeftModel "), done.stderr
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(typer.BadParameter, match="base, is not there: say with --base where it is"):
+        runpy.run_path(script)["main"](tmp_path / "adapter", tmp_path / "other")
+    runpy.run_path(script)["main"](tmp_path / "adapter", tmp_path / "other", str(tmp_path / "elsewhere"))
+    assert (tmp_path / "other" / "model.safetensors").exists()
     trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all("lora_" in name or "multi_modal_projector" in name for name in trained)
 

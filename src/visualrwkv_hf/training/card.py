@@ -17,12 +17,13 @@ model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=Tr
 
 ADAPTER_USAGE = """\
 ```python
+import visualrwkv_hf  # makes transformers know the base model, which may come without code
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 base, adapter = "{base}", "path/or/name"
-processor = AutoProcessor.from_pretrained(base, trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(base)
+model = AutoModelForImageTextToText.from_pretrained(base)
 model = PeftModel.from_pretrained(model, adapter)
 ```"""
 
