@@ -916,7 +916,7 @@ class NarrowProducts(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("version", [5, 6, 7])
 def test_nothing_is_multiplied_slowly_without_units(version, dtype, without_units):
-    """Of a prompt with a picture, in the tower, the projector and all maps of the language model."""
+    """A prompt with a picture passes through the tower, the projector and all maps of the language model."""
     model = native_layers.accelerate_on_cpu(tiny_vlm(version=version).to(dtype))
     inputs = dict(input_ids=prompt(model), pixel_values=pixels(1).to(dtype))
     with NarrowProducts() as ours:

@@ -271,7 +271,7 @@ typedef struct {
     Word sums[2][2][AMX_ROWS][AMX_ROWS]; /* [vector, half of the rows, row, row of x] */
 } InTiles;
 
-/* Add a quarter of these to the sums of all. */
+/* Add a quarter of the rows of these products to `sums`. */
 static inline void add_quarter(const InTiles *p, int64_t quarter, const Panel *w, const float *x_scale, float *sums,
                                int64_t stride) {
     enum { SOME = AMX_ROWS / 2 };
@@ -283,7 +283,7 @@ static inline void add_quarter(const InTiles *p, int64_t quarter, const Panel *w
         }
 }
 
-/* The same as multiply_panel in tiles, for CHUNK rows of W. While tiles are multiplied, the products before them are added. */
+/* Compute what multiply_panel does, in tiles, for CHUNK rows of W. Products are added while the next tiles are multiplied. */
 static void multiply_in_tiles(int64_t vectors, int64_t n, const Panel *w, const Word *x, const float *x_scale, float *sums,
                               int64_t stride) {
     InTiles products[2] = {{0}}; /* of these tiles and of those before */

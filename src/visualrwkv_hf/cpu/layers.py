@@ -326,7 +326,7 @@ def accelerate_on_cpu(
             vision tower and the projector keep their weights.
         huge_pages: whether to move the weights of the blocks and of the head to pages of 2 MB, if the system has them.
             A token then takes some 10 % less time, but each weight is copied first: a short answer ends later. If
-            not, the vision tower's weights also leave the memory after each picture, until the next one.
+            False, the vision tower's pages leave the memory after each picture, and the next picture maps them again.
 
     Returns:
         The model. Where native ops cannot be built, such as without a C compiler, a `RuntimeWarning` says why and the
