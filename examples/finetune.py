@@ -81,6 +81,12 @@ class FinetuneArguments:
             "Whether a sample that cannot be read ends the training or is skipped with a warning."
         ),
     )
+    padding_free: bool = field(
+        default=False,
+        metadata=described(
+            "Pack the samples of a batch into one row instead of padding them: the same gradients in less time."
+        ),
+    )
     loss_reduction: Literal["sample", "token"] | None = field(
         default=None,
         metadata=described(
@@ -135,6 +141,8 @@ def parse(arguments: list[str]) -> tuple[FinetuneArguments, VisualRWKVTrainingAr
         parser.error(str(refusal))
     if options.tuned_state and options.lora:
         parser.error("--tuned-state trains nothing else: leave --lora out.")
+    if options.tuned_state and options.padding_free:
+        parser.error("Packed samples cannot begin with a tuned state: leave --padding-free out.")
     return options, training
 
 
@@ -235,6 +243,7 @@ def main(command_line: list[str]) -> None:
         max_length=options.max_length,
         on_bad_sample=options.on_bad_sample,
         picture_in_every_batch=True,
+        padding_free=options.padding_free,
     )
     trainer = VisualRWKVTrainer(
         load_model(options),

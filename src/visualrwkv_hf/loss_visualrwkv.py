@@ -50,6 +50,7 @@ def visualrwkv_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     label_smoothing: float = 0.0,
     shift_labels: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the training loss of `logits` [B, T, vocab_size] as a scalar.
 
@@ -62,11 +63,15 @@ def visualrwkv_loss(
         label_smoothing: epsilon of smoothed targets, (1 - epsilon) one-hot + epsilon / vocab_size (Szegedy et al.
             2016, section 7).
         shift_labels: token ids [B, T] used instead of `labels`: position t predicts `shift_labels[:, t]`.
+        cu_seq_lens_q: where the S samples of a row begin and end, int [S + 1], if they are packed into one (B = 1).
+            The first label of a sample is predicted by the end of the one before it, so it should be -100.
 
     Raises:
         ValueError: if the shapes differ, or there are no labels.
     """
-    targets = _targets(logits, labels, shift_labels, config, num_items_in_batch, label_smoothing)
+    targets = _targets(
+        logits, labels, shift_labels, config, num_items_in_batch, label_smoothing, cu_seq_lens_q
+    )
     return _weighted_loss(logits.flatten(0, 1), *targets)
 
 
@@ -78,6 +83,7 @@ def sliced_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     label_smoothing: float = 0.0,
     shift_labels: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return `visualrwkv_loss(lm_head(hidden_states), ...)` with at most `LOGITS_AT_ONCE` logits held at a time.
 
@@ -92,12 +98,13 @@ def sliced_loss(
         num_items_in_batch: see [`visualrwkv_loss`].
         label_smoothing: likewise.
         shift_labels: likewise.
+        cu_seq_lens_q: likewise.
 
     Raises:
         ValueError: see [`visualrwkv_loss`].
     """
     ids, weights, pull, smoothing = _targets(
-        hidden_states, labels, shift_labels, config, num_items_in_batch, label_smoothing
+        hidden_states, labels, shift_labels, config, num_items_in_batch, label_smoothing, cu_seq_lens_q
     )
     positions = max(1, LOGITS_AT_ONCE // config.vocab_size)
 
@@ -114,7 +121,7 @@ def loss_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     They are no parameters of `forward`: transformers' Trainer takes every parameter with "label" in its name for one
     that a data set must have.
     """
-    names = ("num_items_in_batch", "label_smoothing", "shift_labels")
+    names = ("num_items_in_batch", "label_smoothing", "shift_labels", "cu_seq_lens_q")
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
@@ -125,6 +132,7 @@ def _targets(
     config: PreTrainedConfig,
     num_items_in_batch: torch.Tensor | int | None,
     label_smoothing: float,
+    cu_seq_lens: torch.Tensor | None,
 ) -> _Targets:
     """Return the targets of `predictions` [B, T, ...]."""
     name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
@@ -137,7 +145,8 @@ def _targets(
     ids = given.to(predictions.device)  # [B, T]
     if shift_labels is None:
         ids = F.pad(ids[:, 1:], (0, 1), value=IGNORE_INDEX)
-    weights = REDUCTIONS[config.loss_reduction](ids != IGNORE_INDEX, num_items_in_batch)
+    cu_seq_lens = None if cu_seq_lens is None else cu_seq_lens.to(ids.device)
+    weights = REDUCTIONS[config.loss_reduction](ids != IGNORE_INDEX, cu_seq_lens, num_items_in_batch)
     return _Targets(ids.flatten(), weights.flatten(), config.l2_wrap / ids.numel(), label_smoothing)
 
 
@@ -151,15 +160,29 @@ def _weighted_loss(
     return L2Wrap.apply(loss, logits, pull) if pull else loss
 
 
-def mean_of_samples(valid: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+def mean_of_samples(
+    valid: torch.Tensor, cu_seq_lens: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
     """Return weights [B, T] that average over each sample's labels, then over the samples.
 
     A sample without labels counts as 0.
+
+    Args:
+        valid: whether a position has a label, [B, T].
+        cu_seq_lens: where the samples of a single row begin and end, [S + 1]; None if each row is a sample.
+        num_items_in_batch: not read.
     """
-    return valid / (valid.sum(dim=1, keepdim=True).clamp(min=1) * valid.shape[0])
+    if cu_seq_lens is None:
+        count, labels = valid.shape[0], valid.sum(dim=1, keepdim=True)
+    else:
+        count, before = len(cu_seq_lens) - 1, F.pad(valid[0].cumsum(0), (1, 0))[cu_seq_lens]
+        labels = before.diff().repeat_interleave(cu_seq_lens.diff(), output_size=valid.shape[1])[None]
+    return valid / (labels.clamp(min=1) * count)
 
 
-def mean_of_tokens(valid: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+def mean_of_tokens(
+    valid: torch.Tensor, cu_seq_lens: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
     """Return weights [B, T] that average over all labels of the batch, or of the batches that are accumulated."""
     return valid / (valid.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 

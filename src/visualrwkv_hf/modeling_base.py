@@ -172,7 +172,7 @@ class LanguageModelHead:
                 takes the attribute `skip_logits`; if that is None too, a step with gradients whose logits would
                 exceed 256 MiB skips them.
             shift_labels: [B, T], labels moved to the positions that predict them; used instead of `labels`.
-            **options: `num_items_in_batch` and `label_smoothing` of [`visualrwkv_loss`].
+            **options: `num_items_in_batch`, `label_smoothing` and `cu_seq_lens_q` of [`visualrwkv_loss`].
 
         Raises:
             ValueError: labels of another shape, `skip_logits=True` without labels, or `shift_labels` from a process

@@ -169,7 +169,7 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel, VisualRWKVEmbeddingMixin):
             past_key_values: a [`VisualRWKVCache`], which is updated in place; or a [`KeptState`], which stays as it
                 is: a copy of it continues and is returned.
             inputs_embeds: [B, T, C] instead of `input_ids`, before the embedding norm.
-            use_cache: whether to return the state; not while training.
+            use_cache: whether to return the state; not while training, nor of packed sequences.
             scan_orders: [B, D, T], or D entries [B, T] (None: the order of positions). Layer l reads the sequence
                 in order l mod D: at position p it reads token `scan_orders[:, l % D, p]`.
             **kwargs: `output_hidden_states` and the like; `cu_seq_lens_q` [S + 1] of sequences packed in one row, as
@@ -184,15 +184,15 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel, VisualRWKVEmbeddingMixin):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None and not self.training:
+        cu_seqlens = kwargs.pop("cu_seq_lens_q", None)
+        if use_cache and past_key_values is None and cu_seqlens is None and not self.training:
             past_key_values = VisualRWKVCache(self.config)
         if hasattr(past_key_values, "to_cache"):  # a KeptState, which nothing changes: continue from a copy
             past_key_values = past_key_values.to_cache(inputs_embeds.device, inputs_embeds.dtype)
-        cu_seqlens = kwargs.pop("cu_seq_lens_q", None)
         if cu_seqlens is not None:
             if past_key_values is not None:
                 raise ValueError(
-                    "Packed sequences (cu_seq_lens_q) end in many states: use_cache must be False. "
+                    "Packed sequences (cu_seq_lens_q) cannot continue from past_key_values, which is one state: "
                     "`run_blocks` takes and returns a state for each."
                 )
             cu_seqlens = cu_seqlens.long()

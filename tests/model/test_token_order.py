@@ -100,8 +100,12 @@ def test_packed_sequences_equal_each_alone(version):
     packed = model(torch.cat(texts, 1), use_cache=False, cu_seq_lens_q=cu_seqlens).logits
     alone = torch.cat([model(text, use_cache=False).logits for text in texts], 1)
     torch.testing.assert_close(packed, alone, atol=1e-10, rtol=0)
-    with pytest.raises(ValueError, match="use_cache must be False"):
-        model.eval()(torch.cat(texts, 1), use_cache=True, cu_seq_lens_q=cu_seqlens)
+    evaluated = model.eval()(torch.cat(texts, 1), use_cache=True, cu_seq_lens_q=cu_seqlens)
+    torch.testing.assert_close(evaluated.logits, alone, atol=1e-10, rtol=0)
+    assert evaluated.past_key_values is None
+    state = model(texts[0], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot continue from past_key_values"):
+        model(torch.cat(texts, 1), past_key_values=state, cu_seq_lens_q=cu_seqlens)
 
 
 @pytest.mark.parametrize("lengths", [(3, 1, 4), (2, 0, 5, 1), (8,), (0, 8)], ids=str)

@@ -4,6 +4,7 @@ import base64
 import json
 import logging
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -276,11 +277,26 @@ def test_workers_make_the_same_batches(processor, tmp_path):
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_blank_picture_gives_the_projector_a_gradient_of_zero_and_changes_nothing(model, processor):
+def test_without_padding_samples_stand_one_after_the_other(processor, rows):
+    padded = VisualRWKVDataCollator(processor)(rows)
+    batch = VisualRWKVDataCollator(processor, padding_free=True)(rows)
+    assert set(batch) == {"input_ids", "labels", "cu_seq_lens_q", "pixel_values"}
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    bounds = batch["cu_seq_lens_q"].tolist()
+    assert bounds[0] == 0 and len(bounds) == len(rows) + 1
+    for number, ends in enumerate(pairwise(bounds)):
+        found = {name: batch[name][0, slice(*ends)].tolist() for name in ("input_ids", "labels")}
+        assert found == unpadded(padded, number)
+    assert torch.equal(batch["pixel_values"], padded["pixel_values"])
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_a_blank_picture_gives_the_projector_a_gradient_of_zero_and_changes_nothing(padding_free, processor):
     model = tiny_model().train()
     model.config.text_config.l2_wrap = 0.0  # its pull is a share of all positions
     plain = VisualRWKVDataCollator(processor)([TEXT_SAMPLE])
-    batch = VisualRWKVDataCollator(processor, picture_in_every_batch=True)([TEXT_SAMPLE])
+    collator = VisualRWKVDataCollator(processor, picture_in_every_batch=True, padding_free=padding_free)
+    batch = collator([TEXT_SAMPLE])
     assert "pixel_values" not in plain and len(batch["pixel_values"]) == 1
     loss = model(**batch).loss
     loss.backward()
@@ -397,6 +413,7 @@ def test_pictures_may_be_paths_objects_and_base64(processor, tmp_path):
         ({"prompt_format": "v9"}, "prompt_format must be one of v5, v6.0, .*, got 'v9'"),
         ({"on_bad_sample": "hide"}, "on_bad_sample must be raise or skip, got 'hide'"),
         ({"padding_side": "both"}, "padding_side must be right or left, got 'both'"),
+        ({"padding_free": True, "pad_to_multiple_of": 8}, "pad_to_multiple_of must be None"),
     ],
 )
 def test_unknown_options_are_refused(options, error, processor):
@@ -414,10 +431,12 @@ def loss_and_gradients(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tens
     return loss.detach(), {n: w.grad.clone() for n, w in model.named_parameters() if w.grad is not None}
 
 
+@pytest.mark.parametrize("reduction", ["sample", "token"])
 @pytest.mark.parametrize("version", [5, 6, 7])
-def test_padding_side_order_and_checkpointing_leave_loss_and_gradients(version, processor, rows):
+def test_padding_side_order_and_checkpointing_leave_loss_and_gradients(version, reduction, processor, rows):
     """Float32: sums over other lengths and orders differ by rounding; 1e-4 of the largest gradient is allowed."""
     model = tiny_model(version, scan="bidirectional").train()
+    model.config.text_config.loss_reduction = reduction
     model.model.vision_tower.requires_grad_(False)  # as in training; the true gradient of its key biases is 0
     model.config.text_config.l2_wrap = 0.0  # its pull is a share of all positions, pads included
     loss, gradients = loss_and_gradients(model, VisualRWKVDataCollator(processor)(rows))
@@ -425,6 +444,7 @@ def test_padding_side_order_and_checkpointing_leave_loss_and_gradients(version, 
         "left": VisualRWKVDataCollator(processor, padding_side="left")(rows),
         "order": VisualRWKVDataCollator(processor)(rows[::-1]),
         "longer": VisualRWKVDataCollator(processor, pad_to_multiple_of=64)(rows),
+        "packed": VisualRWKVDataCollator(processor, padding_free=True)(rows),
     }
     results = {name: loss_and_gradients(model, batch) for name, batch in batches.items()}
     model.gradient_checkpointing_enable()

@@ -252,6 +252,23 @@ def test_a_tuned_state_is_trained_alone(command, capsys):
     assert "--tuned-state trains nothing else: leave --lora out." in capsys.readouterr().err
 
 
+def test_packed_samples_cannot_begin_with_a_tuned_state(command, capsys):
+    with pytest.raises(SystemExit):
+        finetune_module().parse([*map(str, command), "--preset", "state", "--padding-free"])
+    assert "Packed samples cannot begin with a tuned state" in capsys.readouterr().err
+
+
+def test_packed_samples_train_as_padded_ones(command, data, tmp_path):
+    """Steps with accumulated gradients, with an evaluation among them."""
+    options = ["--max-steps", 2, "--save-steps", 2, "--logging-steps", 1, "--gradient-accumulation-steps", 2]
+    options += ["--per-device-train-batch-size", 3, "--eval-strategy", "steps", "--eval-steps", 1]
+    options += ["--eval-data", data]
+    for name, packed in (("padded", []), ("packed", ["--padding-free"])):
+        finetune(*command, "--output-dir", tmp_path / name, *options, *packed)
+    (padded, packed) = ([loss for _, loss in losses(tmp_path / name)] for name in ("padded", "packed"))
+    assert len(padded) == 2 and packed == pytest.approx(padded, rel=1e-3)
+
+
 def test_evaluation_while_training(command, data, tmp_path):
     times = ["--eval-strategy", "steps", "--eval-steps", 1, "--max-steps", 2, "--save-strategy", "no"]
     finetune(*command, "--output-dir", tmp_path, "--eval-data", data, *times)

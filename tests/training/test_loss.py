@@ -1,6 +1,7 @@
 """The training loss by hand: cross entropy per sample or per token, and L2Wrap's pull on the largest logits."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,23 @@ def test_mean_of_tokens_and_of_accumulated_tokens():
     total = sum(map(sum, by_hand()))
     assert loss("token").item() == pytest.approx(total / 7, rel=1e-6)
     assert loss("token", num_items=20).item() == pytest.approx(total / 20, rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["sample", "token"])
+def test_packed_samples_count_as_those_of_several_rows(reduction):
+    """Samples of different lengths, one of them empty and one without labels."""
+    lengths = (6, 5, 0, 2)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    config = text_config(7, loss_reduction=reduction)
+    logits = torch.cat([LOGITS[row % 3, :length] for row, length in enumerate(lengths)])[None]
+    labels = torch.cat([LABELS[row % 3, :length] for row, length in enumerate(lengths)])[None]
+    labels[:, bounds[1:-1].long()] = -100
+    rows = torch.full((4, 6), -100)
+    for row, (start, end) in enumerate(pairwise(bounds)):
+        rows[row, : end - start] = labels[0, start:end]
+    expected = visualrwkv_loss(LOGITS[[0, 1, 2, 0]], rows, config)
+    found = visualrwkv_loss(logits, labels, config, cu_seq_lens_q=bounds)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_l2_wrap_pulls_each_largest_logit_whatever_the_gradient():

@@ -178,6 +178,10 @@ class VisualRWKVDataCollator:
         The side on which shorter samples are padded; the model's result does not depend on it.
     pad_to_multiple_of:
         If given, T is padded to a multiple of it.
+    padding_free:
+        Instead of padding, write all samples one after the other into one row, with their bounds in `cu_seq_lens_q`.
+        The model keeps them apart, so each has the logits and the gradient that it has by itself, and no time goes to
+        pads.
     picture_in_every_batch:
         A batch without pictures gives the projector no gradient, but training the projector alone and distributed
         training need one. With True, such a batch gets a blank picture whose tokens are masked. The gradient is then
@@ -191,8 +195,11 @@ class VisualRWKVDataCollator:
     padding_side: Literal["right", "left"] = "right"
     pad_to_multiple_of: int | None = None
     picture_in_every_batch: bool = False
+    padding_free: bool = False
 
     def __post_init__(self):
+        if self.padding_free and self.pad_to_multiple_of is not None:
+            raise ValueError("padding_free leaves nothing to pad: pad_to_multiple_of must be None.")
         for name, known in (("on_bad_sample", ("raise", "skip")), ("padding_side", ("right", "left"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}.")
@@ -213,6 +220,9 @@ class VisualRWKVDataCollator:
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         """Return `input_ids`, `labels`, `attention_mask` [B, T] and the pictures' pixels in the order of the text.
 
+        If `padding_free`, `input_ids` and `labels` are [1, T] and `cu_seq_lens_q`, int32 [S + 1], says where the S
+        samples begin and end; `attention_mask` is there only if it masks something.
+
         Raises:
             ValueError: If a sample is bad and `on_bad_sample` is "raise" (the message names the sample), or if all are
                 bad and `picture_in_every_batch` is False.
@@ -222,7 +232,8 @@ class VisualRWKVDataCollator:
             samples = [self._with_blank(samples[0] if samples else NOTHING), *samples[1:]]
         if not samples:
             raise ValueError(f"None of the {len(rows)} samples of a batch is readable.")
-        return self._padded(samples) | _concatenated([sample.pixels for sample in samples if sample.pixels])
+        batch = _packed(samples) if self.padding_free else self._padded(samples)
+        return batch | _concatenated([sample.pixels for sample in samples if sample.pixels])
 
     def _readable(self, row: dict) -> Sample | None:
         """Return the sample, or None after logging why it was skipped."""
@@ -310,6 +321,19 @@ class VisualRWKVDataCollator:
             name: torch.tensor([padded(getattr(sample, name), pad) for sample in samples])
             for name, pad in pads.items()
         }
+
+
+def _packed(samples: list[Sample]) -> dict[str, torch.Tensor]:
+    """Return the samples in one row. A sample's first token gets no label: the one before it is another sample's."""
+    labels = [label for sample in samples for label in (IGNORE_INDEX, *sample.labels[1:])]
+    mask = [kept for sample in samples for kept in sample.attention_mask]
+    bounds = torch.tensor([0, *(len(sample.input_ids) for sample in samples)]).cumsum(0)
+    batch = {
+        "input_ids": torch.tensor([[token for sample in samples for token in sample.input_ids]]),
+        "labels": torch.tensor([labels]),
+        "cu_seq_lens_q": bounds.to(torch.int32),
+    }
+    return batch if all(mask) else batch | {"attention_mask": torch.tensor([mask])}
 
 
 def name_of(row: dict) -> str:
