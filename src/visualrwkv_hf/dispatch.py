@@ -28,7 +28,7 @@ class Op(NamedTuple):
 OPS = {
     "wkv6": Op(triton=True, native=True),
     "wkv7": Op(triton=True, native=True),
-    "token_shift": Op(triton=True),
+    "token_shift": Op(triton=True, native=True),
     "low_rank": Op(triton=True),
     "matmul": Op(native=True),
     "rwkv6_decode": Op(triton=True, native=True),

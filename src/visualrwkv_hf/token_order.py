@@ -139,8 +139,19 @@ def token_shift(
         M times [B, T, C] in the dtype of x.
     """
     carried = carried.to(x.dtype)
-    if fast_token_shift := kernel("token_shift", x, carried):
-        return fast_token_shift(x, carried, mix, previous, following, dynamic)
+    shift = kernel("token_shift", x, carried) or plain_token_shift
+    return shift(x, carried, mix, previous, following, dynamic)
+
+
+def plain_token_shift(
+    x: Tensor,
+    carried: Tensor,
+    mix: Sequence[Tensor],
+    previous: Tensor | None = None,
+    following: Tensor | None = None,
+    dynamic: Tensor | None = None,
+) -> Sequence[Tensor]:
+    """Compute `token_shift` in plain torch; `following` is not read."""
     if previous is not None:
         entries = torch.cat([_by_row(carried, x), x], 1)  # [B, n + T, C]
         (p,) = take(previous, entries)

@@ -99,6 +99,26 @@ static void fuzz_recurrence(Input *in) {
                             gradients[1], gradients[2], gradients[3], gradients[4], gradients[5], du, dstate);
 }
 
+static void fuzz_token_shift(Input *in) {
+    int64_t M = size(in, 1, 6, 1), N = size(in, 0, 70, 1), C = size(in, 1, 140, 1), S = size(in, 0, 3, 1);
+    int64_t tokens = product_of(N, C), states = product_of(S, C), weights = product_of(M, C), all = product_of(M, tokens);
+    int has_gradient = byte(in) & 1, is_dynamic = byte(in) & 1;
+    if (tokens < 0 || states < 0 || weights < 0 || all < 0) tokens = states = weights = all = 0; /* to be refused */
+    int64_t *before = array(tokens ? N : 0, sizeof(int64_t));
+    for (int64_t t = 0; before && tokens && t < N; t++) before[t] = mostly(in, between(in, 0, 3) - 1 + (t > 0 ? t - 1 : 0));
+    float *x = floats(in, tokens), *carried = floats(in, states), *mix = floats(in, weights);
+    float *dynamic = is_dynamic ? floats(in, all) : NULL, *targets[TARGETS_AT_MOST] = {0};
+    for (int64_t m = 0; m < M && m < TARGETS_AT_MOST; m++) targets[m] = floats(in, tokens);
+    float *dx = floats(in, tokens), *dcarried = floats(in, states), *dmix = floats(in, weights);
+    float *ddynamic = is_dynamic ? floats(in, all) : NULL;
+    if (is_too_large) return;
+    if (!has_gradient)
+        visualrwkv_token_shift(2, M, N, C, S, before, x, carried, mix, dynamic, targets);
+    else
+        visualrwkv_token_shift_backward(2, M, N, C, S, before, x, carried, mix, dynamic, (const float *const *)targets, dx,
+                                        dcarried, dmix, ddynamic);
+}
+
 static void fuzz_linear(Input *in) {
     int64_t count = size(in, 0, 4, 1), columns = size(in, 1, 9, 16), rows = size(in, 0, 40, 1);
     int64_t format = mostly(in, between(in, 0, FORMAT_COUNT - 1));
@@ -232,10 +252,10 @@ static void fuzz_blocks(Input *in) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t count) {
     Input in = {data, count, 0, count};
-    void (*const targets[])(Input *) = {fuzz_recurrence, fuzz_linear, fuzz_linear_int8, fuzz_linear_bf16, fuzz_attention_bf16,
+    void (*const targets[])(Input *) = {fuzz_recurrence, fuzz_token_shift, fuzz_linear, fuzz_linear_int8, fuzz_linear_bf16, fuzz_attention_bf16,
                                        fuzz_decode, fuzz_blocks};
     block_count = is_too_large = 0;
-    targets[byte(&in) % 7](&in);
+    targets[byte(&in) % (sizeof targets / sizeof *targets)](&in);
     while (block_count) free(blocks[--block_count]);
     return 0;
 }

@@ -20,11 +20,12 @@ SECOND = list(ablate_tiny.VARIANTS)[1]
 
 @pytest.fixture
 def packages(monkeypatch) -> None:
-    """A font of matplotlib's and a few words, in place of what npm has."""
+    """A font of matplotlib's and a few words, in place of what npm has. Words to be held out have four letters."""
+    assert ablate_tiny.LONGEST >= tiny_packages.SHORTEST_TEST_WORD
     font = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf").read_bytes()
     monkeypatch.setattr(ablate_tiny, "fonts", lambda folder: tiny_packages.Fonts([font] * 6, [font]))
     monkeypatch.setattr(
-        ablate_tiny, "words", lambda folder, longest: tiny_packages.Words(["AT", "BED", "CAN"], ["DOG"])
+        ablate_tiny, "words", lambda folder, longest: tiny_packages.Words(["AT", "BED", "CANE"], ["DOGS"])
     )
 
 

@@ -436,6 +436,8 @@ def test_words_are_held_out_by_the_word_alone(tmp_path, monkeypatch):
     assert tiny_packages.words(tmp_path, 5) == (["STONE", "THE"], ["ALES"])
     monkeypatch.setattr(tiny_packages, "is_validation_word", lambda word: word in ("THE", "STONE"))
     assert tiny_packages.words(tmp_path, 8, validation=True) == (["LANTERNS"], ["STONE"])
+    with pytest.raises(ValueError, match="have 4 letters or more, longest is 3"):
+        tiny_packages.words(tmp_path, 3)
 
 
 def test_fonts_of_the_test_are_left_out_where_settings_are_chosen(tmp_path, monkeypatch):

@@ -12,10 +12,12 @@ from .ops import unsupported as unsupported_op
 from .ops import wkv6, wkv7
 from .products import matmul
 from .token import token_decode
+from .token_shift import token_shift
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "wkv6": wkv6,
     "wkv7": wkv7,
+    "token_shift": token_shift,
     "matmul": matmul,
     "rwkv6_decode": rwkv6_decode,
     "rwkv7_decode": rwkv7_decode,

@@ -36,6 +36,8 @@ _ADDRESS, _NUMBER, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_floa
 ARGUMENTS = {
     "wkv": [_INT, *[_NUMBER] * 5, *[_ADDRESS] * 11],
     "wkv_backward": [_INT, *[_NUMBER] * 5, *[_ADDRESS] * 19],
+    "token_shift": [_INT, *[_NUMBER] * 4, *[_ADDRESS] * 6],
+    "token_shift_backward": [_INT, *[_NUMBER] * 4, *[_ADDRESS] * 10],
     "linear": [_INT, *[_NUMBER] * 4, *[_ADDRESS] * 4],
     "linear_int8": [_INT, *[_NUMBER] * 4, *[_ADDRESS] * 2, _NUMBER, *[_ADDRESS] * 2],
     "linear_bf16": [_INT, *[_NUMBER] * 3, *[_ADDRESS] * 4],

@@ -6,6 +6,8 @@
 
 #include "recurrences.h"
 
+#include "token_shift.h"
+
 #include "pool.h"
 
 #include "products.h"

@@ -18,6 +18,7 @@ from .formats import FORMAT_OF, FORMATS
 from .library import Library, load_library
 
 RECURRENCES = ("wkv6", "wkv7")
+WITH_GRADIENT = (*RECURRENCES, "token_shift")
 
 MAX_ROWS = 8
 """Up to this many rows a product takes as long as reading its weights from memory."""
@@ -73,9 +74,9 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool) -> str:
 
     Args:
         op: "wkv6" or "wkv7" with r and v; "linear", "linear_int8", "linear_bf16", "rwkv6_decode", "rwkv7_decode",
-            "block_decode", "blocks_decode" or "token_decode" with x; "attention_bf16" with q.
+            "block_decode", "blocks_decode", "token_decode" or "token_shift" with x; "attention_bf16" with q.
         tensors: see `op`.
-        gradient: whether the op's gradient will be needed. Only the recurrences have one.
+        gradient: whether the op's gradient will be needed. Only those in WITH_GRADIENT have one.
     """
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace native ops"
@@ -84,7 +85,7 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool) -> str:
             return f"native ops need tensors on a CPU, not on {x.device.type}"
         if x.dtype == torch.float64:
             return "native ops compute in float32, not in float64"
-    if gradient and op not in RECURRENCES:
+    if gradient and op not in WITH_GRADIENT:
         return f"{op} has no gradient"
     if reason := unusable():
         return reason
