@@ -9,7 +9,9 @@ words, then all tasks. The last stage is the paper's second one: the tower is fr
 trained. Run the same command again to resume a training that was stopped. Then the model is examined as by
 `evaluate_tiny.py`, and its card is written. On one machine a seed and a number of processes determine the model: batch
 norms see the half of a batch that their process has. Two processes use two cores better than one process with two
-threads; plain `python` starts one process.
+threads; plain `python` starts one process. Batches are packed, so their sizes vary, and the C library of Linux then
+spends time on finding memory: with LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libtcmalloc.so.4 (Debian:
+libgoogle-perftools4) a step took 0.80 s in place of 1.24 s.
 """
 
 import json
@@ -68,7 +70,7 @@ from visualrwkv_hf.training import PROMPT_FORMATS, encode_turns, exit_together
 EMBEDDING_STD, OUTPUT_STD = 0.3, 0.05
 """Initial standard deviations that replace RWKV's; see [`open_up`]."""
 
-CHECKPOINT_STEPS, REHEARSAL_STEPS = 500, 1000
+CHECKPOINT_STEPS, REHEARSAL_STEPS = 500, 2000
 SCAN = "multidirectional"
 IMAGE_SIZE = 128
 TOWER = dict(
@@ -215,8 +217,8 @@ def train_stage(
     arguments = VisualRWKVTrainingArguments(
         output_dir=str(output_dir),
         max_steps=stage.steps,
-        per_device_train_batch_size=BATCH // processes,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         learning_rate=stage.learning_rate,
         learning_rate_final=stage.final_learning_rate,
         warmup_steps=min(WARM_UP, stage.steps // 10),
@@ -225,7 +227,12 @@ def train_stage(
         bf16=computes_in_bfloat16(),
         save_steps=CHECKPOINT_STEPS,
         save_total_limit=1,
-        **{"logging_steps": 50, "report_to": "none", **options},
+        **{
+            "per_device_train_batch_size": BATCH // processes,
+            "logging_steps": 50,
+            "report_to": "none",
+            **options,
+        },
     )
     rates = (stage.learning_rate, MUON_FACTOR * stage.learning_rate)
     trainer = VisualRWKVTrainer(
@@ -233,7 +240,9 @@ def train_stage(
         args=arguments,
         optimizers=(MuonAndAdamW(model.named_parameters(), *rates, WEIGHT_DECAY), None),
         train_dataset=data,
-        data_collator=VisualRWKVDataCollator(processor, prompt_format(model.config.image_position)),
+        data_collator=VisualRWKVDataCollator(
+            processor, prompt_format(model.config.image_position), padding_free=True
+        ),
         callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir) if output_dir.is_dir() else None)
@@ -339,16 +348,19 @@ def main(
     exit_together()
 
 
-def refuse_other_settings(work_dir: Path, settings: dict[str, Any]) -> None:
-    """Exit if a training with other settings was begun in the folder, whose stages would be taken for this one's."""
-    file = work_dir / "settings.json"
+def refuse_other_settings(folder: Path, settings: dict[str, Any], option: str = "--work-dir") -> None:
+    """Exit if a training with other settings was begun in the folder, whose results would be taken for this one's.
+
+    `option` is the one that names the folder.
+    """
+    file = folder / "settings.json"
     with PartialState().main_process_first():
         if not file.exists():
-            work_dir.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(settings), encoding="utf-8")
     begun = json.loads(file.read_text(encoding="utf-8"))
     if begun != settings:
-        sys.exit(f"{work_dir} holds a training with {begun}, not with {settings}. Choose another --work-dir.")
+        sys.exit(f"{folder} holds a training with {begun}, not with {settings}. Choose another {option}.")
 
 
 def launcher(processes: int) -> str:

@@ -9,39 +9,64 @@ import add_examples  # noqa: F401
 import ablate_tiny
 import pytest
 import tiny_packages
+import torch
+import train_tiny
 from filelock import FileLock
 from matplotlib import get_data_path
 from tiny_charts import charts_task
 from tiny_scenes import comparing_task
 from tiny_signs import reading_task
+from transformers import AutoModelForImageTextToText
+
+from visualrwkv_hf import bundled_model
 
 SECOND = list(ablate_tiny.VARIANTS)[1]
 
 
 @pytest.fixture
 def packages(monkeypatch) -> None:
-    """A font of matplotlib's and a few words, in place of what npm has. Words to be held out have four letters."""
-    assert ablate_tiny.LONGEST >= tiny_packages.SHORTEST_TEST_WORD
+    """A font of matplotlib's and a few words, in place of what npm has."""
     font = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf").read_bytes()
-    monkeypatch.setattr(ablate_tiny, "fonts", lambda folder: tiny_packages.Fonts([font] * 6, [font]))
-    monkeypatch.setattr(
-        ablate_tiny, "words", lambda folder, longest: tiny_packages.Words(["AT", "BED", "CANE"], ["DOGS"])
-    )
+    few = tiny_packages.Words(["AT", "BED", "CANE"], ["DOGS"])
+    monkeypatch.setattr(ablate_tiny, "fonts", lambda folder: tiny_packages.Fonts([font], [font]))
+    monkeypatch.setattr(ablate_tiny, "words", lambda folder, longest: few)
 
 
 @pytest.mark.slow
-def test_a_run_trains_each_variant(packages, tmp_path):
+def test_a_run_trains_each_variant_behind_the_same_tower(packages, tmp_path, monkeypatch):
+    trained = []
+
+    def train_stage(model, *arguments, **options):
+        train_tiny.train_stage(model, *arguments, **options)
+        trained.append({name: weight.clone() for name, weight in model.state_dict().items()})
+
+    monkeypatch.setattr(ablate_tiny, "train_stage", train_stage)
     tasks = ablate_tiny.ablation_tasks(tmp_path)
     for name in ("scan: multidirectional", "prompt: picture first", "generation: RWKV-5"):
-        scores = ablate_tiny.run(tasks, tmp_path, ablate_tiny.VARIANTS[name], 0, (1, 1, 1), 4)
+        scores = ablate_tiny.run(tasks, ablate_tiny.VARIANTS[name], seed=0, steps=1, questions=4)
         assert scores.keys() == tasks.keys()
         assert all(0 <= score <= 1 for score in scores.values())
+    bundled = AutoModelForImageTextToText.from_pretrained(bundled_model(), dtype="float32").state_dict()
+    tower = [name for name in bundled if "vision_tower" in name]
+    assert tower
+    for weights in trained:
+        assert all(torch.equal(weights[name], bundled[name]) for name in tower)
 
 
-def test_stages_go_from_letters_to_all_tasks():
-    found = ablate_tiny.stages((3, 2, 1))
-    assert [(stage.steps, longest) for stage, longest in found] == [(3, 1), (2, 2), (1, ablate_tiny.LONGEST)]
-    assert [set(stage.shares) for stage, _ in found[:2]] == [{"reading"}, {"reading", "comparing", "charts"}]
+def test_results_of_other_settings_are_refused(packages, tmp_path):
+    options = dict(data_dir=tmp_path, seeds=1, questions=4, minutes=1, table_only=True, markdown=None)
+    ablate_tiny.main(results=tmp_path / "runs", steps=2, **options)
+    with pytest.raises(SystemExit, match="Choose another --results"):
+        ablate_tiny.main(results=tmp_path / "runs", steps=3, **options)
+
+
+def test_the_page_says_how_much_was_trained(packages, tmp_path):
+    page = tmp_path / "page.md"
+    options = dict(data_dir=tmp_path, seeds=1, minutes=1, table_only=True, markdown=page)
+    ablate_tiny.main(results=tmp_path / "runs", steps=100, questions=4, **options)
+    text = page.read_text()
+    assert "(3,200 samples, 100 steps)" in text and "asked up to 4 questions" in text
+    assert "| prompt: picture last | 0 |" in text and "{" not in text
 
 
 def test_no_run_is_made_twice_or_by_two_at_once(tmp_path):
