@@ -66,7 +66,7 @@ def ablation_tasks(data_dir: Path) -> dict[str, Task]:
 def run(
     tasks: dict[str, Task], changed: dict[str, Any], seed: int, steps: int, questions: int
 ) -> dict[str, float]:
-    """Train one variant behind the tower of the model in the package; return its accuracy in each task."""
+    """Train one variant on what the bundled model's vision tower sees; return its accuracy in each task."""
     set_seed(seed)
     fields = {"scan": "bidirectional", "image_position": "middle", "rwkv_version": 7, **changed}
     language_model = LANGUAGE_MODEL | {"rwkv_version": fields.pop("rwkv_version")}

@@ -137,7 +137,9 @@ def words(folder: Path, longest: int, validation: bool = False) -> Words:
         ValueError: `longest` is less than SHORTEST_TEST_WORD, so that no word would be held out.
     """
     if longest < SHORTEST_TEST_WORD:
-        raise ValueError(f"Words held out have {SHORTEST_TEST_WORD} letters or more, longest is {longest}.")
+        raise ValueError(
+            f"Words held out have {SHORTEST_TEST_WORD} letters or more, longest is {longest}: choose more."
+        )
     with tarfile.open(fetched(WORDS, folder)) as archive:
         lists = [archive.extractfile(f"package/english-words-{size}.json").read() for size in (10, 20, 35)]
     known = {word.upper() for text in lists for word in json.loads(text) if word.isascii() and word.isalpha()}

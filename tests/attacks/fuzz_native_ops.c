@@ -252,8 +252,8 @@ static void fuzz_blocks(Input *in) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t count) {
     Input in = {data, count, 0, count};
-    void (*const targets[])(Input *) = {fuzz_recurrence, fuzz_token_shift, fuzz_linear, fuzz_linear_int8, fuzz_linear_bf16, fuzz_attention_bf16,
-                                       fuzz_decode, fuzz_blocks};
+    void (*const targets[])(Input *) = {fuzz_recurrence, fuzz_token_shift, fuzz_linear, fuzz_linear_int8, fuzz_linear_bf16,
+                                       fuzz_attention_bf16, fuzz_decode, fuzz_blocks};
     block_count = is_too_large = 0;
     targets[byte(&in) % (sizeof targets / sizeof *targets)](&in);
     while (block_count) free(blocks[--block_count]);

@@ -1,8 +1,8 @@
 /* The token shift, forward and backward. Every array is contiguous.
    Letters: M targets, N tokens of all rows, C hidden size, S tokens that are carried over from before the rows.
 
-   The columns of a token are independent of one another, so each thread takes COLUMNS of them and all tokens. A token may
-   then be seen by any others: nobody else adds to its gradient. */
+   The columns of a token are independent of one another. In the backward each thread takes COLUMNS of them and reads all
+   tokens, so that no two threads add to the same gradient, however many tokens see one. */
 enum { TARGETS_AT_MOST = 16, TOKENS_OF_A_SUM = 64 };
 
 typedef struct {
@@ -66,8 +66,8 @@ static void back_shift(const Shift *s, int64_t token, int64_t column, int64_t wi
 }
 
 /* Compute the gradients of what visualrwkv_token_shift reads from those of its M targets, dout. dx [N, C] and dcarried
-   [S, C] must come as zeros; ddynamic is null if `dynamic` is. Sums over tokens have double precision between stretches of
-   TOKENS_OF_A_SUM. */
+   [S, C] must come as zeros; ddynamic is null if `dynamic` is. Sums over tokens are kept in double precision;
+   TOKENS_OF_A_SUM tokens at a time are added in single precision first. */
 int visualrwkv_token_shift_backward(int threads, int64_t M, int64_t N, int64_t C, int64_t S, const int64_t *before,
                                     const float *x, const float *carried, const float *mix, const float *dynamic,
                                     const float *const *dout, float *dx, float *dcarried, float *dmix, float *ddynamic) {

@@ -74,7 +74,7 @@ class TokenShiftFunction(Function):
             dx,
             dcarried,
             None,
-            None if dynamic is None or ddynamic is None else ddynamic.to(dynamic.dtype),
+            None if ddynamic is None else ddynamic.to(dynamic.dtype),
             *(dm.view(m.shape).to(m.dtype) for dm, m in zip(dmix, mix)),
         )
 
