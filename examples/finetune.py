@@ -61,7 +61,7 @@ class FinetuneArguments:
         metadata=described("Data to evaluate on, once at the end unless --eval-strategy says otherwise."),
     )
     preset: str | None = field(
-        default=None, metadata=described("stage1, stage2, lora, or the path of a YAML file of options.")
+        default=None, metadata=described("stage1, stage2, lora, state, or the path of a YAML file of options.")
     )
     train: list[str] = field(
         default_factory=lambda: ["projector", "language_model"],

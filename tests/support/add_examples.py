@@ -5,4 +5,4 @@ import sys
 from paths import EXAMPLES
 
 if str(EXAMPLES) not in sys.path:
-    sys.path.append(str(EXAMPLES))  # last: nothing there hides a library
+    sys.path.append(str(EXAMPLES))  # last, so that no file there hides a library

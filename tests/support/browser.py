@@ -1,4 +1,4 @@
-"""The web demo in a process of its own, and a headless Chromium that uses it."""
+"""Run the web demo in a process of its own, and use it with a headless Chromium."""
 
 import json
 import os
@@ -23,26 +23,26 @@ OPTIONS = (
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--window-size=1360,860",
-    # As on a machine without a network: only this machine has an address.
+    # Behave as without a network: resolve no host but this machine.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
 SUBMIT = "[data-testid=submit-button]"
 NEW_LINE = "\ue008\ue007\ue000"
-"""Shift and Enter, and no longer Shift: Enter alone would send."""
+"""Presses Shift and Enter, then releases Shift; Enter alone would send the question."""
 ANSWER = "[data-testid=bot]"
 RECORD = """
 window.shown = [];
 new MutationObserver(() => window.shown.push([...document.querySelectorAll(arguments[0])].map(it => it.innerText)))
     .observe(document.body, {subtree: true, childList: true, characterData: true});
 """
-"""From now on the page notes what can be read of its answers whenever something in it changes."""
+"""Makes the page append the visible texts of its answers to `window.shown` whenever something on it changes."""
 SECONDS = PATIENCE
-"""The longest wait for anything."""
+"""The longest time to wait for anything."""
 
 
 @contextmanager
 def running_demo(log: Path, *arguments: str) -> Iterator[str]:
-    """The address of `examples/web_demo.py`. What it prints goes to `log`."""
+    """Run `examples/web_demo.py` and yield its address. What it prints is written to `log`."""
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "TMPDIR": str(log.parent)}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -59,7 +59,7 @@ def running_demo(log: Path, *arguments: str) -> Iterator[str]:
 
 
 def wait_for(condition, seconds: float = SECONDS):
-    """What `condition()` gives as soon as it is true."""
+    """Call `condition` until it returns something true, and return that; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "waited in vain"
@@ -68,7 +68,7 @@ def wait_for(condition, seconds: float = SECONDS):
 
 
 class Page:
-    """The demo's page as a person sees it."""
+    """Opens the demo's page in a browser and uses it as a person does."""
 
     def __init__(self, url: str):
         from selenium.webdriver import Chrome, ChromeOptions
@@ -89,7 +89,7 @@ class Page:
         self.browser.quit()
 
     def open(self) -> None:
-        """The page without messages."""
+        """Load the page anew, without messages."""
         self.browser.get(self.url)
         wait_for(lambda: self.find("textarea") and self.is_idle())
         self.browser.execute_script(RECORD, ANSWER)
@@ -98,7 +98,7 @@ class Page:
         return self.browser.find_elements("css selector", selector)
 
     def texts(self, selector: str) -> list[str]:
-        """As they are now: the page may change while it is looked at."""
+        """Return the texts of all matching elements at one moment: the page may change between two look-ups."""
         script = "return [...document.querySelectorAll(arguments[0])].map(element => element.innerText)"
         return self.browser.execute_script(script, selector)
 
@@ -111,7 +111,7 @@ class Page:
         wait_for(lambda: len(self.find(".thumbnail-item")) == before + len(pictures))
 
     def ask(self, question: str) -> list[str]:
-        """Sends a question. Returns what could be read of its answer, time after time."""
+        """Send a question, and return the texts that its answer had one after the other while it grew."""
         wait_for(self.is_idle)
         before = len(self.texts(ANSWER))
         self.find("textarea")[0].send_keys(question.replace("\n", NEW_LINE))
@@ -119,17 +119,17 @@ class Page:
         return self.watch(before)
 
     def watch(self, before: int) -> list[str]:
-        """What can be read of the answer behind `before` others, time after time until it is whole."""
+        """Wait until the answer after `before` others is complete, and return the texts that it had while it grew."""
         wait_for(lambda: self.texts(ANSWER)[before:] and self.is_idle())
         shown = self.browser.execute_script("return window.shown")
         return [text for text, _ in groupby("".join(answers[before:]) for answers in shown) if text]
 
     def is_idle(self) -> bool:
-        """Whether a question can be sent."""
+        """Return whether a question can be sent."""
         return bool(self.find(SUBMIT) and self.find("[data-testid=upload-button]:not([disabled])"))
 
     def requests(self) -> set[str]:
-        """Addresses that the browser asked since it was last looked."""
+        """Return the addresses that the browser has requested since the last call."""
         messages = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
         return {
             message["params"]["request"]["url"]

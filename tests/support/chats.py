@@ -1,4 +1,4 @@
-"""Small chats with pictures, the models that answer them, and how many tokens a model has read."""
+"""Build small chats with pictures, configure the models that answer them, and count the tokens that a model reads."""
 
 from contextlib import contextmanager
 
@@ -36,14 +36,14 @@ def inputs_of(processor, *messages, **template_variables):
 
 
 def batch_of(processor, chats, side: str | None = None):
-    """Return the inputs of several chats, padded on a side; None is the processor's own."""
+    """Return the inputs of several chats as a batch, padded on `side`; None means the side that the processor pads."""
     padding = {"padding": True} if side is None else {"padding": True, "padding_side": side}
     return inputs_of(processor, *chats, processor_kwargs=padding)
 
 
 @contextmanager
 def counted_tokens(model):
-    """The numbers of tokens that the language model reads, one for each forward."""
+    """Yield a list that receives, at each forward of the language model, the number of tokens that it reads."""
     read: list[int] = []
     language_model = model.model.language_model
     handle = language_model.register_forward_pre_hook(

@@ -1,4 +1,4 @@
-"""Signals that the caller of the tests ignores get their defaults again."""
+"""Restore the default handlers of signals that the caller of the tests ignores."""
 
 import signal
 
@@ -10,9 +10,9 @@ DEFAULT_HANDLERS = {
 
 
 def restore_signals() -> None:
-    """Give signals that the caller ignores their default again, so that the processes of tests can be interrupted.
+    """Restore the default handler of each signal that the caller ignores, so that tests can interrupt their processes.
 
-    A shell ignores SIGINT for its background jobs, and `nohup` SIGHUP; a child inherits that.
+    A shell ignores SIGINT for its background jobs, `nohup` ignores SIGHUP, and child processes inherit this.
     """
     for number, handler in DEFAULT_HANDLERS.items():
         if signal.getsignal(number) is signal.SIG_IGN:

@@ -1,4 +1,4 @@
-"""Real rows of easy-VQA for other people's harnesses, and a tiny model that has learned half of them by heart."""
+"""Provide real rows of easy-VQA for external evaluation harnesses, and a tiny model that has memorised half of them."""
 
 import json
 import shutil
@@ -12,18 +12,18 @@ from visualrwkv_hf import VisualRWKVDataCollator, VisualRWKVTrainer, VisualRWKVT
 
 ROWS = 24
 STRIDE = 101
-"""Apart in the list of questions, so that the rows are about as many pictures."""
+"""The distance between two rows in the list of questions, large enough that each row is about another picture."""
 
 
 def rows() -> list[dict]:
-    """Test questions: `question`, `answer`, and `image`, the path of a picture of 64 x 64."""
+    """Return `ROWS` test questions: `question`, `answer`, and `image`, the path of a picture of 64 x 64 pixels."""
     pictures = easy_vqa.get_test_image_paths()
     chosen = list(zip(*easy_vqa.get_test_questions()))[: ROWS * STRIDE : STRIDE]
     return [{"question": q, "answer": answer, "image": pictures[number]} for q, answer, number in chosen]
 
 
 def save_rows(folder: Path) -> None:
-    """The rows as a data set of `imagefolder`, split "test"."""
+    """Write the rows as the split "test" of a data set for `imagefolder`."""
     (folder / "test").mkdir(parents=True)
     with (folder / "test" / "metadata.jsonl").open("w") as file:
         for number, row in enumerate(rows()):
@@ -42,7 +42,10 @@ def messages(row: dict) -> list[dict]:
 
 
 def save_model_that_knows_half(folder: Path) -> Path:
-    """Answers every other row rightly, and of the others those that it guesses: neither all nor none."""
+    """Train a tiny model on every other row, save it with its processor in `folder`, and return `folder`.
+
+    It answers these rows correctly and can only guess the others, so that its score is neither 0 nor 1.
+    """
     model = tiny_model(7, image_position="first")
     train_only(model, ["projector", "language_model"])
     options = dict(
@@ -70,7 +73,7 @@ def save_model_that_knows_half(folder: Path) -> Path:
 
 
 def own_answers(model, processor, texts: list[str]) -> list[str]:
-    """The answers to these prompts, one of each row, one at a time, by `generate` alone."""
+    """Return the answers that `generate` alone gives to `texts`, the prompts of the rows, one at a time."""
     answers = []
     for row, text in zip(rows(), texts, strict=True):
         inputs = processor(images=picture(row), text=text, return_tensors="pt")

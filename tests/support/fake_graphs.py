@@ -1,4 +1,4 @@
-"""Records what a function computes on a CPU and replays it on the same tensors, as a CUDA graph does on a GPU."""
+"""Record what a function computes on a CPU and replay it on the same tensors, as a CUDA graph does on a GPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_flatten
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every op with its tensors, and puts back afterwards what they changed of tensors from before.
+    """Records every op with its tensors. `undo` then restores the older tensors that the ops changed.
 
     Reading a value in Python fails, as it does while a graph is captured.
     """
@@ -33,7 +33,7 @@ class Recorder(TorchDispatchMode):
         out = function(*args, **kwargs)
         given = {tensor.untyped_storage().data_ptr() for tensor in tensors_of((args, kwargs))}
         made = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(out)}
-        self._made |= made - given  # what shares storage with an argument is a view, or changed in place
+        self._made |= made - given  # an output with an argument's storage is a view, or changed in place
         self.steps.append((function, args, kwargs, out))
         return out
 
@@ -60,9 +60,9 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 def capture(step: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
-    """Record a step without letting it change anything, as `decode_graph.Capture` wants it.
+    """Record a step without letting it change anything, as `decode_graph.Capture` requires.
 
-    What it returned is filled with NaN until the first replay, since on a GPU nothing is computed before.
+    What it returned is filled with NaN until the first replay, since a GPU computes nothing before that.
     """
     with Recorder() as recorder:
         output = step()

@@ -1,4 +1,4 @@
-"""Small films for tests: frame `n` is a plain colour that tells its number."""
+"""Make small films for tests, in which frame `n` is of a plain grey that tells its number."""
 
 import base64
 import io
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 NUMBER, RATE, STEP = 30, 10, 8
-"""Frames of a film, how many a second, and how much brighter each is than the one before."""
+"""The number of frames, frames per second, and the step in grey level, of 256, from one frame to the next."""
 
 
 def grey(number: int, width: int = 96, height: int = 64) -> Image.Image:

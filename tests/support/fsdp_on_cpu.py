@@ -1,4 +1,4 @@
-"""Runs a script with FSDP on CPU processes: accelerate knows it on accelerators only, and else ignores it in silence.
+"""Run a script with FSDP on CPU processes. By itself, accelerate silently ignores FSDP there.
 
 accelerate launch --config_file fsdp2.yaml tests/support/fsdp_on_cpu.py script.py ...
 """

@@ -1,7 +1,7 @@
-"""Golden cases: what stands in a folder of the original's numbers, and models made of its weights.
+"""Read golden cases from a folder of the original's numbers, and make models of its weights.
 
 A folder holds `index.json`, `weights/` and `<kind>/<case>/` with `case.json`, `inputs.safetensors`,
-`expected.safetensors` and, for kinds that are text, other files. Weights carry the original's names and go
+`expected.safetensors` and, for cases about text or pictures, other files. Weights have the original's names and go
 through the real converter.
 """
 
@@ -22,7 +22,7 @@ from visualrwkv_hf.conversion import load_original
 
 STOP_TOKEN = 261
 IMAGE_ID = -200
-"""The original's placeholder up to UHD; v7 has an id of the vocabulary, its last one."""
+"""The original's placeholder up to UHD; v7 uses the last id of its vocabulary instead."""
 
 FAMILY_OF = {
     "v50": "v5.0",
@@ -36,12 +36,12 @@ FAMILY_OF = {
     "v703": "v7.03",
     "v704": "v7.04",
 }
-"""First word of a case's name -> the release that it is about."""
+"""Maps the first word of a case's name to the release that the case is about."""
 
 
 @dataclass(eq=False)
 class Case:
-    """One case; its tensors in float32 where they are stored in bfloat16 for size."""
+    """Reads one case. Inputs and weights stored in bfloat16 become float32; expected tensors keep their type."""
 
     folder: Path
     path: str
@@ -89,7 +89,7 @@ class Case:
         return Image.open(self.file(name))
 
     def variants(self, quantity: str) -> list[str]:
-        """`["grid-1", "grid0"]` for expected tensors `quantity.grid-1` and `quantity.grid0`."""
+        """Return `["grid-1", "grid0"]` if the expected tensors are `quantity.grid-1` and `quantity.grid0`."""
         return sorted(name.split(".", 1)[1] for name in self.expected if name.startswith(f"{quantity}."))
 
     def is_float_in_bfloat16(self, name: str) -> bool:
@@ -97,7 +97,7 @@ class Case:
 
     @property
     def image_token_id(self) -> int:
-        """The placeholder for our model: the original's, or the largest id that no text here uses."""
+        """Return the placeholder for our model: the original's for v7, else the largest id that no text here uses."""
         vocab_size = self.config["vocab_size"]
         if self.family.startswith("v7"):
             return vocab_size - 1
@@ -111,14 +111,14 @@ class Case:
         return read_weights(self.folder, tuple(self.info["weights"]))
 
     def model(self, side: int | None = None, **overrides: Any) -> torch.nn.Module:
-        """The converted model; `side` is the towers' grid's where the case gives features in their place."""
+        """Return the converted model; `side` is that of the towers' grid if the case gives features in their place."""
         fields = {"family": self.family, "image_token_id": self.image_token_id, **overrides}
         fields["vision_config"] = self.vision_fields(side)
         self.weights()
         return converted(self.folder, tuple(self.info["weights"]), json.dumps(fields, sort_keys=True))
 
     def vision_fields(self, side: int | None) -> dict[str, Any]:
-        """Return what the shapes of the tower's weights do not tell: the heads, or everything without weights."""
+        """Return the fields that the tower's weights do not tell: the heads, or all fields if there are no weights."""
         if "towers" in self.config:
             heads = {
                 OUR_TOWERS[tower]: fields["num_heads"] for tower, fields in self.config["towers"].items()
@@ -136,7 +136,7 @@ class Case:
 
     @property
     def tower_widths(self) -> dict[str, int]:
-        """Return the width of each tower's features: of those that the case gives, else any that add up."""
+        """Return the widths of the towers' features: those of the case's features, else any that have the right sum."""
         given = {
             name.split(".")[1]: tensor.shape[-1]
             for name, tensor in self.inputs.items()
@@ -150,17 +150,17 @@ class Case:
 
 
 OUR_TOWERS = {"dino": "dinov2", "siglip": "siglip", "sam": "sam"}
-"""The original's names of the three towers -> ours."""
+"""Maps the original's names of the three towers to ours."""
 
 PROJECTOR_INPUTS = ("proj.proj.weight", "proj.weight", "proj.gate.weight")
-"""Weights whose second size is the width of the features, the first one that a projector has."""
+"""Weights of projectors; the second size of the first that a projector has is the width of the features."""
 
 COLUMNS = 128
-"""Columns of the vocabulary that `logits128` holds."""
+"""How many columns of the vocabulary `logits128` holds."""
 
 
 class Public(NamedTuple):
-    """Logits by the package's own way of calling, of some samples of a batch."""
+    """Holds the logits of some samples of a batch from a call as users make it, without the original's layout."""
 
     rows: Tensor  # [R] which samples
     logits: Tensor  # [R, T, vocab_size]
@@ -169,12 +169,12 @@ class Public(NamedTuple):
 
 @dataclass
 class Result:
-    """What a case's runner found, under the names of the expected tensors."""
+    """Holds what a case's runner computed, under the names of the expected tensors."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     public: dict[str, Public] = field(default_factory=dict)
     facts: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """What is no tensor: name -> (found, expected)."""
+    """Results that are not tensors: name -> (found, expected)."""
 
     def add(self, variant: str = "", **tensors: Tensor | Public) -> None:
         for name, tensor in tensors.items():
@@ -190,7 +190,7 @@ def upcast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_cases(folder: Path) -> list[str]:
-    """Paths of all cases of a folder: those of its index and those that stand there."""
+    """Return the paths of all cases of a folder: those in its index and those that it contains."""
     indexed = {row["path"] for row in json.loads((folder / "index.json").read_text("utf-8"))}
     found = {path.parent.relative_to(folder).as_posix() for path in folder.glob("*/*/case.json")}
     return sorted(indexed | found)
@@ -198,7 +198,7 @@ def read_cases(folder: Path) -> list[str]:
 
 @functools.lru_cache(maxsize=4)
 def read_weights(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """The union of the files, later ones before earlier ones."""
+    """Return the union of the files' tensors; of two with the same name the later file's counts."""
     tensors: dict[str, Tensor] = {}
     for name in names:
         if name.endswith(".npz"):

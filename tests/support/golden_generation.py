@@ -1,4 +1,4 @@
-"""The cases that generate: greedy decoding, and everything from data and pictures to text."""
+"""Compute the golden cases that generate: greedy decoding, and the whole way from data and pictures to text."""
 
 import dataclasses
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class Generated(NamedTuple):
 
 
 def chosen(scores: Tensor) -> Generated:
-    """Greedy choice from [T, vocab_size]."""
+    """Return the greedy choice at each step, from scores [T, vocab_size]."""
     best, ids = scores.topk(2)
     probabilities = scores.softmax(-1).gather(-1, ids[:, :1])[:, 0]
     return Generated(ids[:, 0], best[:, 0], probabilities, best[:, 0] - best[:, 1])
@@ -66,7 +66,7 @@ def generate(
 def generated(
     model: nn.Module, input_ids: Tensor, length: int, pictures: dict[str, Any], stop: int = STOP_TOKEN
 ) -> Generated:
-    """`generate()` for a prompt of v5 to UHD."""
+    """Run `generate()` for a prompt of v5 to UHD."""
     ids, _ = layout.expanded_ids(input_ids, model.config.image_token_id, model.config.num_image_tokens)
     return generate(model, ids, length, stop, **pictures)
 
@@ -83,7 +83,7 @@ def generated_by_reruns(
     stop: int = STOP_TOKEN,
     window: int | None = None,
 ) -> Generated:
-    """As the original: the whole sequence again for each token, cut to its last `window` embeddings."""
+    """Generate as the original: run the whole sequence, cut to its last `window` embeddings, again for each token."""
     scores = []
     while len(scores) < length:
         scores.append(last_logits(embeds))
@@ -114,7 +114,7 @@ def v51_scans_b1_generate(case: Case) -> Result:
 
 
 def v601_multidirectional(case: Case) -> Result:
-    """Trained in the order of the text, read in four directions when generating."""
+    """Compute v6.01, which is trained in the order of the text but reads in four directions when it generates."""
     result, forward, model = Result(), case.model(scan="unidirectional"), case.model()
     for variant, m in {"forward": forward, "multidirectional": model}.items():
         add_pixel_run(result, variant, m, case)
@@ -149,7 +149,7 @@ def v60_generate(case: Case) -> Result:
 def v7_reruns(
     model: nn.Module, input_ids: Tensor, tokens: Tensor, length: int, stop: int = STOP_TOKEN
 ) -> Generated:
-    """As the original: pads in front anew for each token, so that their number changes."""
+    """Generate as the original: pad on the left anew for each token, so that the number of pads changes."""
     embed = model.get_input_embeddings()
 
     def last_logits(embeds: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def column_logits(logits: Tensor, columns: Tensor) -> dict[str, Tensor]:
 def samples_of(
     case: Case, tokenizer: Any, prompt_format: PromptFormat, image_tokens: int, count: int
 ) -> list[dict[str, Any]]:
-    """The first samples of one process in the first epoch, as our data functions make them."""
+    """Return the first `count` samples of one process in the first epoch, as our data functions make them."""
     data = case.json("data.json")
     samples = []
     for index in sample_order(len(data), epoch=0, epoch_steps=count, micro_batch_size=1):
@@ -199,7 +199,10 @@ def samples_of(
 def add_samples(
     result: Result, label: str, ours: list[dict], golden: list[dict], image_token_id: int
 ) -> None:
-    """Texts, ids and labels; the original's placeholder has an id of its own up to UHD."""
+    """Add the texts, ids and labels of samples to a result.
+
+    Our placeholder and the original's, which differ up to UHD, both become -200.
+    """
     for number, (sample, row) in enumerate(zip(ours, golden, strict=True)):
         ids = [layout.IMAGE_ID if i == image_token_id else i for i in sample["input_ids"]]
         expected = [layout.IMAGE_ID if i == image_token_id else i for i in row["input_ids"]]
@@ -208,7 +211,7 @@ def add_samples(
 
 
 def add_texts(result: Result, golden: dict[str, Any], ids: Tensor, tokenizer: Any) -> None:
-    """What is made of the generated ids: the answer ends with its first blank line."""
+    """Add the generated ids, their text and the answer to a result; the answer ends at the first blank line."""
     text = tokenizer.decode(ids)
     result.facts["generated ids"] = ids.tolist(), golden["generated_ids"]
     result.facts["decoded"] = text, golden["decoded"]
@@ -253,7 +256,7 @@ def v60_full_vocab(case: Case) -> Result:
 
 
 def add_pixels(result: Result, model: nn.Module, case: Case, name: str, golden: Tensor) -> None:
-    """The picture as the original gave it to the model; 1e-6: one rounding of float32 at values up to 3."""
+    """Check our pixels against the original's, within 1e-6: a few roundings of float32 at values up to 3."""
     pixels = image_processor_for(model.config)(images=case.picture(name), return_tensors="pt")[
         "pixel_values"
     ][0]

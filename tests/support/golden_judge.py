@@ -1,8 +1,8 @@
-"""The judge of golden cases.
+"""Judge the package by golden cases.
 
-Every tensor of a case is compared within its own tolerance (`recommended_atol`: 30 times the original's noise in
-float32), integers exactly. `DELIBERATE` lists what is not compared. A stored tensor may be the leading corner of the
-recorded one (golden/README.md): of the rest only the shape is checked.
+Every tensor of a case is compared within its own tolerance (`recommended_atol`: about 30 times the original's noise in
+float32, or more), integers exactly. `DELIBERATE` lists what is not compared. A stored tensor may be only the leading
+corner of the recorded one (golden/README.md); of the rest only the shape is checked.
 """
 
 import re
@@ -33,7 +33,7 @@ DELIBERATE: dict[tuple[str, str], str] = {
     ),
     ("tiling", r"gpt4v_crop|crop_\d+_squares"): UNUSED_CUT,
 }
-"""(case, pattern for the name of a tensor or for the first word of a fact) -> why it is not compared."""
+"""Maps a case, and a pattern for the name of a tensor or the first word of a fact, to why that is not compared."""
 
 RUNNERS: dict[str, Callable[[Case], Result]] = {
     name: runner
@@ -44,7 +44,7 @@ RUNNERS: dict[str, Callable[[Case], Result]] = {
 
 @torch.no_grad()
 def check_case(folder: Path, case_path: str) -> None:
-    """Compare every tensor, every fact that is no tensor, and the logits of the package's own way of calling.
+    """Compare every tensor and every other fact of a case, and the logits of calls as users make them.
 
     Args:
         folder: A golden folder.
@@ -76,7 +76,7 @@ def is_judged(case: Case, name: str) -> bool:
 
 
 def judge(case: Case, name: str, found: dict[str, Tensor]) -> str | None:
-    """What is wrong with our tensor `name`, or None."""
+    """Return what is wrong with our tensor `name`, or None."""
     if name not in found:
         return f"{name}: not computed"
     ours, golden, recorded = found[name], case.expected[name], case.info["tensors"][f"expected:{name}"]
@@ -98,21 +98,22 @@ def too_far(name: str, ours: Tensor, golden: Tensor, atol: float | Tensor) -> st
 
 
 def tolerance(case: Case, name: str) -> float | Tensor:
-    """What the case recommends; else float32 noise as for other tensors, and for bfloat16 its rounding."""
+    """Return the tolerance that the case recommends; without one, float32's usual noise, or bfloat16's rounding."""
     recorded = case.info["tensors"][f"expected:{name}"]
     if "recommended_atol" in recorded:
         return recorded["recommended_atol"]
     if not case.is_float_in_bfloat16(name):
         return 2e-5 * max(1.0, recorded["max_abs"])
-    # Both round float32 once to 8 bits: one unit in the last place, 2^-7, and the noise before rounding.
-    # Gradients of parameters are rounded per sample in the original: the sum's unit is that of its parts.
+    # Both round float32 once to 8 bits, so they may differ by one unit in the last place, 2^-7, and by the noise
+    # before rounding. The original rounds gradients of parameters (2 dimensions) per sample, before it sums them:
+    # there the unit is that of the summands, not of a sum that may be smaller.
     noise = case.info["tensors"][f"expected:{name.replace('bf16', 'fp32')}"]["recommended_atol"]
     size = case.expected[name].float().abs()
     return 2**-7 * (size.max() if size.ndim == 2 else size) + noise
 
 
 def judge_public(case: Case, label: str, public: Public) -> str | None:
-    """What is wrong with logits by the package's own way of calling, or None."""
+    """Return what is wrong with the logits of a call as users make it, or None."""
     name = label.split("#")[0].strip(".")
     golden = case.expected[name][public.rows, : public.logits.shape[1]]  # [R, T, columns]
     ours = public.logits[..., : golden.shape[-1]]
@@ -120,8 +121,10 @@ def judge_public(case: Case, label: str, public: Public) -> str | None:
 
 
 def too_far_in_bfloat16(ours: Tensor, golden: Tensor, exact: Tensor) -> str | None:
-    """bfloat16 logits cannot be compared one by one: roundings add up through all layers, in another order on
-    every machine. They shall be about as far from the float32 logits as the original's are."""
+    """Return what is wrong with bfloat16 logits, or None if they are about as far from float32 as the original's.
+
+    They cannot be compared one by one, because roundings add up through all layers, in another order on every machine.
+    """
     ours_off, golden_off = (ours.float() - exact).abs(), (golden.float() - exact).abs()
     if ours_off.max() <= 1.5 * golden_off.max() and ours_off.mean() <= 1.2 * golden_off.mean():
         return None

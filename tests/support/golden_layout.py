@@ -1,4 +1,4 @@
-"""The original's batches: how it puts text and pictures into one sequence, quirks included.
+"""Build batches as the original does: it puts text and pictures into one sequence, with all its quirks.
 
 Letters: B batch, T time, D directions of a scan, C hidden size, L tokens of a picture.
 """
@@ -15,15 +15,15 @@ from visualrwkv_hf.scan_orders import grid_permutation, num_directions
 
 IGNORE = -100
 V7_MULTIPLE = 16
-"""v7 puts copies of token 261 in front until the length is a multiple of this."""
+"""v7 prepends copies of token 261 until the length is a multiple of this number."""
 
 
 class Batch(NamedTuple):
-    """A batch as it enters the language model, in front of ln0."""
+    """Holds a batch as it enters the language model, before ln0."""
 
     inputs_embeds: Tensor  # [B, T, C]
     labels: Tensor  # [B, T]
-    start: int = 0  # where the original takes the patches of every sample to begin
+    start: int = 0  # where the original assumes every sample's patches to begin
 
     @property
     def length(self) -> int:
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
 
 def image_index(ids: Tensor) -> int | None:
-    """Where the placeholder stands in `ids` [T]."""
+    """Return the position of the placeholder in `ids` [T], or None if there is none."""
     found = (ids == IMAGE_ID).nonzero().flatten().tolist()
     assert len(found) <= 1
     return found[0] if found else None
@@ -42,7 +42,7 @@ def largest_index(input_ids: Tensor) -> int:
 
 
 def v50_batch(embed: Callable, input_ids: Tensor, features: Tensor, labels: Tensor) -> Batch:
-    """Samples begin with their text; one without picture is its text alone."""
+    """Return v5.0's batch: a sample begins with its text, and one without a picture is its text alone."""
     rows = []
     for ids, tokens, targets in zip(input_ids, features, labels):
         at = image_index(ids)
@@ -57,17 +57,18 @@ def v6_batch(
     labels: Tensor | None = None,
     ctx_len: int | None = None,
 ) -> Batch:
-    """v5.1 to UHD: every picture begins where the latest one of the batch does, behind embeddings of token 0.
+    """Return the batch of v5.1 to UHD, in which all pictures begin where the latest of them does.
 
-    A sample without picture gets zero vectors in its place. A sample that is longer than `ctx_len` keeps its
-    beginning if there is a label in it, else its end; the picture is taken to be where it was all the same.
+    Embeddings of token 0 at the front move the other pictures there. A sample without a picture gets zero vectors
+    in its place. A sample longer than `ctx_len` keeps its first `ctx_len` positions if one of them has a label, else
+    its last. `Batch.start` ignores this cut, as the original does.
 
     Args:
-        embed: ids -> embeddings.
-        input_ids: [B, T] with at most one placeholder a row.
-        features: [B, L, C].
-        labels: [B, T]; none by default.
-        ctx_len: where samples are cut; None: nowhere.
+        embed: maps ids to embeddings.
+        input_ids: [B, T] with at most one placeholder per row.
+        features: [B, L, C], the projected pictures.
+        labels: [B, T]; with None, no position has a label.
+        ctx_len: the length to which longer samples are cut; None: they are not cut.
     """
     labels = torch.full_like(input_ids, IGNORE) if labels is None else labels
     start = largest_index(input_ids)
@@ -83,7 +84,7 @@ def v6_batch(
 def _sample(
     embed: Callable, ids: Tensor, tokens: Tensor, targets: Tensor, at: int | None, left: int
 ) -> tuple[Tensor, Tensor]:
-    """[`left` x token 0, text before the picture, the picture, text behind it] and its labels."""
+    """Return a sample and its labels: [`left` x token 0, text before the picture, the picture, text after it]."""
     before, behind = (0, 0) if at is None else (at, at + 1)
     pads = ids.new_zeros(left)
     embeds = torch.cat([embed(torch.cat([pads, ids[:before]])), tokens, embed(ids[behind:])])
@@ -100,7 +101,7 @@ def _truncated(embeds: Tensor, targets: Tensor, ctx_len: int | None) -> tuple[Te
 
 
 def _padded(rows: list[tuple[Tensor, Tensor]], start: int) -> Batch:
-    """Zero vectors behind the shorter samples."""
+    """Return the batch of these samples; zero vectors follow the shorter ones."""
     length = max(len(embeds) for embeds, _ in rows)
     embeds = [F.pad(embeds, (0, 0, 0, length - len(embeds))) for embeds, _ in rows]
     labels = [F.pad(targets, (0, length - len(targets)), value=IGNORE) for _, targets in rows]
@@ -108,9 +109,10 @@ def _padded(rows: list[tuple[Tensor, Tensor]], start: int) -> Batch:
 
 
 def original_orders(scan: str, height: int, width: int, start: int, length: int, batch: int) -> Tensor:
-    """[B, D, T]: the patches [start, start + height * width) of every sample in the directions of `scan`.
+    """Return the scan orders [B, D, T]: every sample's patches are read in the directions of `scan`, the rest in order.
 
-    As the original slices, the span ends where the sequence does.
+    The patches are at [start, start + height * width), or up to the end of the sequence if that is earlier: the
+    original's slices end there, too.
     """
     orders = torch.arange(length).repeat(num_directions(scan), 1)  # [D, T]
     for direction, order in enumerate(orders):
@@ -121,9 +123,10 @@ def original_orders(scan: str, height: int, width: int, start: int, length: int,
 
 
 def expanded_ids(input_ids: Tensor, placeholder: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """What a user of the package gives for `v6_batch` with a picture in every sample: ids and mask, [B, T].
+    """Return the ids and mask, both [B, T], from which the package itself builds the sequences of `v6_batch`.
 
-    Pads in front are real tokens 0, those behind are masked; each of a picture's tokens has its placeholder.
+    Every sample must have a picture, and each of its tokens gets a placeholder. Tokens 0 at the front are not masked;
+    padding at the end is.
     """
     start, rows = largest_index(input_ids), []
     for ids in input_ids:
@@ -139,12 +142,15 @@ def v7_left(length: int) -> int:
 
 
 def v7_ids(input_ids: Tensor) -> Tensor:
-    """[B, T] -> [B, T + pads]: tokens 261 in front, which are read like all others."""
+    """Prepend tokens 261, [B, T] -> [B, pads + T]; they are not masked, so the model reads them like all others."""
     return F.pad(input_ids, (v7_left(input_ids.shape[1]), 0), value=STOP_TOKEN)
 
 
 def v7_embeds(embed: Callable, input_ids: Tensor, tokens: Tensor, placeholder: int) -> Tensor:
-    """Padded [B, T, C]; the projected pictures `tokens` [sum of L, C] fill the placeholders row by row."""
+    """Return the embeddings [B, pads + T, C] of `v7_ids`.
+
+    The projected pictures `tokens` [sum of L, C] replace the placeholders row by row; surplus tokens are not used.
+    """
     ids = v7_ids(input_ids)
     mask = ids == placeholder
     return embed(ids).masked_scatter(mask[..., None], tokens[: int(mask.sum())])

@@ -1,7 +1,7 @@
-"""The cases that run the model once.
+"""Compute the golden cases that run the model once.
 
-Each is computed by the converted model in the original's layout and, where the package's own way of calling
-computes the same, that way too.
+The converted model computes each case in the original's layout and, where a call as users make it gives the same,
+with such a call, too.
 """
 
 import contextlib
@@ -23,24 +23,24 @@ from visualrwkv_hf.modeling_vision import pool_patches
 from visualrwkv_hf.scan_orders import SCANS, grid_permutation
 
 PERMUTED_INPUT = ("snake", "spiral", "zigzag")
-"""Scans for which the original reorders the features once, in front of all blocks, and never back."""
+"""Scans for which the original reorders the features once, before the first block, and never restores their order."""
 
 
 # --- pictures ---------------------------------------------------------------------------------------
 
 
 def tokens_of(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Pictures [B, 3, S, S] as the language model reads them, [B, L, C]."""
+    """Return pictures [B, 3, S, S] as the tokens [B, L, C] that the language model reads."""
     return torch.stack(list(model.get_image_features(pixels, return_dict=True).pooler_output))
 
 
 def encoded(pictures: list[Tensor] | Tensor) -> dict[str, Any]:
-    """Projected pictures in place of pixels."""
+    """Return the arguments that pass projected pictures to the model in place of pixels."""
     return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(pictures))}}
 
 
 def fused(model: nn.Module, inputs: dict[str, Tensor], variant: str = "") -> Tensor:
-    """What the tower makes of given features of its encoders, [N, L, D]."""
+    """Return the features [N, L, D] that the tower makes of its encoders' features, which the inputs hold."""
     suffix = f".{variant}" if variant else ""
     names = {"dinov2": "dino", "siglip": "siglip", "sam": "sam"}
     return model.model.vision_tower.fuse(
@@ -59,7 +59,7 @@ class Run(NamedTuple):
 
 
 def original_run(model: nn.Module, batch: layout.Batch) -> Run:
-    """The language model on a batch in the original's layout, with the logits in the original's order."""
+    """Run the language model on a batch in the original's layout, and return the logits in the original's order."""
     config = model.config
     orders = layout.original_orders(
         config.scan, *config.pooled_grid, batch.start, batch.length, len(batch.inputs_embeds)
@@ -71,7 +71,7 @@ def original_run(model: nn.Module, batch: layout.Batch) -> Run:
 
 
 def take(sequence: Tensor, index: Tensor) -> Tensor:
-    """`sequence` [B, T, C] read at `index` [B, N] -> [B, N, C]."""
+    """Return [B, N, C], the positions `index` [B, N] of `sequence` [B, T, C]."""
     return sequence.gather(1, index[..., None].expand(-1, -1, sequence.shape[-1]))
 
 
@@ -80,7 +80,7 @@ def in_original_order(scan: str, logits: Tensor, orders: Tensor) -> Tensor:
 
 
 def public_run(model: nn.Module, run: Run, input_ids: Tensor, pictures: Callable[[Tensor], dict]) -> Public:
-    """`model(input_ids, pictures)` on the samples that have a picture; the orders of reading are derived."""
+    """Call the model as a user does, without scan orders, on the samples of `input_ids` that have a picture."""
     rows = (input_ids == layout.IMAGE_ID).any(1).nonzero().flatten()
     config = model.config
     ids, mask = layout.expanded_ids(input_ids[rows], config.image_token_id, config.num_image_tokens)
@@ -98,17 +98,18 @@ def add_v6_run(
     suffix: str = "",
     is_cut: bool = False,
 ) -> None:
-    """Logits, loss and targets of one batch of v5.1 to UHD.
+    """Add the logits, loss and targets of one batch of v5.1 to UHD to a result.
 
     Args:
-        result: gets them, under `variant`.
-        variant: what follows the expected tensors' names.
+        result: receives the tensors.
+        variant: the part after the dot in the expected tensors' names.
         model: the converted model.
-        case: whose inputs' names end with `suffix`.
+        case: holds the inputs, whose names end with `suffix`.
         tokens: [B, L, C], the projected pictures.
-        pictures: samples -> what the package is given of their pictures.
-        suffix: of the inputs' names.
-        is_cut: whether the original cuts samples, which the package's own way of calling does not.
+        pictures: maps the numbers of samples to the model's arguments for their pictures.
+        suffix: the end of the inputs' names.
+        is_cut: whether the original cuts samples to `ctx_len`; the package does not, so it is then not called as a
+            user does.
     """
     ids, labels = (case.inputs[f"{name}{suffix}"] for name in ("input_ids", "labels"))
     batch = layout.v6_batch(model.get_input_embeddings(), ids, tokens, labels, case.config["ctx_len"])
@@ -121,7 +122,7 @@ def add_v6_run(
 def add_pixel_run(
     result: Result, variant: str, model: nn.Module, case: Case, suffix: str = "", is_cut: bool = False
 ) -> None:
-    """As `add_v6_run` with pictures as pixels, of which the original reads the first view."""
+    """Do what `add_v6_run` does, with pictures given as pixels; the original reads only the first view of each."""
     pixels = case.inputs[f"images{suffix}"][:, 0]
     add_v6_run(
         result,
@@ -137,7 +138,7 @@ def add_pixel_run(
 
 @contextlib.contextmanager
 def recorded_blocks(model: nn.Module) -> Iterator[dict[int, Tensor]]:
-    """Outputs of all blocks, in the order of the text."""
+    """Yield a dict that receives the output of each block, [B, T, C] in the order of the text, when the model runs."""
     outputs: dict[int, Tensor] = {}
 
     def keep(layer: nn.Module, args: tuple, output: tuple) -> None:
@@ -152,7 +153,10 @@ def recorded_blocks(model: nn.Module) -> Iterator[dict[int, Tensor]]:
 
 
 def blocks_of(model: nn.Module, batch: layout.Batch) -> dict[str, Tensor]:
-    """What enters and leaves the blocks, each in the order that it reads: so the original recorded them."""
+    """Return the input of the first block and the outputs of all blocks.
+
+    Each is in the order in which its block reads, because the original recorded them so.
+    """
     with recorded_blocks(model) as outputs:
         run = original_run(model, batch)
     directions = run.orders.shape[1]
@@ -161,7 +165,7 @@ def blocks_of(model: nn.Module, batch: layout.Batch) -> dict[str, Tensor]:
 
 
 def pooling_of(family: str, grid_size: int) -> dict[str, Any]:
-    """The original's grid_size in our words."""
+    """Return the fields of our configuration that do what the original's `grid_size` does."""
     if grid_size == 1 and family == "v5.0":
         return {"pooling": "mean"}
     by_size = {-1: {"pooling": "none"}, 0: {"pooling": "class_token"}}
@@ -179,7 +183,7 @@ def v50_forward_grids(case: Case) -> Result:
         result.add(
             variant, logits128=run.logits, loss=run.loss, targets=batch.labels, **blocks_of(model, batch)
         )
-        for row, ids in enumerate(inputs["input_ids"]):  # no pads in front: every sample by itself
+        for row, ids in enumerate(inputs["input_ids"]):  # v5.0 puts no pads in front: run each sample alone
             if layout.image_index(ids) is not None:
                 public = public_run(
                     model, run, ids[None], lambda _, row=row: {"pixel_values": pixels[row, None]}
@@ -205,7 +209,7 @@ def v51_scans_b3(case: Case) -> Result:
     result = Result()
     our_scans = [
         scan for scan in case.variants("logits128") if scan != "rotation"
-    ]  # left out, see DELIBERATE
+    ]  # golden_judge.DELIBERATE says why rotation is left out
     for scan in our_scans:
         add_pixel_run(result, scan, case.model(scan=our_scan(scan)), case)
     side = case.model().config.pooled_grid[0]
@@ -216,12 +220,12 @@ def v51_scans_b3(case: Case) -> Result:
 
 
 def our_scan(scan: str) -> str:
-    """Our name of a scan. "rotation" turns the samples of a batch: for one sample it does nothing."""
+    """Return our name of a scan; "rotation" permutes the samples of a batch, so a single one is read in order."""
     return {"rotation": "unidirectional"}.get(scan, scan if scan in SCANS else f"{scan}al")
 
 
 def truncation(case: Case) -> Result:
-    """v5.1's case is for its bidirectional scan."""
+    """Compute a case that cuts samples to `ctx_len`; v5.1's was recorded with the bidirectional scan."""
     result = Result()
     add_pixel_run(result, "", case.model(scan="bidirectional"), case, is_cut=True)
     return result
@@ -239,7 +243,7 @@ def v60_image_positions(case: Case) -> Result:
         "input_ids",
         "labels",
         "images",
-    ):  # the original's batch cannot hold a picture at the very start
+    ):  # all but the first: the original cannot batch a picture at position 0 with later ones
         case.inputs[f"{name}.batch"] = torch.cat(
             [case.inputs[f"{name}.{variant}"] for variant in positions[-in_batch:]]
         )
@@ -251,7 +255,7 @@ def hd_uhd(case: Case) -> Result:
     result = Result()
     for variant in case.variants("logits128"):
         dino = case.inputs[f"images.dino.{variant}"]
-        # Only trained weights tell that UHD's gate is unused (`gate_is_untrained`); these are random.
+        # UHD's gate is unused. `gate_is_untrained` sees this in released weights, but not in these random ones.
         projector = {"uhd_mlp": {"projector": "relu"}}.get(case.name, {})
         model = case.model(side=grid_side(dino.shape[-2]), **projector)
         features = fused(model, case.inputs, variant)
@@ -275,7 +279,7 @@ def hd_uhd(case: Case) -> Result:
 def v7_run(
     model: nn.Module, input_ids: Tensor, tokens: Tensor, labels: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits and loss without the pads in front; `tokens` [sum of L, C] are the projected pictures."""
+    """Return logits and loss without the pads in front; `tokens` [sum of L, C] are the projected pictures."""
     left = layout.v7_left(input_ids.shape[1])
     embeds = layout.v7_embeds(model.get_input_embeddings(), input_ids, tokens, model.config.image_token_id)
     logits = model(inputs_embeds=embeds, use_cache=False).logits[:, left:]
@@ -283,7 +287,7 @@ def v7_run(
 
 
 def v7_public(model: nn.Module, input_ids: Tensor, **pictures: Any) -> Public:
-    """The pads in front are tokens like all others here."""
+    """Call the model as a user does, with the pads in front as ordinary tokens, and drop the logits of the pads."""
     left = layout.v7_left(input_ids.shape[1])
     logits = model(input_ids=layout.v7_ids(input_ids), use_cache=False, **pictures).logits[:, left:]
     return Public(torch.arange(len(logits)), logits, torch.ones_like(input_ids, dtype=torch.bool))
@@ -295,7 +299,7 @@ def pooling_to(case: Case) -> dict[str, Any]:
 
 
 def v7_features(case: Case) -> Result:
-    """Features in place of the towers, one or several pictures a sample."""
+    """Compute the cases of v7.00 that give features in place of the towers, with one or more pictures per sample."""
     result = Result()
     for variant in case.variants("logits128"):
         side = grid_side(case.inputs[f"images.dino.{variant}"].shape[-2])
@@ -324,7 +328,7 @@ def v700_text_only(case: Case) -> Result:
 
 
 def v701_v702_siglip(case: Case) -> Result:
-    """v7.01 reads the first of a sample's pictures, v7.02 all regions."""
+    """Compute v7.01, which reads the first of a sample's pictures, and v7.02, which reads all of its regions."""
     result, model = Result(), case.model(**pooling_to(case))
     pixels = {"v701": case.inputs["images.v701"][:, 0], "v702": case.inputs["images.v702"]}
     for variant, images in pixels.items():
@@ -346,7 +350,7 @@ def compressor_models(case: Case) -> dict[str, nn.Module]:
 
 
 def v703_visual_token_compressor(case: Case) -> Result:
-    """Samples with fewer tiles get zero rows in front of the projector, compressed with the rest."""
+    """Compute v7.03: samples of fewer tiles are left-padded with zero rows, which are projected and compressed, too."""
     result, models = Result(), compressor_models(case)
     model = models["pool"]
     samples = sum(name.startswith("images.") for name in case.inputs)
@@ -394,11 +398,11 @@ def v704_visual_token_compressor(case: Case) -> Result:
 
 
 def loss_gradients(case: Case, model: nn.Module, logits: Tensor, labels: Tensor) -> Result:
-    """Loss and gradients with L2Wrap, and of the cross entropy alone."""
+    """Return the loss with L2Wrap, its gradients, and the gradients of the cross entropy alone."""
     text = model.config.text_config
     with_l2wrap = visualrwkv_loss(logits, labels, text)
     plain = visualrwkv_loss(logits, labels, dataclasses.replace(text, l2_wrap=0.0))
-    # What L2Wrap adds, by itself.
+    # The gradient of `pull` is what L2Wrap adds.
     pull = L2Wrap.apply(logits.sum() * 0, logits, text.l2_wrap / logits[..., 0].numel())
     dlogits, extra = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (with_l2wrap, pull))
     grads, plain_grads = (original_gradients(model, loss) for loss in (with_l2wrap, plain))
@@ -413,7 +417,7 @@ def loss_gradients(case: Case, model: nn.Module, logits: Tensor, labels: Tensor)
     )
     for kind, tensors in {"grad": grads, "grad_noL2": plain_grads}.items():
         result.add(**{f"{kind}.{name}": tensor for name, tensor in tensors.items()})
-    for name in case.expected:  # the first rows of a gradient
+    for name in case.expected:  # of some gradients only the first rows are stored
         if found := re.fullmatch(r"(grad|grad_noL2)_rows(\d+)\.(.+)", name):
             tensors = {"grad": grads, "grad_noL2": plain_grads}[found[1]]
             result.add(**{name: tensors[found[3]][: int(found[2])]})
@@ -427,11 +431,12 @@ def loss_gradients(case: Case, model: nn.Module, logits: Tensor, labels: Tensor)
 
 
 NORM_RTOL = 1e-5
-"""float32: an element's own error is below 7e-6 of the largest (case.json), and a norm averages over many."""
+"""Tolerance for float32: each element's error is below 7e-6 of the largest element (case.json), and a norm averages
+over many elements."""
 
 
 def original_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Gradients of all but the vision tower under the original's names."""
+    """Return the gradients of all weights but the vision tower's, under the original's names."""
     parameters = {
         name: p for name, p in model.named_parameters() if not name.startswith("model.vision_tower.")
     }
@@ -504,4 +509,4 @@ RUNNERS: dict[str, Callable[[Case], Result]] = {
     "v60_bf16": v60_bf16,
     "v700_bf16": v700_bf16,
 }
-"""Name of a case -> what computes it."""
+"""Maps the name of a case to the function that computes it."""

@@ -1,4 +1,4 @@
-"""The cases below the model: recurrences, vision towers and their functions, scan orders, text and data."""
+"""Compute the golden cases of parts: recurrences, vision towers and their functions, scan orders, text and data."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ from visualrwkv_hf.training.conversations import magic_prime, sample_order
 
 
 def wkv_op(case: Case, op: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]) -> Result:
-    """Output and gradients, in float32 and with bfloat16 inputs."""
+    """Compute output, final state and gradients of a recurrence, in float32 and with bfloat16 inputs."""
     result = Result()
     for variant, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
         inputs = {
@@ -51,7 +51,7 @@ def wkv_op(case: Case, op: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]])
 
 
 def wkv6_of(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """RWKV-5 and 6 with the raw decay: RWKV-5's has no time."""
+    """Run RWKV-5 or 6 with the raw decay as the original passes it: [H, K] for RWKV-5, [B, T, H K] for RWKV-6."""
     num_heads, head_dim = inputs["u"].shape
     heads = {name: inputs[name].unflatten(-1, (num_heads, head_dim)) for name in "rkv"}
     w = inputs["w"]
@@ -77,7 +77,7 @@ def scan_orders(case: Case) -> Result:
 
 
 def encoder_rows(name: str, depth: int) -> list[Row]:
-    """The key map's rows of one encoder by itself."""
+    """Return the key map's rows for one encoder alone, without the prefix that its weights have in a whole model."""
     table = ORIGINAL_ENCODERS[name].together
     numbered = [(0, row) for row in [*table.ends, *table.final]]
     numbered += [(layer, row) for layer in range(depth) for row in table.block]
@@ -92,7 +92,7 @@ def encoder_rows(name: str, depth: int) -> list[Row]:
 
 
 def encoder(case: Case, name: str, feature_layer: int) -> VisualRWKVVisionModel:
-    """A tower of one encoder, its configuration read off the weights' shapes."""
+    """Return a tower of one encoder, whose configuration is inferred from the shapes of the weights."""
     weights = case.weights()
     shapes = {
         ORIGINAL_ENCODERS[name].together.prefix + key: tuple(tensor.shape) for key, tensor in weights.items()
@@ -122,7 +122,10 @@ def block_inputs_and_outputs(
 
 
 def timm_tower(case: Case, name: str, layers_of: Callable[[nn.Module], nn.ModuleList]) -> Result:
-    """The features are those of the last block but one, without the final norm."""
+    """Compute the features of a tower, and what enters and leaves its first and last block.
+
+    The features are the output of the last block but one, without the final norm.
+    """
     result, x, prefix = Result(), case.inputs["x"], case.config["num_prefix_tokens"]
     result.add(features=encoder(case, name, feature_layer=-2)(x).last_hidden_state)
     whole = encoder(case, name, feature_layer=-1)
@@ -153,7 +156,7 @@ def sam_tiny(case: Case) -> Result:
 
 
 def sam_functions(case: Case) -> Result:
-    """Those of the stock encoder that our tower builds on, and our lossless downsampler."""
+    """Compute the functions of the stock SAM that our tower builds on, and our lossless downsampler."""
     result, inputs = Result(), case.inputs
     for variant in case.variants("get_rel_pos"):  # q4_k8_L15
         q, k, _ = (int(part[1:]) for part in variant.split("_"))
@@ -176,7 +179,7 @@ def sam_functions(case: Case) -> Result:
 
 
 class RelativePositions:
-    """What the stock attention's decomposed positions need of the attention."""
+    """Stands in for the stock attention, of which `get_decomposed_rel_pos` needs this method alone."""
 
     def get_rel_pos(self, *args: Any) -> Tensor:
         return SamVisionAttention.get_rel_pos(self, *args)
@@ -208,7 +211,7 @@ def tokenizer_encode(case: Case) -> Result:
         return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def encode_bytes(content: bytes) -> list[int]:
-        """Bytes that are no text never reach the tokenizer, but its pattern splits them all the same."""
+        """Return the ids of bytes that need not be text: the tokenizer never gets these; its pattern can split them."""
         pieces = split.pre_tokenize_str("".join(alphabet[b] for b in content))
         return tokenizer.convert_tokens_to_ids([piece for piece, _ in pieces])
 
@@ -240,10 +243,10 @@ FORMAT_CHECKS: dict[str, Callable[[dict, Any], None]] = {
     "v700_format": check_v700_row,
     "v701_v702_format": check_v701_or_v702_row,
 }
-"""What a row of these cases must fulfil; each raises where it does not.
+"""Maps a case to the check of its rows, which raises if our text, ids or labels differ from the original's.
 
-Where the original's labels drift, depend on the case of a speaker's name or lose a picture, the check says
-what we do instead.
+Where the original's labels drift, depend on the case of a speaker's name or lose a picture, the check tests what we
+do instead.
 """
 
 

@@ -1,4 +1,4 @@
-"""The cases about pixels: resizing, cutting, normalising, and from two PNG files to logits."""
+"""Compute the golden cases about pixels: resizing, cutting, normalising, and the way from two PNG files to logits."""
 
 import hashlib
 import re
@@ -23,7 +23,7 @@ from visualrwkv_hf.pictures import to_rgb
 
 ENCODER_OF = {"dino": "dinov2", "siglip": "siglip", "sam": "sam"}
 PIXELS_OF = {"dino": "pixel_values", "siglip": "pixel_values_siglip", "sam": "pixel_values_sam"}
-"""The original's names of the towers -> ours, and where their pixels stand."""
+"""Map the original's names of the towers to ours, and to the names of their pixels in the processor's output."""
 
 
 def sha256(tensor: Tensor) -> str:
@@ -31,24 +31,24 @@ def sha256(tensor: Tensor) -> str:
 
 
 def one_encoder_processor(encoder: str, size: int, patch_size: int) -> Any:
-    """The image processor for a tower of one stock encoder."""
+    """Return the image processor for a tower of one stock encoder."""
     vision = {f"{encoder}_config": {"image_size": size, "patch_size": patch_size}}
     return image_processor_for(VisualRWKVConfig(vision_config=vision))
 
 
 def every(name: str) -> int:
-    """ "wide.224.every8" -> 8."""
+    """Return the n of a tensor whose name ends with ".every<n>": 8 for "wide.224.every8", else 1."""
     last = name.split(".")[-1]
     return int(last.removeprefix("every")) if last.startswith("every") else 1
 
 
 def pixels_of_png(case: Case, encoder: str, patch_size: int) -> Result:
-    """Tensors are named <picture>.<size>[.every<n>]: every n-th row and column."""
+    """Compute pixels; the tensor <picture>.<size>.every<n> holds every n-th row and column, <picture>.<size> all."""
     result = Result()
     for name in case.expected:
         picture, size, step = name.split(".")[0], int(name.split(".")[1]), every(name)
         processor = one_encoder_processor(encoder, size, patch_size)
-        # Opened as VisualRWKVProcessor does for the stock processors: transparency is dropped.
+        # VisualRWKVProcessor opens pictures in this way for the stock processors, which drops transparency.
         image = to_rgb(case.picture(f"{picture}.png"))
         pixels = processor(images=image, return_tensors="pt")["pixel_values"]
         result.add(**{name: pixels[..., ::step, ::step]})
@@ -58,7 +58,10 @@ def pixels_of_png(case: Case, encoder: str, patch_size: int) -> Result:
 
 
 def add_hashes(result: Result, case: Case, name: str, pixels: Tensor, processor: Any) -> None:
-    """The picture behind resizing and cropping to the bit; its normalised values up to float32 noise."""
+    """Compare the resized and cropped picture to the bit, and the mean and deviation of its normalised values.
+
+    These two are rounded to 5 decimals, because normalised values agree up to float32 noise only.
+    """
     golden = case.json("sha256.json")[name]
     mean, std = (torch.tensor(getattr(processor, key))[:, None, None] for key in ("image_mean", "image_std"))
     cropped = ((pixels[0] * std + mean) * 255).round().to(torch.uint8)  # [3, S, S]
@@ -68,7 +71,7 @@ def add_hashes(result: Result, case: Case, name: str, pixels: Tensor, processor:
 
 
 def v700_transforms(case: Case) -> Result:
-    """Bit-equal to the original's float32."""
+    """Compare the float32 pixels for v7.00's three towers with the original's to the bit."""
     result, hashes = Result(), case.json("sha256.json")
     processor = VisualRWKVImageProcessor()
     for picture in sorted({name.split(".")[0] for name in case.expected}):
@@ -90,7 +93,7 @@ def v700_transforms(case: Case) -> Result:
 
 
 def crops(layout: Any, is_whole_first: bool = False) -> dict[str, Any]:
-    """As the original's calls were recorded; the whole picture is no crop."""
+    """Return a layout in the form in which the original's calls were recorded; the whole picture is no crop there."""
     return {
         "crops": [list(box) for box in layout.boxes[is_whole_first:]],
         "num_images": len(layout.boxes),
@@ -120,7 +123,8 @@ CUTS: dict[str, Callable[[tuple[int, int], int], Any]] = {
     "v703_v704_best_resolution": lambda size, side: canvas(region_grid(size, side, closest=True), side),
     "v703_v704_image_to_regions": lambda size, side: crops(TILINGS["closest"].lay_out(size, side, 1)),
 }
-"""Function of the original, without the number behind its name -> what we do for a size and that number."""
+"""Maps a function of the original to what we do for a picture's size and the number at the end of a recorded name,
+such as 256 in "v702_best_resolution_256"; without one it is 0."""
 
 
 def tiling(case: Case) -> Result:

@@ -1,4 +1,4 @@
-"""Checks of rows of the golden training data: text, ids and labels of a sample, as the original made them."""
+"""Check our text, ids and labels of training samples against those that the original made, in golden rows."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ IMAGE_ID = 65535
 
 
 def arguments(row, prompt_format):
-    """What these rows say about a sample: its format and whether it has a picture, of one token."""
+    """Return what `encode_conversation` takes after the tokenizer; a sample has no picture, or one of one token."""
     if row["image_position"] != "none":
         prompt_format = dataclasses.replace(prompt_format, image_position=row["image_position"])
     return row["conversations"], prompt_format, 1, None if row["has_image"] else 0
@@ -27,7 +27,7 @@ def text_of(conversations, prompt_format, num_images=None):
 
 
 def with_package_ids(sample):
-    """The original's placeholder is -200, in labels too, where it never counts."""
+    """Replace the original's placeholder, -200, by ours, and by -100 in labels, where it is never learned."""
     return {
         "input_ids": [IMAGE_ID if i == -200 else i for i in sample["input_ids"]],
         "labels": [-100 if i == -200 else i for i in sample["labels"]],
@@ -93,8 +93,11 @@ def check_hd_or_uhd_row(row, tokenizer):
 
 
 def drifted_labels(turns, labels_of_all):
-    """The original's v5.1 takes l1 + ... + lk for the length lk of turn k: it masks a human turn k over that
-    many tokens, from the sum of all such sums before it on."""
+    """Return the labels that the original's v5.1 makes of `labels_of_all`, in which nothing is masked yet.
+
+    It takes l1 + ... + lk for the length lk of turn k. So it masks a human turn k over that many tokens, beginning
+    where all earlier turns, measured in the same way, end.
+    """
     labels, start, cumulative = list(labels_of_all), 0, 0
     for turn, ids in turns:
         cumulative += len(ids)
@@ -117,7 +120,7 @@ def check_v5_row(row, tokenizer):
     turns = encode_turns(tokenizer, conversations, prompt_format, length, num_images)
     unmasked = [-100 if i == IMAGE_ID else i for i in sample["input_ids"]]
     assert drifted_labels(turns, unmasked) == golden["labels"]
-    if len(turns) <= 2:  # no drift: nothing but answers, prefix included, is a label
+    if len(turns) <= 2:  # no drift: only answers are labels, with their prefix
         assert sample["labels"] == golden["labels"]
 
 

@@ -1,4 +1,4 @@
-"""Model folders as a stranger may send them: damaged, contradictory, endless, or with code in them."""
+"""Make model folders as a stranger may send them: damaged, contradictory, endless, or with code in them."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 MARKER = "code-has-run"
-"""The file that code in a hostile folder makes beside the folder, if anybody runs it."""
+"""The file that code in a hostile folder creates beside the folder if it is run."""
 
 EVERY = frozenset(("ask", "chat", "caption", "show", "serve", "info"))
 PROCESSOR = EVERY - {"info"}
@@ -22,14 +22,17 @@ NONE: frozenset[str] = frozenset()
 
 
 class Hostile(NamedTuple):
-    """A way to damage a model folder, and the commands that must then refuse it. Others may, in one sentence."""
+    """Holds a way to damage a model folder, and the commands that must then refuse it.
+
+    Others may refuse it. Every refusal is one sentence.
+    """
 
     damage: Callable[[Path], None]
     refused_by: frozenset[str]
 
 
 def changed(name: str, **fields: Any) -> Callable[[Path], None]:
-    """Set fields of a JSON file; `a__b` is the field b in the object a, and `...` takes a field out."""
+    """Return a function that sets fields of a JSON file; `a__b` is the field b of a, and `...` deletes a field."""
 
     def damage(folder: Path) -> None:
         content = json.loads((folder / name).read_text())
@@ -48,7 +51,7 @@ def changed(name: str, **fields: Any) -> Callable[[Path], None]:
 
 
 def written(name: str, content: str | bytes) -> Callable[[Path], None]:
-    """Put something else in the place of a file."""
+    """Return a function that writes other content to a file."""
 
     def damage(folder: Path) -> None:
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -61,7 +64,7 @@ def removed(name: str) -> Callable[[Path], None]:
 
 
 def replaced(name: str, make: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Put what is no file in the place of a file."""
+    """Return a function that replaces a file by what `make` creates, for example a folder or a pipe."""
 
     def damage(folder: Path) -> None:
         (folder / name).unlink()
@@ -71,7 +74,7 @@ def replaced(name: str, make: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def code_of(folder: Path) -> str:
-    """Python that makes `MARKER` when it is imported, and defines whatever classes could be asked for."""
+    """Return Python code that creates `MARKER` when it is imported, and defines every class that may be asked for."""
     marker = folder.parent / MARKER
     return (
         f"open({str(marker)!r}, 'w').close()\n"
@@ -94,7 +97,10 @@ AUTO_MAP = {
 
 
 def with_code(*names: str, model_type: str | None = None) -> Callable[[Path], None]:
-    """Name code in an `auto_map` of each of these files, and put it where our own files are as well."""
+    """Return a function that adds code to a folder and names it in the `auto_map` of each of these files.
+
+    The code also replaces our own Python files there. With `model_type`, config.json gets that type.
+    """
 
     def damage(folder: Path) -> None:
         for path in [*folder.glob("*.py"), folder / "stranger.py"]:
@@ -108,14 +114,14 @@ def with_code(*names: str, model_type: str | None = None) -> Callable[[Path], No
 
 
 def strange_parts(folder: Path) -> None:
-    """Ask for classes of the code by their names, too."""
+    """Add code, and ask for its tokenizer and processor by the names of their classes, too."""
     with_code("config.json", "processor_config.json", "tokenizer_config.json")(folder)
     changed("tokenizer_config.json", tokenizer_class="Tokenizer")(folder)
     changed("processor_config.json", processor_class="Processor", image_processor__auto_map=AUTO_MAP)(folder)
 
 
 def pickled(folder: Path) -> None:
-    """Weights as a pickle that makes `MARKER` when it is loaded."""
+    """Replace the weights by a pickle that creates `MARKER` when it is loaded."""
 
     class Payload:
         def __reduce__(self):
@@ -147,14 +153,14 @@ def endless_header(folder: Path) -> None:
 
 
 def index_elsewhere(folder: Path) -> None:
-    """Shards by a path out of the folder."""
+    """Move the weights out of the folder, and let an index of shards refer to them there."""
     (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "../outside.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def large_file(name: str) -> Callable[[Path], None]:
-    """A file of 10 GB that takes no disk."""
+    """Return a function that extends a file to 10 GB without taking space on the disk."""
 
     def damage(folder: Path) -> None:
         with open(folder / name, "r+b") as file:

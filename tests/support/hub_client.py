@@ -1,4 +1,4 @@
-"""A process in which the Hub's client talks to another server: it reads the address when it is imported."""
+"""Use another server than the Hub, in a new process because the Hub's client reads the address when it is imported."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,11 +13,11 @@ from patience import PATIENCE
 
 SECONDS = PATIENCE
 LONGEST_WAIT = 0.05
-"""In seconds. The client waits for up to 8 s between tries."""
+"""The longest wait between two tries, in seconds; by itself the client waits for up to 8 s."""
 
 
 class Answer(NamedTuple):
-    """What a command line gave."""
+    """Holds the exit code and the output of a command."""
 
     code: int
     out: str
@@ -25,7 +25,7 @@ class Answer(NamedTuple):
 
 
 def hub_environment(endpoint: str, cache: Path, token: str | None = None) -> dict[str, str]:
-    """Variables for a process whose Hub is at `endpoint`."""
+    """Return the environment variables for a process whose Hub is at `endpoint`."""
     ours = {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(cache),
@@ -59,7 +59,7 @@ def client_process(endpoint: str, cache: Path) -> Iterator[Client]:
 
 
 def hurry() -> None:
-    """Makes the client wait less between its tries."""
+    """Make the client wait less between its tries."""
     import time
 
     sleep = time.sleep
@@ -72,8 +72,8 @@ def with_token(token: str | None, function: Callable, args: tuple, kwargs: dict)
 
 
 def convert(*arguments: str | Path) -> Answer:
-    """`visualrwkv convert`."""
-    # Before the runner puts a stream of its own in the place of stderr: they keep the one that they find.
+    """Run `visualrwkv convert` with these arguments."""
+    # Import these before the runner replaces stderr: they keep the stream that they find.
     import huggingface_hub.utils  # noqa: F401
     import transformers.utils  # noqa: F401
     from typer.testing import CliRunner
@@ -87,7 +87,7 @@ def convert(*arguments: str | Path) -> Answer:
 
 
 def push_model(folder: str, repo: str, **kwargs: Any) -> None:
-    """The model and the processor of a folder, each with its own `push_to_hub`."""
+    """Push the model and the processor of a folder, each with its own `push_to_hub`."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     import visualrwkv_hf  # noqa: F401
@@ -97,7 +97,7 @@ def push_model(folder: str, repo: str, **kwargs: Any) -> None:
 
 
 def save_and_push(folder: str, target: str, name: str, token: str) -> None:
-    """`save_pretrained(push_to_hub=True)` of a model."""
+    """Save a model with `save_pretrained(push_to_hub=True)`, which pushes it as well."""
     from visualrwkv_hf import VisualRWKVForConditionalGeneration
 
     model = VisualRWKVForConditionalGeneration.from_pretrained(folder)
@@ -105,7 +105,7 @@ def save_and_push(folder: str, target: str, name: str, token: str) -> None:
 
 
 def weights_of(name: str, **kwargs: Any) -> dict[str, bytes]:
-    """A model by its name: the bytes of every tensor."""
+    """Load a model by its name, and return the bytes of every tensor."""
     from transformers import AutoModelForImageTextToText
 
     from visualrwkv_hf.conversion.checkpoint import as_bytes
@@ -115,7 +115,7 @@ def weights_of(name: str, **kwargs: Any) -> dict[str, bytes]:
 
 
 def push_and_pull_state(folder: str, name: str, token: str) -> tuple[str, str]:
-    """Push the tuned state of a folder and read it back: its identity before and after."""
+    """Push the tuned state of a folder and read it back. Return its identity before and after."""
     from visualrwkv_hf import TunedState
 
     state = TunedState.from_pretrained(folder)
@@ -124,7 +124,7 @@ def push_and_pull_state(folder: str, name: str, token: str) -> tuple[str, str]:
 
 
 def refusal_of_state(name: str) -> str:
-    """What is said about a repository without a tuned state."""
+    """Return the message of the error for a repository without a tuned state."""
     from visualrwkv_hf import TunedState
 
     try:

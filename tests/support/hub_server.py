@@ -1,7 +1,7 @@
-"""A small Hub of models on 127.0.0.1, for the real `huggingface_hub` client.
+"""Run a small Hub of models on 127.0.0.1, for the real `huggingface_hub` client.
 
-It knows what pushing and pulling models needs: repositories, public and private, commits, branches, small files in
-the commit and large ones beside it. Large files lie on a second port, as those of the Hub lie on another host: it
+It has what pushing and pulling models needs: public and private repositories, commits, branches, small files in the
+commit and large ones beside it. A second port serves the large files, as another host does for the real Hub; it
 refuses requests that carry a token. `Hub.drop` cuts connections in the middle:
 
     with Hub({"hf_ann": "ann"}) as hub:
@@ -29,7 +29,7 @@ NO_HEADERS: Mapping[str, str] = {}
 
 
 class Refusal(Exception):
-    """An answer that is an error: `code` is the word by which the client tells errors of one status apart."""
+    """Answers a request with an error; by `code` the client tells errors of the same status apart."""
 
     def __init__(self, status: int, message: str, code: str | None = None):
         super().__init__(message)
@@ -37,7 +37,7 @@ class Refusal(Exception):
 
 
 class File(NamedTuple):
-    """A file of a commit; what is in it lies in `Hub.blobs`."""
+    """Describes a file of a commit, whose content is in `Hub.blobs`."""
 
     sha256: str
     git_id: str
@@ -54,7 +54,7 @@ Tree = dict[str, File]
 
 @dataclass
 class Repo:
-    """A repository: every commit is the whole tree of its files."""
+    """Holds a repository, in which every commit is the whole tree of its files."""
 
     private: bool
     commits: dict[str, Tree] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Repo:
 
 
 class Server(ThreadingHTTPServer):
-    """A port of the Hub: a table of routes."""
+    """Serves one port of the Hub by a table of routes."""
 
     daemon_threads = True
 
@@ -92,10 +92,10 @@ class Server(ThreadingHTTPServer):
 
 
 class Hub:
-    """What the server holds, and its two ports.
+    """Holds the repositories and their files, and serves them on two ports.
 
     Args:
-        tokens: token -> name of its user, who may write below that name and read what is private there.
+        tokens: maps a token to the name of its user, who may write below that name and read private repositories there.
     """
 
     def __init__(self, tokens: dict[str, str]):
@@ -105,11 +105,11 @@ class Hub:
         self.drop: Counter[str] = Counter()
         """How many of the next "upload", "download" or "commit" requests lose their connection."""
         self.requests: list[str] = []
-        """Method and path of everything asked, for tests of what was not asked."""
+        """Method and path of every request, so that tests can check what was not requested."""
         self.ranges: list[int] = []
-        """Where downloads of a part of a large file began."""
+        """The byte at which each download of a part of a large file began."""
         self.sent = 0
-        """Bytes of large files."""
+        """How many bytes of large files were requested; a cut download counts in full."""
         self.lock = threading.RLock()
         self.api, self.store = Server(self, API), Server(self, STORE)
 
@@ -149,7 +149,7 @@ class Hub:
         return File(sha256, pointer_id, len(self.blobs[sha256]), is_large=True)
 
     def add(self, name: str, files: dict[str, bytes], private: bool = False) -> None:
-        """Puts a repository there without a client."""
+        """Add a repository with these files, without a client."""
         repo = self.repos.setdefault(name, Repo(private))
         tree = {
             path: self.large_file(self.keep(content))
@@ -167,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def log_message(self, *_: object) -> None:
-        """Nothing: the client's own words are what a failing test should show."""
+        """Print nothing: a failing test should show the client's own words."""
 
     @property
     def hub(self) -> Hub:
@@ -183,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
                     return answer(self, *(unquote(group or "") for group in found.groups()))
             raise Refusal(404, f"No such endpoint: {self.command} {path}")
         except Refusal as refusal:
-            self.body()  # what lies unread would be taken for the next request of this connection
+            self.body()  # an unread body would be taken for the next request on this connection
             headers = {"X-Error-Message": refusal.message}
             if refusal.code:
                 headers["X-Error-Code"] = refusal.code
@@ -206,7 +206,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(body, status, {"Content-Type": "application/json", **headers})
 
     def cut(self) -> None:
-        """Ends the connection where it is."""
+        """Close the connection at once, even in the middle of an answer."""
         self.close_connection = True
         self.wfile.flush()
         self.connection.shutdown(socket.SHUT_RDWR)
@@ -227,7 +227,7 @@ class Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def user(self) -> str | None:
-        """Who asks: None without a token. A token that nobody has is refused wherever it is shown."""
+        """Return the name of the user who asks, None without a token. An unknown token is refused."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in self.hub.tokens:
             raise Refusal(401, "Invalid credentials in Authorization header")
@@ -252,7 +252,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(403, f"You don't have the rights to write below {name.split('/')[0]}")
 
 
-# The API, one function an endpoint.
+# The API: each function serves one endpoint.
 
 
 def who_am_i(request: Handler) -> None:
@@ -328,7 +328,7 @@ def commit(request: Handler, name: str, branch: str) -> None:
 
 
 def apply_change(hub: Hub, tree: Tree, kind: str, value: dict) -> None:
-    """One line of a commit. Lines that this server does not know are refused."""
+    """Apply one line of a commit to `tree`; refuse a line of an unknown kind."""
     match kind:
         case "header":
             pass
@@ -397,7 +397,7 @@ def resolve(request: Handler, name: str, revision: str, path: str) -> None:
     request.send(b"", 302, headers)
 
 
-# The storage of large files.
+# The storage, which serves the large files.
 
 
 def refuse_token(request: Handler) -> None:
@@ -449,4 +449,4 @@ STORE = [
     (("PUT",), "/([0-9a-f]{64})", store),
     (("GET", "HEAD"), "/([0-9a-f]{64})", fetch),
 ]
-"""Methods, path, function. A function's arguments are the groups of the path, unquoted."""
+"""Both tables list methods, path and function. The function receives the request and the path's groups, unquoted."""

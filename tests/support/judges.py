@@ -1,4 +1,4 @@
-"""Independent packages as judges: how our weights are handed to them."""
+"""Load our weights into independent packages, which then judge our results."""
 
 import torch
 
@@ -14,17 +14,17 @@ RWKV7_HF_NAMES = {
     "att.ln_x": "attn.g_norm",
     "att.": "attn.",
 }
-"""Parts of our names -> theirs, tried in this order."""
+"""Maps parts of our names to theirs. Only the first part, in this order, that a name contains is replaced."""
 
 
 def rwkv7_hf_logits(rwkv7_hf, model, ids: torch.Tensor) -> torch.Tensor:
-    """Logits [B, T, vocab_size] of PyPI's rwkv7-hf with the weights of our `model`."""
+    """Return the logits [B, T, vocab_size] of PyPI's rwkv7-hf for `ids` [B, T], with the weights of our `model`."""
     with torch.no_grad():
         return rwkv7_hf_model(rwkv7_hf, model)(ids).logits
 
 
 def rwkv7_hf_model(rwkv7_hf, model):
-    """A model of PyPI's rwkv7-hf with the weights of our `model`."""
+    """Return a model of PyPI's rwkv7-hf with the weights of our `model`."""
     config = model.config
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "intermediate_size")
     ranks = ("decay_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim")

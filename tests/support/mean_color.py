@@ -1,4 +1,4 @@
-"""An encoder that gives each patch's mean colour: a row of `ENCODERS` that the package does not have."""
+"""Define an encoder of each patch's mean colour, and a row of `ENCODERS` for it, which the package does not have."""
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -8,7 +8,7 @@ from visualrwkv_hf.encoders import IMAGENET, Encoder
 
 
 class MeanColorConfig(PreTrainedConfig):
-    """Configuration of an encoder that gives each patch's mean colour, through one matrix."""
+    """Configures an encoder that maps each patch's mean colour to `width` channels by one matrix."""
 
     model_type = "test_mean_color"
     image_size: int = 28

@@ -1,4 +1,4 @@
-"""Marks of tests that compute with the CPU ops in C."""
+"""Define the marks of tests that compute with the CPU ops in C."""
 
 import shutil
 
@@ -10,4 +10,4 @@ NEEDS_NATIVE_OPS = [
     pytest.mark.skipif(not any(map(shutil.which, library.COMPILERS)), reason="native ops need a C compiler"),
     pytest.mark.usefixtures("built"),
 ]
-"""Skip without a compiler, and build the library in a folder of its own: see `built` in tests/kernels/conftest.py."""
+"""Skip tests without a compiler; build the library in a folder of its own (`built` in tests/kernels/conftest.py)."""

@@ -1,7 +1,7 @@
 """Write a small golden folder of other sizes than `tests/golden`, computed without the package.
 
-The language model is the oracle (float64, one token and one head at a time), the vision tower transformers' own
-SigLIP, projectors and losses are a few lines here, ids come from a greedy longest match in the vocabulary. Letters: B
+The language model is the oracle (float64, one token and one head at a time), and the vision tower is transformers' own
+SigLIP. Projectors and losses are a few lines here. Ids come from a greedy longest match in the vocabulary. Letters: B
 batch, T time, C hidden size, L tokens of a picture, D width of the features.
 """
 
@@ -18,7 +18,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 HIDDEN, HEAD_DIM, LAYERS, VOCABULARY, FFN = 64, 64, 2, 290, 96
 RANKS = {"w": 24, "a": 16, "v": 8, "g": 40}
 WIDTHS = {"dino": 12, "siglip": 8, "sam": 20}
-"""Sizes that differ from those of `tests/golden`."""
+"""Widths of the features. The sizes up to here, but for HEAD_DIM, differ from those of `tests/golden`."""
 
 PAD, PAD_MULTIPLE = 261, 16
 
@@ -61,7 +61,10 @@ def write_case(
     files: dict[str, str] | None = None,
     **config,
 ) -> None:
-    """Write one case. Tensors of the oracle are float64 and stored in float32; the tolerance is the folder's usual."""
+    """Write one case, whose expected float64 tensors are stored in float32.
+
+    The tolerance is 1e-4 of a tensor's largest value, or of 1 if that is larger.
+    """
     inputs, expected, files = inputs or {}, expected or {}, files or {}
     case = folder / path
     case.mkdir(parents=True, exist_ok=True)
@@ -85,7 +88,7 @@ def write_case(
 
 
 def write_ops(folder: Path) -> None:
-    """RWKV-7's recurrence with three heads, an odd length and a batch of one, with gradients by autograd."""
+    """Write RWKV-7's recurrence with three heads, an odd length and a batch of one, and its gradients by autograd."""
     B, T, H, N = 1, 11, 3, 64
     q, k, v, w = (randn(B, T, H, N) for _ in range(4))
     removal = F.normalize(randn(B, T, H, N), dim=-1)
@@ -142,7 +145,7 @@ def language_weights(prefix: str, layers: int) -> dict[str, torch.Tensor]:
 
 
 def read(weights: dict[str, torch.Tensor], prefix: str, embeddings: torch.Tensor) -> torch.Tensor:
-    """Return the oracle's output [T, C] for `embeddings` [T, C], after left pads to a multiple of 16."""
+    """Return the oracle's output [T, C] for `embeddings` [T, C]; their left pads, if any, are read like all others."""
     names = {"blocks.0.ln0": "embed_norm", "ln_out": "norm"}
     ours, layers = {}, 0
     for name, weight in weights.items():
@@ -159,7 +162,7 @@ def read(weights: dict[str, torch.Tensor], prefix: str, embeddings: torch.Tensor
 
 
 def logits_of(weights: dict[str, torch.Tensor], embeddings: torch.Tensor) -> torch.Tensor:
-    """Return the logits [T, vocabulary] of a text [T, C] that token 261 pads on the left."""
+    """Return the logits [T, vocabulary] of `embeddings` [T, C], read after tokens 261 that make T a multiple of 16."""
     left = -len(embeddings) % PAD_MULTIPLE
     pads = weights["rwkv.emb.weight"][PAD].expand(left, -1)
     hidden = read(weights, "rwkv", torch.cat([pads, embeddings]))[left:]
@@ -180,7 +183,7 @@ def texts(batch: int, length: int) -> torch.Tensor:
 
 
 def write_text_only(folder: Path, language: dict[str, torch.Tensor]) -> None:
-    """Texts of 3 and 18 tokens in batches of one and three. The projector tells the width of the features."""
+    """Write texts of 3 and 18 tokens, in batches of one and three. A projector gives the width of the features."""
     save(
         folder, "weights/linear.safetensors", {"proj.weight": randn(HIDDEN, sum(WIDTHS.values()), scale=0.1)}
     )
@@ -205,7 +208,7 @@ def with_pictures(language: dict[str, torch.Tensor], ids: torch.Tensor, tokens: 
 
 
 def prompt(batch: int, spans: list[tuple[int, int]], length: int) -> torch.Tensor:
-    """Return `batch` texts with placeholders from the first to before the second position of each span."""
+    """Return `batch` texts [B, length] with placeholders at the positions [start, end) of each span."""
     ids = texts(batch, length)
     for start, end in spans:
         ids[:, start:end] = VOCABULARY - 1
@@ -219,7 +222,7 @@ def labels_after(ids: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def write_pictures(folder: Path, language: dict[str, torch.Tensor]) -> None:
-    """Features of three towers, 36 tokens pooled to 9: three pictures in one sample, and two samples of one."""
+    """Write features of three towers, 36 tokens pooled to 9, for a sample of three pictures and for two of one."""
     projector, inputs, expected = randn(HIDDEN, sum(WIDTHS.values()), scale=0.2), {}, {}
     save(folder, "weights/linear_other.safetensors", {"proj.weight": projector})
     prompts = {"three": prompt(1, [(2, 11), (14, 23), (25, 34)], 38), "pairs": prompt(2, [(1, 10)], 17)}
@@ -261,7 +264,7 @@ def siglip() -> tuple[SiglipVisionModel, dict[str, torch.Tensor]]:
 
 
 def write_compressor(folder: Path, language: dict[str, torch.Tensor]) -> None:
-    """v7.03 with three samples of 2, 1 and 4 tiles, 16 tokens each, of which a compressor of one block leaves 3."""
+    """Write v7.03 with samples of 2, 1 and 4 tiles of 16 tokens; a compressor of one block leaves 3 tokens of each."""
     tower, tower_weights = siglip()
     gate, o_proj = randn(24, 24, scale=0.2), randn(HIDDEN, 24, scale=0.2)
     ln_v = {"weight": 1 + randn(HIDDEN, scale=0.1), "bias": randn(HIDDEN, scale=0.1)}
@@ -301,7 +304,7 @@ def write_compressor(folder: Path, language: dict[str, torch.Tensor]) -> None:
 
 
 def greedy_ids(text: str, vocabulary: dict[bytes, int]) -> list[int]:
-    """Return the ids of a text: the longest entry of the vocabulary first."""
+    """Return the ids of a text, taking the longest matching entry of the vocabulary at each position."""
     content, ids, longest = text.encode(), [], max(map(len, vocabulary))
     while content:
         size = next(n for n in range(min(longest, len(content)), 0, -1) if content[:n] in vocabulary)
@@ -311,7 +314,10 @@ def greedy_ids(text: str, vocabulary: dict[bytes, int]) -> list[int]:
 
 
 def write_rows(folder: Path) -> None:
-    """Rows of v6.0's format under names and with a length of their own: a picture, a text, a capital speaker."""
+    """Write rows in v6.0's format: one with a picture, one without, and one whose speaker is in capitals.
+
+    Their names and the length to which they are padded do not occur in `tests/golden`.
+    """
     from visualrwkv_hf.conversion.world_tokenizer import load_world_vocabulary  # a table, no code under test
 
     vocabulary, rows = load_world_vocabulary(), []
@@ -349,7 +355,7 @@ def write_rows(folder: Path) -> None:
 
 
 def write_tilings(folder: Path) -> None:
-    """Cuts into 3 x 3 and 5 x 5 tiles, and a way to cut that never reached a model, with another number."""
+    """Write cuts into 3 x 3 and 5 x 5 tiles, and a kind of cut that never reached a model, with another number."""
     rows = []
     for width, height in ((90, 60), (55, 110)):
         row = {"size": [width, height], "crop_5_squares": {"crops": [], "num_images": 5, "resize": []}}

@@ -1,4 +1,4 @@
-"""The folders of the project."""
+"""Define the paths of the project's folders."""
 
 from pathlib import Path
 

@@ -1,22 +1,22 @@
-"""How long a test waits for what must happen. Only what hangs takes so long: no result depends on a machine's speed."""
+"""Define how long a test waits. Only what hangs takes so long, so that no result depends on a machine's speed."""
 
 import time
 from collections.abc import Callable
 
 PATIENCE = 600
-"""Seconds, for processes, requests, threads and conditions."""
+"""The longest wait for processes, requests, threads and conditions, in seconds."""
 
 
 def wait_until(is_so: Callable[[], object], what: str, seconds: float = 0.02) -> None:
-    """Return as soon as `is_so()` holds, which is asked every few milliseconds.
+    """Return as soon as `is_so()` is true; it is called every few milliseconds.
 
     Args:
         is_so: the condition.
-        what: says in an error what was waited for.
-        seconds: between two questions.
+        what: the event that the test waits for, for the error message.
+        seconds: the pause between two calls.
 
     Raises:
-        AssertionError: It did not hold in time.
+        AssertionError: `is_so()` was not true within `PATIENCE` seconds.
     """
     deadline = time.monotonic() + PATIENCE
     while not is_so():

@@ -1,4 +1,4 @@
-"""A folder for every release: its row of the table with tiny parts, random weights and the whole World vocabulary."""
+"""Write a model folder for any release: its row of `RELEASES` with tiny parts, random weights and all World tokens."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ ENCODERS = {
         "global_attn_indexes": [0, 1],
     },
 }
-"""All give 4 x 4 patches."""
+"""Tiny encoders. All give a grid of 4 x 4, SAM after its 8 x 8 patches are folded 2 x 2 into channels."""
 TEXT = {"vocab_size": 65536, "hidden_size": 64, "head_dim": 16, "num_hidden_layers": 3, **RANKS}
 
 
@@ -67,7 +67,7 @@ def write_text_model(folder: Path, version: int) -> Path:
 
 
 def with_companions(folder: Path, processor) -> Path:
-    """Write what a model's folder holds beside the weights: the processor or tokenizer, and where answers end."""
+    """Write the files beside a model's weights: the processor or tokenizer, and the ids at which answers end."""
     processor.save_pretrained(folder)
     GenerationConfig(bos_token_id=0, eos_token_id=[0, 261], pad_token_id=0).save_pretrained(folder)
     return folder

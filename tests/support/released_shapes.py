@@ -1,4 +1,7 @@
-"""Names and shapes of the released checkpoints, written out from their description: the key tables' judge."""
+"""List names and shapes of the released checkpoints' tensors, from their description, not from the key tables.
+
+So this list can judge these tables.
+"""
 
 VOCAB_SIZE = 65536
 
@@ -156,4 +159,4 @@ RELEASES = {
         language_model(7, 24, 2048, ranks=(96, 96, 64, 256)) | three_encoders() | gated_norm(2048)
     ),
 }
-"""Release -> name -> shape, as in one full file."""
+"""Maps a release to a function that returns the shape of each tensor by its name, as in one unsplit file."""

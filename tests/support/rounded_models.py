@@ -1,4 +1,4 @@
-"""Tiny models of every kind of release, for tests of weights of few bits."""
+"""Build a tiny model of every kind of release and its inputs, for tests of weights that are rounded to few bits."""
 
 import copy
 from typing import Any
@@ -25,16 +25,19 @@ RELEASES: dict[str, dict[str, Any]] = {
     "UHD": dict(version=6, vision_config=dict(**THREE, tile_grid=2), projector="gated"),
     "v7": dict(version=7, vision_config=THREE, projector="gated_norm"),
 }
-"""Kinds of releases -> what a tiny model of each is made of; see `tiny.tiny_vlm`."""
+"""Maps a kind of release to the arguments of `tiny.tiny_vlm` that make a tiny model of it."""
 
 
 def release(kind: str) -> VisualRWKVForConditionalGeneration:
-    """Return a model of width 64 with random weights everywhere."""
+    """Return a tiny model of this kind: its language model is 64 wide, and all its weights are random."""
     return tiny_vlm(**copy.deepcopy(RELEASES[kind]))
 
 
 def inputs_of(model: VisualRWKVForConditionalGeneration, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return a batch of two rows: one is padded on the left, the other has two pictures."""
+    """Return a batch of two prompts: the first has one picture and is padded on the left, the second has two.
+
+    The pixels for each encoder, [3 * num_views, 3, S, S], are random and have the type `dtype`.
+    """
     one, two = prompt(model), torch.cat([prompt(model, seed=1), prompt(model, seed=2)], 1)
     num_pad = two.shape[1] - one.shape[1]
     ids = torch.cat([torch.nn.functional.pad(one, (num_pad, 0)), two])

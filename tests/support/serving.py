@@ -1,4 +1,4 @@
-"""Servers for tests: the model's, in this process or in one of its own, and a web server with pictures."""
+"""Run servers for tests: the model's server, in this process or in one of its own, and a web server with pictures."""
 
 import base64
 import io
@@ -60,10 +60,10 @@ def user(text: str, *urls: str) -> dict:
 
 
 class PictureHandler(BaseHTTPRequestHandler):
-    """`/COLOUR.png` is a picture, `/film.gif` a film, `/slow.png` takes 20 s, anything else is not there."""
+    """Serves a picture at `/COLOUR.png` and a film at `/film.gif`; all else is not found, `/slow.png` after 20 s."""
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Print nothing."""
 
     def do_GET(self) -> None:
         colour = self.path.strip("/").removesuffix(".png")
@@ -78,7 +78,7 @@ class PictureHandler(BaseHTTPRequestHandler):
 
 @contextmanager
 def picture_host() -> Iterator[str]:
-    """The address of a web server with pictures."""
+    """Run a web server with pictures and yield its address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), PictureHandler)
     server.daemon_threads = True
     server.block_on_close = False
@@ -92,11 +92,11 @@ def picture_host() -> Iterator[str]:
 
 @contextmanager
 def running(app, **limits: float) -> Iterator[str]:
-    """Run the application of `build_app` in a thread of this process, and give its address.
+    """Run the application of `build_app` in a thread of this process, and yield its address.
 
     Args:
         app: the application.
-        limits: on its connections, fields of `Limits`.
+        limits: the limits on its connections, as fields of `Limits`.
     """
     from visualrwkv_hf.inference.server_connections import make_server
     from visualrwkv_hf.inference.server_limits import Access, Limits
@@ -117,7 +117,7 @@ def running(app, **limits: float) -> Iterator[str]:
 
 @contextmanager
 def served_apart(folder: Path, log: Path, **limits: float) -> Iterator[tuple[subprocess.Popen, str]]:
-    """Run `serve(folder)` in a process of its own, and give it and its address. What it prints goes to `log`."""
+    """Run `serve(folder)` in a new process, and yield the process and its address. Its output is written to `log`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", COMMAND, str(folder), repr(limits)]
     with log.open("w") as output:

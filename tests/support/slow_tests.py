@@ -1,4 +1,4 @@
-"""Which cases of a parametrised test are slow: they seldom fail alone, so only `-m slow` runs them.
+"""List the cases of parametrised tests that are slow and seldom fail alone, so that only `-m slow` runs them.
 
 A test that is slow as a whole carries `@pytest.mark.slow` itself.
 """
@@ -13,7 +13,7 @@ SLOW = {
     r"serving/test_fuzz\.py::.*\[6\]": "the server is the same for every generation; 7 stays",
     r"judges/test_evaluate\.py::test_(two_processes_give|after_a_kill_it_goes_on)": "they start processes",
 }
-"""Pattern of a test's id, after `tests/` -> why other tests find nearly the same faults."""
+"""Maps a pattern of test ids, without `tests/`, to the reason why these tests need not run at each change."""
 
 
 def mark_slow(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Tiny models with random weights everywhere, for tests of what surrounds the equations."""
+"""Build tiny models whose weights are all random, for tests of what surrounds the equations."""
 
 import torch
 
@@ -18,7 +18,7 @@ def text_config(version: int, **fields) -> VisualRWKVTextConfig:
 def vlm_config(
     version: int = 6, scan: str = "bidirectional", vocab_size: int = 320, **fields
 ) -> VisualRWKVConfig:
-    """A CLIP tower with a 4 x 4 grid and its class token last: 17 tokens a picture."""
+    """Return a configuration with a CLIP tower of a 4 x 4 grid and the class token last: 17 tokens per picture."""
     clip = dict(
         hidden_size=32,
         intermediate_size=48,
@@ -40,7 +40,7 @@ def vlm_config(
 
 
 def awake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Random weights everywhere: freshly initialised, half of the model adds nothing."""
+    """Give all weights random values, in place: as they are initialised, half of the model adds nothing."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if "ln" in name or "norm" in name:
@@ -64,7 +64,7 @@ def tiny_vlm(**fields) -> VisualRWKVForConditionalGeneration:
 def prompt(
     model: VisualRWKVForConditionalGeneration, before: int = 3, after: int = 6, seed: int = 0
 ) -> torch.Tensor:
-    """Ids [1, T] with one picture between words."""
+    """Return ids [1, T] with one picture between words."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(1, 300, (before + after,), generator=generator)
     picture = torch.full((model.config.num_image_tokens,), model.config.image_token_id)

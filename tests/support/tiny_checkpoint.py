@@ -1,4 +1,4 @@
-"""A small checkpoint as the original saves it, from whose tensors alone its configuration can be told."""
+"""Write a small checkpoint as the original saves it; its configuration can be inferred from its tensors alone."""
 
 from pathlib import Path
 
@@ -10,7 +10,10 @@ from visualrwkv_hf.conversion import restore_state_dict
 
 
 def write_checkpoint(path: Path, split: bool = False) -> list[Path]:
-    """A v6.0 model of width 64, bfloat16, with the whole vocabulary: one file of 17 MB, or a split pair."""
+    """Write a v6.0 model, 64 wide, in bfloat16 and with the whole vocabulary, and return the paths of its files.
+
+    It is one file of 17 MB, or with `split` two: the language model in `*_rwkv.pth`, the rest in `*_visual.pth`.
+    """
     clip = dict(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=1, image_size=56
     )

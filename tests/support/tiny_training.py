@@ -1,4 +1,4 @@
-"""A tiny model in a folder and a few pictures with questions, for tests of training."""
+"""Write a tiny model and a few pictures with questions, for tests of training."""
 
 import importlib.util
 import json
@@ -25,12 +25,15 @@ TEXT_SAMPLE = {
 
 
 def tiny_model(version: int = 6, vocab_size: int = 1024, **fields) -> VisualRWKVForConditionalGeneration:
-    """With the first tokens of the World vocabulary, bytes and pairs; the whole one is most of a tiny model."""
+    """Return a tiny model that knows the first tokens of the World vocabulary: single bytes and pairs.
+
+    Embeddings of the whole vocabulary would make up most of it.
+    """
     text = text_config(version, vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2)
     config = vlm_config(version, text_config=text.to_dict(), image_token_id=vocab_size - 1, **fields)
     torch.manual_seed(0)
     model = awake(VisualRWKVForConditionalGeneration(config))
-    model.generation_config.eos_token_id = [0, 261]  # as a converted one
+    model.generation_config.eos_token_id = [0, 261]  # as a converted model has
     return model
 
 
@@ -59,7 +62,7 @@ def conversation(colour: str) -> list[dict]:
 
 
 def rows_with_pictures(folder: Path, count: int = 8) -> list[dict]:
-    """LLaVA samples, each with a picture of one colour in `folder`."""
+    """Write pictures of one colour each to `folder`, and return a LLaVA sample about each."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for colour in COLOURS[:count]:
@@ -77,11 +80,11 @@ def write_data(folder: Path, rows: list[dict] | None = None, name: str = "train.
 def finetune_module() -> ModuleType:
     spec = importlib.util.spec_from_file_location("finetune", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["finetune"] = module  # its dataclasses look themselves up there
+    sys.modules["finetune"] = module  # its dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
 
 def finetune(*arguments: object) -> None:
-    """`python examples/finetune.py ...` in this process."""
+    """Run `python examples/finetune.py ...` in this process."""
     finetune_module().main([str(argument) for argument in arguments])

@@ -1,4 +1,4 @@
-"""transformers' own common tests, imported from its unpacked sdist as the package `transformers_tests_of_sdist`.
+"""Import transformers' own common tests from its unpacked sdist, as the package `transformers_tests_of_sdist`.
 
 The sdist holds `tests/test_modeling_common.py` and the like, but not what these import from the rest of transformers'
 tests. Those parts are replaced by stand-ins that are named here.
@@ -51,10 +51,10 @@ STAND_INS = {
     "utils.test_configuration_utils": {"config_common_kwargs": {}},
     "distributed_testing_utils": {"run_distributed": None},
 }
-"""Module of transformers' tests that the sdist lacks -> what is imported from it."""
+"""Maps a module of transformers' tests that the sdist lacks to the names that are imported from it."""
 
 TOP_LEVEL_STAND_INS = {"fetch_hub_objects_for_ci": {"url_to_local_path": url_to_local_path}}
-"""Module of transformers' folder `utils` that the sdist lacks -> what is imported from it."""
+"""Maps a module of transformers' folder `utils` that the sdist lacks to the names that are imported from it."""
 
 _folders: list[tempfile.TemporaryDirectory] = []
 
@@ -76,7 +76,7 @@ def install(tests: Path) -> None:
         raise FileNotFoundError(
             f"{tests} holds no test_modeling_common.py: unpack the sdist of transformers there."
         )
-    (tests / "__init__.py").touch()  # the sdist has none, and pytest reads that of a package
+    (tests / "__init__.py").touch()  # pytest reads this file of a package, and the sdist has none
     package = ModuleType(PACKAGE)
     package.__path__ = [str(tests)]
     sys.modules[PACKAGE] = package
@@ -101,7 +101,7 @@ def models_folder() -> Path:
 
 
 def fixtures_folder() -> Path:
-    """Return what stands in for transformers' folder `tests`, in which `fixtures/sample_text.txt` is opened."""
+    """Return the folder that replaces transformers' `tests`; the tests open `fixtures/sample_text.txt` in it."""
     return _scratch()
 
 

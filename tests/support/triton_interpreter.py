@@ -1,7 +1,8 @@
-"""Makes Triton's CPU interpreter compute as a GPU does, and counts what its launches touch.
+"""Make Triton's CPU interpreter compute as a GPU does, and count the bytes that its launches touch.
 
 The interpreter holds bfloat16 as uint16 and computes with these bits as if they were numbers, rounds float32 to
-bfloat16 towards zero, and takes every dot as exact. `install()` mends the first two; `tf32_dots()` the third.
+bfloat16 towards zero, and never reduces a dot's operands to TF32. `install()` corrects the first two, `tf32_dots()`
+the third.
 """
 
 import importlib.util
@@ -30,14 +31,14 @@ def is_bfloat16(handle) -> bool:
 
 
 def widen(handle):
-    """A bfloat16 handle as a float32 one; any other unchanged."""
+    """Return a bfloat16 handle as a float32 one, and any other unchanged."""
     if not is_bfloat16(handle):
         return handle
     return TensorHandle((handle.data.astype(np.uint32) << np.uint32(16)).view(np.float32), tl.float32)
 
 
 def narrow(data):
-    """A bfloat16 handle of float32 data, rounded to nearest even."""
+    """Return a bfloat16 handle of float32 data, rounded to nearest even."""
     bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
     even = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = (bits + np.uint32(0x7FFF) + even) >> np.uint32(16)
@@ -45,7 +46,7 @@ def narrow(data):
 
 
 def cut_to_tf32(handle):
-    """float32 operands without the 13 bits that tensor cores ignore; others have none to lose."""
+    """Return a float32 operand without the 13 bits that tensor cores ignore, and any other unchanged."""
     if handle.dtype.scalar != tl.float32:
         return handle
     bits = np.ascontiguousarray(handle.data).view(np.uint32) & np.uint32(0xFFFFE000)
@@ -96,7 +97,10 @@ class FaithfulBuilder(InterpreterBuilder):
 
 
 class Tf32Builder(FaithfulBuilder):
-    """Also takes "tf32" at its word. Triton hands the operands over as they are; nothing rounds them first."""
+    """Also cuts the operands of a dot with input_precision "tf32".
+
+    They are not rounded, because Triton passes them on as they are, and a GPU's tensor cores ignore their last bits.
+    """
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         if input_precision == interpreter._ir.INPUT_PRECISION.TF32:
@@ -105,7 +109,7 @@ class Tf32Builder(FaithfulBuilder):
 
 
 def apply_in_float32(self, input):
-    """`ReduceScanOpInterface.apply` with bfloat16 inputs reduced in float32 and rounded once, at the end."""
+    """Do what `ReduceScanOpInterface.apply` does, but reduce bfloat16 inputs in float32 and round once, at the end."""
     if not isinstance(input, tuple):
         return apply_in_float32(self, (input,))[0]
     wide = tuple(
@@ -119,7 +123,7 @@ def apply_in_float32(self, input):
 
 
 def of_scalar(type, scalar):
-    """The type of a tensor of the same shape with another scalar type."""
+    """Return the type of a tensor of the same shape with another scalar type."""
     return tl.block_type(scalar, type.shape) if type.is_block() else scalar
 
 
@@ -128,7 +132,7 @@ if INTERPRETED:
 
 
 def install() -> None:
-    """Makes interpreted kernels faithful from here on. Nothing happens where Triton is missing or compiles."""
+    """Make interpreted kernels compute with bfloat16 as a GPU does. Do nothing if Triton is missing or compiles."""
     if INTERPRETED:
         interpreter.interpreter_builder.__class__ = FaithfulBuilder
         ReduceScanOpInterface.apply = apply_in_float32
@@ -136,7 +140,7 @@ def install() -> None:
 
 @contextmanager
 def tf32_dots() -> Iterator[None]:
-    """Inside, an interpreted dot with input_precision "tf32" cuts its operands; "tf32x3" and "ieee" do not."""
+    """Let an interpreted dot with input_precision "tf32" cut its operands inside the context; others do not."""
     builder = interpreter.interpreter_builder
     before = builder.__class__
     builder.__class__ = Tf32Builder
@@ -147,14 +151,14 @@ def tf32_dots() -> Iterator[None]:
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel; `bytes` of its tensor arguments, each element once however often it is read."""
+    """Describes a launch of a kernel; `bytes` counts its tensor arguments once, however often they are read."""
 
     kernel: str
     bytes: int
 
 
 def bytes_of(argument) -> int:
-    """Bytes that the elements of a tensor, or of a tuple of them, occupy: an expanded dimension counts once."""
+    """Return the bytes that a tensor, or a tuple of tensors, occupies; an expanded dimension counts once."""
     if isinstance(argument, tuple):
         return sum(map(bytes_of, argument))
     if not isinstance(argument, torch.Tensor):
@@ -165,7 +169,7 @@ def bytes_of(argument) -> int:
 
 @contextmanager
 def launches() -> Iterator[list[Launch]]:
-    """The interpreted launches made inside, in order."""
+    """Yield a list that receives the interpreted launches made inside the context, in order."""
     seen = []
     run = interpreter.InterpretedFunction.run
 

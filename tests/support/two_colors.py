@@ -1,6 +1,8 @@
-"""A training of seconds with examples/train_tiny.py, on made pictures of two colours; in two processes,
+"""Train a model for a few seconds with examples/train_tiny.py, on generated pictures of two colours.
 
-torchrun --nproc-per-node 2 tests/support/two_colors.py FOLDER
+As a script, this trains in two processes:
+
+    torchrun --nproc-per-node 2 tests/support/two_colors.py FOLDER
 """
 
 import sys
@@ -27,7 +29,7 @@ def colored_square(color: str, side: int = 64) -> Image.Image:
 
 
 def two_colors() -> Any:
-    """The task: which of two colours it is."""
+    """Return the task, which is to say which of two colours a square has."""
     questions = {color: tiny_data.Question("what color is it?", color) for color in COLORS}
     other = tiny_data.Question("is there a shape?", "yes")
     subjects = [
@@ -45,7 +47,7 @@ def vocabulary_of(task) -> dict[bytes, int]:
 
 
 def trained_on(task, folder: Path, trained: tuple[str, ...] = tiny_stages.ALL_PARTS) -> tuple:
-    """A model that has learned the task, and its processor."""
+    """Return a model that has learned the task, and its processor."""
     torch.manual_seed(0)
     fields = dict(scan="bidirectional", image_position="middle")
     model, processor = train_tiny.fresh_model(vocabulary_of(task), TOWER, LANGUAGE_MODEL, **fields)
@@ -57,7 +59,7 @@ def trained_on(task, folder: Path, trained: tuple[str, ...] = tiny_stages.ALL_PA
 
 
 def main(folder: Path) -> None:
-    """Saves each process's weights; the first one's folder also says how much is right."""
+    """Train, print the share of right answers in the first process, and save each process's weights as `RANK.pt`."""
     from accelerate import PartialState
 
     state, task = PartialState(cpu=True), two_colors()

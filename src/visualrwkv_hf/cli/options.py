@@ -104,9 +104,9 @@ VerboseOption = Annotated[
 ]
 
 INSIDE = """\
-The model inside the package answers. It is tiny: ask it "what shape is in the image?", "what color is the shape?",
-"what digit is this?" or "what kind of emoji is this?". It does not understand photographs: for these, convert a
-released model (visualrwkv convert --list) and pass its folder with --model."""
+The model inside the package answers. It is tiny: ask it "what does the sign say?", "how many stars are there?",
+"which bar is the tallest?" or "what shape is in the image?". It does not understand photographs: for these, name a
+released model (visualrwkv models lists them) with --model."""
 """What to expect of the bundled model, in the words that it was trained on."""
 
 MAX_SENTENCE = 800
