@@ -27,6 +27,9 @@ EXTRAS_FILE = "original_extras.safetensors"
 """Tensors of the original that no computation reads, for the way back. transformers does not look at it."""
 
 INDEX_FILE = "model.safetensors.index.json"
+HUB_FOLDER = ".cache"
+"""Where `hf download --local-dir` notes what it has fetched."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
 SPARE_BYTES = 64 * 2**20
@@ -153,6 +156,12 @@ def refuse_target(output_dir: Path, sources: Sequence[Path], overwrite: bool) ->
         raise ConversionError(f"{output_dir} is not empty (overwrite).")
     if not (output_dir / "config.json").exists():
         raise ConversionError(f"{output_dir} is not a model folder, and is not overwritten.")
+    if others := sorted(
+        path.name for path in output_dir.iterdir() if path.is_dir() and path.name != HUB_FOLDER
+    ):
+        raise ConversionError(
+            f"{output_dir} holds the folder {others[0]} beside the model, and is not overwritten: remove it first."
+        )
     inside = [path for path in sources if output_dir.resolve() in path.resolve().parents]
     if inside:
         raise ConversionError(f"{inside[0]} is in {output_dir}, which would be overwritten.")
@@ -161,6 +170,11 @@ def refuse_target(output_dir: Path, sources: Sequence[Path], overwrite: bool) ->
 def real_target(output: Path) -> Path:
     """Return where a path leads: a link stays, and what it points to is written or replaced."""
     return output.resolve() if output.is_symlink() else output.absolute()
+
+
+def in_dtype(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    """Return what is known of a tensor once it is in `dtype`; integers, and None, leave it as it is."""
+    return info._replace(dtype=dtype) if dtype is not None and info.dtype.is_floating_point else info
 
 
 def refuse_without_space(parent: Path, infos: Iterable[TensorInfo]) -> None:

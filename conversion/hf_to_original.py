@@ -17,6 +17,7 @@ from .folders import (
     EXTRAS_FILE,
     Config,
     friendly_errors,
+    in_dtype,
     open_folder,
     parse_dtype,
     read_config,
@@ -52,24 +53,28 @@ def to_original(
     folder, out_path, dtype = Path(folder), Path(out_path), parse_dtype(dtype)
     if out_path.exists() and not overwrite:
         raise ConversionError(f"{out_path} exists already (overwrite).")
+    target = real_target(out_path)
+    if not target.parent.is_dir():
+        raise ConversionError(f"There is no folder {target.parent} to write into.")
     config = read_config(folder)
     refuse_quantized(config, folder)
     ours = open_folder(folder)
     rows = key_rows(config, with_vision=holds_vision(ours))
     _check_ours(ours, rows)
     extras = _extras(folder, config)
-    refuse_without_space(out_path.parent, [*ours.infos.values(), *(extras.infos.values() if extras else [])])
+    infos = [*ours.infos.values(), *(extras.infos.values() if extras else [])]
+    refuse_without_space(target.parent, [in_dtype(info, dtype) for info in infos])
     prefix = "rwkv." if isinstance(config, VisualRWKVTextConfig) else ""
     original = {
         name.removeprefix(prefix): tensor.to(dtype) if dtype and tensor.is_floating_point() else _own(tensor)
         for name, tensor in rows_to_original(ours, rows, extras or {})
     }
-    target = real_target(out_path)
     with friendly_errors(out_path):
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         os.close(handle)
         try:
             torch.save(original, temporary)
+            os.chmod(temporary, 0o644)  # mkstemp's is for the owner alone
             os.replace(temporary, target)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

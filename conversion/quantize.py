@@ -27,6 +27,7 @@ from .folders import (
     VERIFYING,
     Config,
     WriteOptions,
+    in_dtype,
     locked,
     open_folder,
     read_config,
@@ -69,7 +70,7 @@ def quantize(folder: str | Path, output_dir: str | Path, *, weights: str, **opti
     with locked(output_dir):
         source = open_folder(folder)
         _refuse_misfit(source, config, folder, weights)
-        dense = {name: _in_dtype(info, write.torch_dtype) for name, info in source.infos.items()}
+        dense = {name: in_dtype(info, write.torch_dtype) for name, info in source.infos.items()}
         layers = rounded_layers(dense, config, weights)
         infos = stored_infos(dense, layers)
         refuse_without_space(output_dir.absolute().parent, infos.values())
@@ -88,7 +89,7 @@ def quantize(folder: str | Path, output_dir: str | Path, *, weights: str, **opti
                         )
                     if write.progress is not None:
                         write.progress(VERIFYING, tensor.nbytes)
-            _write_companions(folder, unfinished, layers, dense, weights, errors)
+            _write_companions(folder, unfinished, layers, dense, write, errors)
     return output_dir
 
 
@@ -216,7 +217,7 @@ def _write_companions(
     target: Path,
     layers: Mapping[str, str],
     names: Iterable[str],
-    weights: str,
+    write: WriteOptions,
     errors: RoundingErrors,
 ) -> None:
     """Copy what is beside the weights, and say in the configuration and the card how the weights are stored."""
@@ -226,10 +227,20 @@ def _write_companions(
             shutil.copyfile(path, target / path.name)
     fields = read_json(folder / "config.json")
     fields["quantization_config"] = quantization_of(layers, names)
+    if write.dtype is not None:
+        _set_dtype(fields, str(write.torch_dtype).removeprefix("torch."))
     write_json(target / "config.json", fields)
     card = folder / "README.md"
     text = card.read_text("utf-8").rstrip() + "\n\n" if card.is_file() else ""
-    (target / "README.md").write_text(text + quantization_section(weights, errors.relative()), "utf-8")
+    (target / "README.md").write_text(text + quantization_section(write.weights, errors.relative()), "utf-8")
+
+
+def _set_dtype(fields: dict[str, Any], dtype: str) -> None:
+    """Name a dtype in a configuration and in those inside it that name one."""
+    fields["dtype"] = dtype
+    for inner in fields.values():
+        if isinstance(inner, dict) and "dtype" in inner:
+            _set_dtype(inner, dtype)
 
 
 def _refuse_misfit(source: Checkpoint, config: Config, folder: Path, weights: str) -> None:
@@ -246,10 +257,6 @@ def _refuse_misfit(source: Checkpoint, config: Config, folder: Path, weights: st
         if found != tuple(shape) and not (name == "lm_head.weight" and config.tie_word_embeddings):
             what = "is missing" if found is None else f"has the shape {list(found)}, not {list(shape)}"
             raise ConversionError(f"Tensor {name} in {folder} {what}: the weights do not fit config.json.")
-
-
-def _in_dtype(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    return info._replace(dtype=dtype) if dtype is not None and info.dtype.is_floating_point else info
 
 
 def _as_dtype(source: Mapping[str, Tensor], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:

@@ -6,8 +6,9 @@
 A small language model of each variant is trained with each of five seeds and asked about pictures, fonts and words of
 the test. As in the paper, all see through the same vision tower, which is trained already and frozen: that of the model
 in the package. Each run's scores are written when it ends, and a run that has scores is not repeated, so that the whole
-can be done in pieces, and by several processes at once: one for each core is best. All runs take some two and a half
-hours of two cores. Needs what `train_tiny.py` needs.
+can be done in pieces, and by several processes at once: one for each core is best. A process draws a seed's pictures
+once for all its variants, and lets the tower see each once. All runs take some two hours of two cores. Needs what
+`train_tiny.py` needs, and profits from the same allocator.
 """
 
 import json
@@ -16,8 +17,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import torch
 import typer
 from benchmarking import markdown_table
 from evaluate_tiny import accuracy, questions_alone, sample_of
@@ -28,8 +30,11 @@ from tiny_packages import fonts, sha256_of, words
 from tiny_scenes import comparing_task
 from tiny_signs import LONGEST_WORD, reading_task
 from tiny_stages import ALL_BUT_TOWER, BATCH, Stage
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 from train_tiny import TOWER, cut_vocabulary, fresh_model, lessons, refuse_other_settings, train_stage
 from transformers import AutoModelForImageTextToText, set_seed
+from transformers.modeling_outputs import BaseModelOutput
 
 from visualrwkv_hf import bundled_model, kernel_backend
 from visualrwkv_hf.cpu import build_native_ops
@@ -63,8 +68,55 @@ def ablation_tasks(data_dir: Path) -> dict[str, Task]:
     return {"reading": reading, "comparing": comparing_task(), "charts": charts_task(files)}
 
 
+class Kept(Dataset):
+    """Makes each row of a data set once."""
+
+    def __init__(self, rows: Dataset):
+        self.rows, self.known = rows, {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        if index not in self.known:
+            self.known[index] = self.rows[index]
+        return self.known[index]
+
+
+class Sight(nn.Module):
+    """Takes the place of a frozen vision tower, and lets it see each picture once."""
+
+    def __init__(self, tower: nn.Module):
+        super().__init__()
+        self.tower, self.known = tower, {}
+
+    def forward(self, pixel_values: Tensor, **options: Any) -> BaseModelOutput:
+        names = [hash(picture.numpy().tobytes()) for picture in pixel_values]
+        if new := [i for i, name in enumerate(names) if name not in self.known]:
+            features = self.tower(pixel_values[new], **options).last_hidden_state
+            self.known |= zip([names[i] for i in new], features)
+        return BaseModelOutput(last_hidden_state=torch.stack([self.known[name] for name in names]))
+
+
+class Shared(NamedTuple):
+    """What all variants of a seed have in common."""
+
+    data: Kept
+    sight: Sight
+
+    @classmethod
+    def of(cls, tasks: dict[str, Task], seed: int, steps: int) -> "Shared":
+        bundled = AutoModelForImageTextToText.from_pretrained(bundled_model(), dtype="float32")
+        tower = bundled.model.vision_tower.eval().requires_grad_(False)
+        return cls(Kept(lessons(tasks, stage_of(steps), range(steps * BATCH), seed)), Sight(tower))
+
+
+def stage_of(steps: int) -> Stage:
+    return Stage(steps, 1.5e-3, 2e-5, ALL_BUT_TOWER, 6, 2, SHARES)
+
+
 def run(
-    tasks: dict[str, Task], changed: dict[str, Any], seed: int, steps: int, questions: int
+    tasks: dict[str, Task], shared: Shared, changed: dict[str, Any], seed: int, steps: int, questions: int
 ) -> dict[str, float]:
     """Train one variant on what the bundled model's vision tower sees; return its accuracy in each task."""
     set_seed(seed)
@@ -72,13 +124,10 @@ def run(
     language_model = LANGUAGE_MODEL | {"rwkv_version": fields.pop("rwkv_version")}
     vocabulary = cut_vocabulary(all_wording(tasks.values()))
     model, processor = fresh_model(vocabulary, TOWER, language_model, **fields)
-    trained = AutoModelForImageTextToText.from_pretrained(bundled_model(), dtype="float32")
-    model.model.vision_tower.load_state_dict(trained.model.vision_tower.state_dict())
-    stage = Stage(steps, 1.5e-3, 2e-5, ALL_BUT_TOWER, 6, 2, SHARES)
-    data = lessons(tasks, stage, range(steps * BATCH), seed)
+    model.model.vision_tower = shared.sight
     with TemporaryDirectory() as folder:
         options = dict(disable_tqdm=True, logging_steps=steps, save_strategy="no")
-        train_stage(model, processor, stage, data, seed, Path(folder), **options)
+        train_stage(model, processor, stage_of(steps), shared.data, seed, Path(folder), **options)
     return {name: accuracy(model, processor, sample_of(task.test, questions)) for name, task in tasks.items()}
 
 
@@ -130,8 +179,11 @@ def main(
     if not table_only:
         build_native_ops()
         with kernel_backend("native"):
+            shared = {}
             for name, seed, result in unfinished(results, seeds):
-                scores = run(tasks, VARIANTS[name], seed, steps, questions)
+                if seed not in shared:
+                    shared = {seed: Shared.of(tasks, seed, steps)}
+                scores = run(tasks, shared[seed], VARIANTS[name], seed, steps, questions)
                 result.write_text(json.dumps(scores), encoding="utf-8")
                 print(name, seed, scores, flush=True)
                 if time.monotonic() - begin > 60 * minutes:

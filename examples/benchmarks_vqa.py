@@ -44,6 +44,7 @@ class Answer(NamedTuple):
 
     question: Question
     text: str
+    was_asked: bool = True
 
 
 Truth = Path | None
@@ -197,7 +198,7 @@ def write_mmbench(answers: Sequence[Answer], folder: Path, truth: Truth) -> Path
     book = Workbook()
     sheet = book.active
     sheet.append([*kept[:after], "prediction", *kept[after:]])
-    for number, (question, text) in enumerate(answers, start=2):
+    for number, (question, text, _) in enumerate(answers, start=2):
         cells = [str(question.record[name]) for name in kept]
         for column, value in enumerate([*cells[:after], text, *cells[after:]], start=1):
             cell = sheet.cell(number, column, ILLEGAL_CHARACTERS_RE.sub("", value) or None)
@@ -288,8 +289,11 @@ def score_pope(answers: Sequence[Answer], truth: Truth) -> Scores | None:
         labels = [record for _, record in json_records(truth / f"coco_pope_{category}.json")]
         if [label["image"] for label in labels[: len(rows)]] != [a.question.image for a in rows]:
             raise ValueError(f"The pictures of {category!r} are not those of {truth}, in its order.")
-        found = [metrics.pope_says_yes(answer.text) for answer in rows]
         true = [label["label"] == "yes" for label in labels[: len(rows)]]
+        found = [  # what was not asked is wrong, and an empty answer would be "yes"
+            metrics.pope_says_yes(answer.text) if answer.was_asked else not right
+            for answer, right in zip(rows, true)
+        ]
         scores[f"F1 {category}"] = metrics.f1(found, true)
         scores[f"accuracy {category}"] = metrics.mean(a == b for a, b in zip(found, true))
     return {"F1": metrics.mean(v for name, v in scores.items() if name.startswith("F1")), **scores}
@@ -328,7 +332,7 @@ def _mme_task(task: str, answers: list[Answer], truth: Path) -> list[MMERow]:
     if (folder / "questions_answers_YN").is_dir():
         folder /= "questions_answers_YN"
     rows = []
-    for question, text in answers:
+    for question, text, _ in answers:
         file = Path(str(question.key)).with_suffix(".txt").name
         asked = question.text.replace(SHORT_ANSWER, "").strip()
         rows.append(MMERow(file, *_mme_truth(folder / file, asked), text))

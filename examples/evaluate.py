@@ -261,7 +261,7 @@ def write_results(
     """Writes the answer file, the official scorer's and the scores; gives the lines to print."""
     texts, errors = parts.read(), parts.errors()
     assert set(range(len(questions))) == {*texts, *errors}
-    answers = [Answer(question, texts.get(row, "")) for row, question in enumerate(questions)]
+    answers = [Answer(question, texts.get(row, ""), row in texts) for row, question in enumerate(questions)]
     write_answers(answers, errors, Path(parts.settings.model).name, folder / "answers.jsonl")
     lines = [f"{len(answers)} answers: {folder / 'answers.jsonl'}"]
     if errors:
@@ -280,7 +280,7 @@ def write_results(
 def write_answers(answers: Sequence[Answer], errors: dict[int, str], model_id: str, path: Path) -> None:
     """LLaVA's answer file."""
     with path.open("w", encoding="utf-8") as file:
-        for row, (question, text) in enumerate(answers):
+        for row, (question, text, _) in enumerate(answers):
             record = {
                 "question_id": question.key,
                 "prompt": question.prompt,

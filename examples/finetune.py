@@ -26,7 +26,7 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, set_seed
 from transformers.integrations import is_tensorboard_available
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 
 from visualrwkv_hf import (
     TunedState,
@@ -61,7 +61,8 @@ class FinetuneArguments:
         metadata=described("Data to evaluate on, once at the end unless --eval-strategy says otherwise."),
     )
     preset: str | None = field(
-        default=None, metadata=described("stage1, stage2, lora, state, or the path of a YAML file of options.")
+        default=None,
+        metadata=described("stage1, stage2, lora, state, or the path of a YAML file of options."),
     )
     train: list[str] = field(
         default_factory=lambda: ["projector", "language_model"],
@@ -141,6 +142,16 @@ def parse(arguments: list[str]) -> tuple[FinetuneArguments, VisualRWKVTrainingAr
         parser.error(str(refusal))
     if options.tuned_state and options.lora:
         parser.error("--tuned-state trains nothing else: leave --lora out.")
+    if options.lora and not {"language_model"} <= set(options.train) <= {"language_model", "projector"}:
+        parser.error(
+            "--lora adapts the language_model and can train the projector: --train can name these alone."
+        )
+    if options.merge_lora and not options.lora:
+        parser.error("--merge-lora merges adapters: it needs --lora, or a preset that has it.")
+    if options.tuned_layers is not None and not options.tuned_state:
+        parser.error("--tuned-layers are those of --tuned-state: give both.")
+    if options.merge_lora:  # what is pushed before the end would hold the adapter without the model
+        training.hub_strategy = HubStrategy.END
     if options.tuned_state and options.padding_free:
         parser.error("Packed samples cannot begin with a tuned state: leave --padding-free out.")
     return options, training

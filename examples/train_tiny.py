@@ -47,6 +47,7 @@ from tiny_stages import (
 )
 from tiny_tasks import all_tasks, of_one_kind
 from tiny_unknown import refusals_task
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import GenerationConfig, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -202,7 +203,7 @@ def train_stage(
     model: VisualRWKVForConditionalGeneration,
     processor: VisualRWKVProcessor,
     stage: Stage,
-    data: Lessons,
+    data: Dataset,
     seed: int,
     output_dir: Path,
     callbacks: Sequence[TrainerCallback] = (),

@@ -12,6 +12,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from .cache_layer import VisualRWKVCacheLayer
 from .layer_state import is_token
 
+Placement = torch.device | str | list[torch.device] | None
+"""Where states are put: on one device, or each layer's on its own; None leaves them where they are."""
+
 if TYPE_CHECKING:
     from .kept_state import KeptState
 
@@ -169,18 +172,29 @@ def batch_size_of(layers: Sequence[Mapping[str, torch.Tensor]]) -> int:
     return len(next(iter(layers[0].values()))) if layers and layers[0] else 0
 
 
+def refuse_key_values(given: object) -> None:
+    """Raise `ValueError` for a cache of transformers' attention layers."""
+    if given is not None and not hasattr(given, "advance"):
+        raise ValueError(
+            f"past_key_values must be a KeptState or a VisualRWKVCache, got {type(given).__name__}: a "
+            "recurrent state is no key-value cache. Leave it out, or make one with "
+            "VisualRWKVCache(model.config)."
+        )
+
+
 def moved(
     layers: Sequence[Mapping[str, torch.Tensor]],
-    device: torch.device | str | None,
+    device: Placement,
     dtype: torch.dtype | None,
 ) -> list[dict[str, torch.Tensor]]:
     """Return the states on `device`, tokens in `dtype` and matrices in float32; None leaves either as it is."""
+    devices = device if isinstance(device, list) else [device] * len(layers)
     return [
         {
-            name: tensor.to(device=device, dtype=dtype if is_token(tensor) else None)
+            name: tensor.to(device=place, dtype=dtype if is_token(tensor) else None)
             for name, tensor in tensors.items()
         }
-        for tensors in layers
+        for tensors, place in zip(layers, devices, strict=True)
     ]
 
 

@@ -296,11 +296,18 @@ class VisualRWKVVisionConfig(PreTrainedConfig):
             )
 
 
+def _refuse_other_encoder(name: str, model_type: str) -> None:
+    wanted = ENCODERS[name].model_type
+    if model_type != wanted:
+        raise ValueError(f"{name}_config must have model_type {wanted!r}, got {model_type!r}.")
+
+
 def _encoder_config(name: str, given: Any) -> PreTrainedConfig | None:
     """Return an encoder's configuration, made from a dict if that is what was given."""
     if given is None:
         return None
     if isinstance(given, PreTrainedConfig):
+        _refuse_other_encoder(name, given.model_type)
         missing = {
             field: value for field, value in ENCODERS[name].defaults.items() if not hasattr(given, field)
         }
@@ -308,8 +315,7 @@ def _encoder_config(name: str, given: Any) -> PreTrainedConfig | None:
     if not isinstance(given, dict):
         raise ValueError(f"{name}_config must be a dict or a configuration, got {type(given).__name__}.")
     model_type = ENCODERS[name].model_type
-    if given.get("model_type", model_type) != model_type:
-        raise ValueError(f"{name}_config must have model_type {model_type!r}, got {given['model_type']!r}.")
+    _refuse_other_encoder(name, given.get("model_type", model_type))
     return AutoConfig.for_model(model_type, **(ENCODERS[name].defaults | _without_model_type(given)))
 
 

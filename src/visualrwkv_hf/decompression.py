@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,11 @@ PACKED = "weight_packed"
 
 
 LIBRARY = "compressed-tensors"
+
+
+_swapping = Lock()
+_loading = 0
+"""How many threads are loading a model, for which the library's quantizer is replaced."""
 
 
 @contextlib.contextmanager
@@ -34,16 +40,27 @@ def towers_convert_alone() -> Iterator[None]:
         yield
         return
 
+    global _loading
+    with _swapping:
+        _loading += 1
+        if _loading == 1:
+            auto.AUTO_QUANTIZER_MAPPING[LIBRARY] = _of_weights_alone(quantizer)
+    try:
+        yield
+    finally:
+        with _swapping:
+            _loading -= 1
+            if not _loading:
+                auto.AUTO_QUANTIZER_MAPPING[LIBRARY] = auto.AUTO_QUANTIZER_MAPPING[LIBRARY].__base__
+
+
+def _of_weights_alone(quantizer: type) -> type:
     class Quantizer(quantizer):  # type: ignore[misc, valid-type]
         def update_weight_conversions(self, weight_conversions: list, *model: nn.Module) -> list:
             # transformers 5.19 gives no model
             return [*weight_conversions, *self.get_weight_conversions()]
 
-    auto.AUTO_QUANTIZER_MAPPING[LIBRARY] = Quantizer
-    try:
-        yield
-    finally:
-        auto.AUTO_QUANTIZER_MAPPING[LIBRARY] = quantizer
+    return Quantizer
 
 
 def decompress_when_used(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .cache_visualrwkv import VisualRWKVCache
 from .layer_state import WKV
+from .placement import compute_device, text_model_of
 from .reading_plan import mask_of
 
 Pooling = Literal["last", "mean", "state"]
@@ -39,7 +40,6 @@ class VisualRWKVEmbeddingMixin:
     """`embed()`, for a model of this package that reads tokens, with or without a head."""
 
     config: Any
-    device: torch.device
     base_model: Any
 
     def embed(
@@ -78,11 +78,14 @@ class VisualRWKVEmbeddingMixin:
             ValueError: an unknown pooling, no such layer, no `input_ids`, or a sample without tokens.
         """
         number = self._layer_number(layer, pooling)
-        tensors = {
-            name: tensor.to(self.device) for name, tensor in inputs.items() if isinstance(tensor, Tensor)
-        }
+        device = compute_device(self)  # type: ignore[arg-type]
+        tensors = {name: tensor.to(device) for name, tensor in inputs.items() if isinstance(tensor, Tensor)}
         mask = _real_tokens(tensors)
         if pooling == "state":
+            if self.training and text_model_of(self).gradient_checkpointing:
+                raise ValueError(
+                    "pooling='state' reads a cache, which gradient checkpointing excludes: call model.eval()."
+                )
             cache = VisualRWKVCache(self.config)
             self.base_model(**tensors, past_key_values=cache, use_cache=True)
             vectors = cache.layer_tensors()[number - 1][WKV].flatten(1)

@@ -121,7 +121,8 @@ def film_frames(source, sampling: FrameSampling = FrameSampling()) -> list[Image
 
     Args:
         source: a path, a http(s) URL, a file's contents as bytes or as base64 text with or without its prefix
-            `data:video/...;base64,`; a list of pictures, or an array or tensor [N, H, W, 3] or [N, 3, H, W]. MP4, MOV,
+            `data:video/...;base64,`; a list of pictures, or an array or tensor [N, H, W, 3] or [N, 3, H, W]; a single
+            picture, likewise as an array or tensor, is a film of one frame. MP4, MOV,
             WebM, Matroska, AVI, Ogg, FLV and MPEG need the package `av`; GIF, APNG and WebP do not. The pictures of a
             list are its frames, and are all taken unless `num_frames` is given. They have no times, so `fps` is
             refused.
@@ -130,6 +131,8 @@ def film_frames(source, sampling: FrameSampling = FrameSampling()) -> list[Image
     Raises:
         ValueError: it cannot be read as a film, a frame is too large, or `av` is not installed.
     """
+    if isinstance(source, Image.Image) or getattr(source, "ndim", None) == 3:  # a film of one frame
+        source = [source]
     if isinstance(source, list | tuple | np.ndarray) or is_tensor(source):
         return _listed(source, sampling)
     frames = [*iterate_film(source, sampling)]

@@ -17,11 +17,12 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .cache_visualrwkv import VisualRWKVCache, VisualRWKVStaticCache
+from .cache_visualrwkv import VisualRWKVCache, VisualRWKVStaticCache, refuse_key_values
 from .decode_graph import why_no_graph
 from .decode_loop import DecodeLoop, why_stock_loop
 from .film_prompts import around_pictures, has_films, sampling_of, with_frames
 from .kept_state import KeptState, is_kept
+from .placement import compute_device
 from .prompt_identity import (
     Pictures,
     identify_prompt,
@@ -31,7 +32,7 @@ from .prompt_identity import (
     pixel_inputs_of,
     stable_length,
 )
-from .reading_plan import ReadingPlan
+from .reading_plan import ReadingPlan, start_cache
 from .state_store import StateStore
 from .tuned_state import TunedState, identity_of_beginning, store_of_beginning
 
@@ -166,7 +167,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         length = stable_length(processor, messages, inputs["input_ids"].shape[1], **template_variables)
         ids, mask = inputs["input_ids"][:, :length], inputs["attention_mask"][:, :length]
         names = [name for name in picture_inputs_of(self.config) if name in inputs]
-        tensors = {name: inputs[name].to(self.device) for name in names}
+        tensors = {name: self._moved(inputs[name]) for name in names}
         tensors |= {
             name: tensors[name].to(self.dtype) for name in pixel_inputs_of(self.config) if name in tensors
         }
@@ -180,7 +181,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         )
         found = None if plan.store is None else plan.store.find(prompt)
         plan.begin(self, found)
-        plan.ends = [*piece_ends(prompt.ids, (), None, longest_piece(self.device)), length]
+        plan.ends = [*piece_ends(prompt.ids, (), None, longest_piece(compute_device(self))), length]
         rest, _ = plan.rest(ids, mask)
         tokens = self._encoded(plan.unread)
         self._read_pieces(plan, rest, torch.cat(tokens) if tokens else None)
@@ -216,11 +217,11 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         """
         cache: Any = VisualRWKVCache(self.config) if state is None else state
         if is_kept(cache):
-            cache = cache.to_cache(self.device, self.dtype)
+            cache = start_cache(cache, self)
         for frame in frames:
             before = around_pictures(processor)[0] if cache.is_empty else "\n"
             inputs = processor(images=frame, text=before + processor.image_token, return_tensors="pt")
-            inputs = inputs.to(self.device, dtype=self.dtype)
+            inputs = inputs.to(compute_device(self), dtype=self.dtype)
             self.model(**inputs, past_key_values=cache, use_cache=True)
         return cache
 
@@ -298,12 +299,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         if isinstance(given, ReadingPlan):
             self._start_plan(given, generation_config, model_kwargs, generation_mode)
         elif given is not None:
-            if not hasattr(given, "advance"):
-                raise ValueError(
-                    f"past_key_values must be a KeptState or a VisualRWKVCache, got {type(given).__name__}: a "
-                    "recurrent state is no key-value cache. Leave it out, or make one with "
-                    "VisualRWKVCache(model.config)."
-                )
+            refuse_key_values(given)
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, *args, **kwargs
             )
@@ -418,9 +414,8 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         """Return the tokens of these pictures, N tensors [L, C]."""
         if not pictures.tiles:
             return []
-        alone = (
-            self.device.type == "cpu"
-        )  # other rows in a matrix product might change how a picture's are rounded
+        # Other rows in a matrix product might change how a picture's are rounded.
+        alone = compute_device(self).type == "cpu"
         tokens: list[Tensor] = []
         for part in pictures.one_by_one() if alone else [pictures]:
             tensors = {name: self._moved(tensor) for name, tensor in part.tensors.items()}
@@ -464,9 +459,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             pictures = {}
             if features is not None and (count := int(self._placeholders(piece).sum())):
                 pictures, features = {"mm_encoder_outputs": _as_encoded(features[:count])}, features[count:]
-            self.model(
-                input_ids=piece.to(self.device), past_key_values=plan.cache, use_cache=True, **pictures
-            )
+            self.model(input_ids=self._moved(piece), past_key_values=plan.cache, use_cache=True, **pictures)
             if plan.cache.layers[0].record_past:
                 plan.cache.crop(0)  # nobody will take back what is recorded of the prompt
             start = end
@@ -517,8 +510,8 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         return outputs.last_hidden_state[:, -1], plan.cache
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        """Return a tensor where the model takes its inputs. Hooks move them for a model that is not in memory."""
-        return tensor if self.device.type == "meta" else tensor.to(self.device)
+        """Return a tensor where the model takes its inputs."""
+        return tensor.to(compute_device(self))
 
     def _placeholders(self, input_ids: Tensor) -> Tensor:
         """Return which of `input_ids` [B, T] are picture tokens, bool [B, T]."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache_visualrwkv import (
+    Placement,
     VisualRWKVCache,
     batch_size_of,
     moved,
@@ -17,6 +18,7 @@ from .cache_visualrwkv import (
     stacked,
     warn_moved,
 )
+from .placement import block_devices
 from .prompt_identity import PromptIdentity
 from .state_file import (
     MAX_BYTES,
@@ -94,18 +96,19 @@ class KeptState:
 
     # --- copies ---------------------------------------------------------------------------------------
 
-    def to_cache(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> VisualRWKVCache:
-        """Return a cache that continues from here: on `device`, for a model of `dtype`."""
+    def to_cache(self, device: Placement = None, dtype: torch.dtype | None = None) -> VisualRWKVCache:
+        """Return a cache that continues from here: on `device`, or on one for each layer, for a model of `dtype`."""
         return VisualRWKVCache.from_layers(moved(self.layers, device, dtype), self.get_seq_length())
 
     def copy(self) -> "KeptState":
         """Return another state that has read the same. Both may share tensors, since nothing changes them."""
         return replace(self)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "KeptState":
-        """Return this state on `device`, for a model of `dtype`. The WKV states stay in float32."""
+    def to(self, device: Placement = None, dtype: torch.dtype | None = None) -> "KeptState":
+        """Return this state on `device`, or on one for each layer, for a model of `dtype`.
+
+        The WKV states stay in float32.
+        """
         return replace(self, layers=moved(self.layers, device, dtype))
 
     def __getitem__(self, index: int) -> "KeptState":
@@ -202,7 +205,7 @@ class KeptState:
     def load(
         cls, path: str | os.PathLike, model=None, processor=None, max_bytes: int = MAX_BYTES
     ) -> "KeptState":
-        """Read a state that was saved; with `model` onto its device and in its dtype.
+        """Read a state that was saved; with `model` onto its devices and in its dtype.
 
         Args:
             path: the file.
@@ -223,7 +226,7 @@ class KeptState:
         if model is None:
             return state
         state.refuse_other_model(model, str(path))
-        return state.to(model.device, model.dtype)
+        return state.to(block_devices(model), model.dtype)
 
 
 def is_kept(state: object) -> bool:

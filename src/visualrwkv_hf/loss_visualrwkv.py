@@ -183,8 +183,12 @@ def mean_of_samples(
 def mean_of_tokens(
     valid: torch.Tensor, cu_seq_lens: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
-    """Return weights [B, T] that average over all labels of the batch, or of the batches that are accumulated."""
-    return valid / (valid.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    """Return weights [B, T] that average over all labels of the batch, or of the batches that are accumulated.
+
+    Without any label they are 0.
+    """
+    count = valid.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+    return valid / count.to(valid.device).clamp(min=1)
 
 
 REDUCTIONS = {"sample": mean_of_samples, "token": mean_of_tokens}

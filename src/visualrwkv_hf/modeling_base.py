@@ -88,23 +88,33 @@ class VisualRWKVPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
-        self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
     ) -> None:
         """Save the model like [`~transformers.PreTrainedModel.save_pretrained`], with the code that loads it.
 
         A model with adapters (`add_adapter`, `load_adapter`) saves these alone, as transformers does: their folder
         has no `config.json` and needs no code. So does a model with a [`TunedState`] attached.
         """
+        upload = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         if (tuned := attached(self)) is not None:
             if is_main_process:
                 tuned.save_pretrained(save_directory)
+            if is_main_process and push_to_hub:
+                upload.pop("tags", None)  # are a card's, and a state has none
+                tuned.push_to_hub(repo_id, kwargs.get("token"), **upload)
             return
-        upload = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         before = self._get_files_timestamps(save_directory) if Path(save_directory).is_dir() else {}
         make_base_paths_absolute(self)
         decompress_the_rest(self)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(
+            save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
+        )
         if not is_main_process:
             return
         if not getattr(self, "_hf_peft_config_loaded", False):
@@ -295,7 +305,9 @@ def refuse_non_finite(
 def _is_finite(weight: Tensor) -> bool:
     if not weight.is_floating_point() or not weight.numel():
         return True
-    low, high = torch.aminmax(weight.detach())
+    weight = weight.detach()
+    # torch compares no numbers of 8 bits; some of their formats have NaN and no infinity.
+    low, high = torch.aminmax(weight.float() if weight.itemsize == 1 else weight)
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 

@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_visualrwkv import VisualRWKVCache
+from .cache_visualrwkv import VisualRWKVCache, refuse_key_values
 from .configuration_visualrwkv import VisualRWKVTextConfig
 from .dispatch import accelerated_ops, chosen_backend, kernel, kernel_backend
 from .embedding_visualrwkv import VisualRWKVEmbeddingMixin
@@ -36,6 +36,7 @@ from .modeling_base import (
     predicts_next_token,
     refuse_output_attentions,
 )
+from .placement import block_devices
 from .scoring_visualrwkv import VisualRWKVScoringMixin
 from .token_order import IN_ORDER, TokenOrder, token_orders
 from .tuned_state import TunedState
@@ -188,7 +189,8 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel, VisualRWKVEmbeddingMixin):
         if use_cache and past_key_values is None and cu_seqlens is None and not self.training:
             past_key_values = VisualRWKVCache(self.config)
         if hasattr(past_key_values, "to_cache"):  # a KeptState, which nothing changes: continue from a copy
-            past_key_values = past_key_values.to_cache(inputs_embeds.device, inputs_embeds.dtype)
+            past_key_values = past_key_values.to_cache(block_devices(self), inputs_embeds.dtype)
+        refuse_key_values(past_key_values)
         if cu_seqlens is not None:
             if past_key_values is not None:
                 raise ValueError(
@@ -203,17 +205,18 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel, VisualRWKVEmbeddingMixin):
             past_key_values = None
 
         length = inputs_embeds.shape[1]
+        device = inputs_embeds.device  # in a model over several devices the ids may be on another one
         orders = token_orders(
-            torch.arange(length, device=inputs_embeds.device).expand(inputs_embeds.shape[:2]),
-            padding_mask(attention_mask, length),
-            directions_of_layers(scan_orders),
-            cu_seqlens,
+            torch.arange(length, device=device).expand(inputs_embeds.shape[:2]),
+            _on(device, padding_mask(attention_mask, length)),
+            [_on(device, order) for order in directions_of_layers(scan_orders)],
+            _on(device, cu_seqlens),
         )
         holders = None if past_key_values is None else past_key_values.layers
         if self.tuned_state is not None and (holders is None or past_key_values.is_empty):
             if cu_seqlens is not None:
                 raise ValueError("Packed sequences (cu_seq_lens_q) cannot begin with a tuned state.")
-            begun = self.tuned_state.holders(len(inputs_embeds), inputs_embeds.dtype)
+            begun = self.tuned_state.holders(len(inputs_embeds), inputs_embeds.dtype, block_devices(self))
             if holders is None:
                 holders = begun
             else:
@@ -300,6 +303,10 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel, VisualRWKVEmbeddingMixin):
         for holder in holders if decoded is not None else ():
             holder.update(1, {})
         return decoded
+
+
+def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 def padding_mask(attention_mask: torch.Tensor | dict | None, length: int) -> torch.Tensor | None:

@@ -182,7 +182,7 @@ class VisualRWKVModel(VisualRWKVPreTrainedModel, VisualRWKVEmbeddingMixin):
                 "fewer pictures than <image> in it?"
             ),
         )
-        return inputs_embeds.masked_scatter(placeholders[..., None], image_features)
+        return inputs_embeds.masked_scatter(placeholders[..., None].to(inputs_embeds.device), image_features)
 
     def scan_orders(self, placeholders: torch.BoolTensor) -> tuple[torch.Tensor | None, ...] | None:
         """Return the layers' distinct orders for pictures at `placeholders` [B, T], each [B, T]; None: the text's.

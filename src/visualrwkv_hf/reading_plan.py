@@ -12,6 +12,7 @@ from transformers.generation import GenerationConfig
 
 from .cache_visualrwkv import VisualRWKVCache
 from .kept_state import KeptState, is_kept
+from .placement import block_devices, compute_device
 from .prompt_identity import (
     Pictures,
     PromptIdentity,
@@ -146,10 +147,11 @@ class ReadingPlan:
         self.begin(model, kept)
         if repeats > 1 and not self.cache.is_empty:
             self.cache.batch_repeat_interleave(repeats)
-        if rows * repeats == 1 and (self.prompts or model.device.type == "cpu") and not self.for_assistant:
+        device = compute_device(model)
+        if rows * repeats == 1 and (self.prompts or device.type == "cpu") and not self.for_assistant:
             ids = without_padding(self.input_ids, attention_mask)[0]
             placeholder = getattr(model.config, "image_token_id", None)
-            self.ends = piece_ends(ids.cpu(), turn_ends, placeholder, longest_piece(model.device))
+            self.ends = piece_ends(ids.cpu(), turn_ends, placeholder, longest_piece(device))
         self._start_length = int(self.cache.get_seq_length())
 
     def begin(self, model, kept: KeptState | None) -> None:
@@ -198,7 +200,8 @@ class ReadingPlan:
 
         T' exceeds T where tokens are guessed before the first step, as in assisted decoding.
         """
-        if not any(self.num_read) and not self.ends:  # spares a GPU the wait for each row's length
+        # Spares a GPU the wait for each row's length. A state that is kept counts no pads.
+        if not any(self.num_read) and not self.ends and not self.prompts:
             return input_ids, attention_mask
         mask = mask_of(input_ids, attention_mask)
         mask = torch.ones_like(input_ids) if mask is None else mask
@@ -234,8 +237,7 @@ def _pictures(inputs: Mapping[str, Any], config: PreTrainedConfig, carried: Read
 
 def start_cache(kept: KeptState, model) -> VisualRWKVCache:
     """Return a cache that continues from `kept`, where `model` computes."""
-    # A model over several devices has its layers' states there already.
-    return kept.to_cache() if hasattr(model, "hf_device_map") else kept.to_cache(model.device, model.dtype)
+    return kept.to_cache(block_devices(model), model.dtype)
 
 
 def mask_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:

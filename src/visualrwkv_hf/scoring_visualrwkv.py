@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .cache_visualrwkv import VisualRWKVCache
 from .chat_template import TURN_END
 from .kept_state import KeptState
+from .placement import compute_device
 from .prompt_identity import picture_inputs_of, pixel_inputs_of
 from .reading_plan import mask_of
 from .state_store import StateStore
@@ -156,7 +157,7 @@ class VisualRWKVScoringMixin:
         shared = _common_beginning(answers)
         begun: list[Tensor] = []  # of each shared token: [B]
         if shared:
-            tokens = torch.tensor(shared, device=self.device).expand(len(hidden), -1)
+            tokens = torch.tensor(shared, device=compute_device(self)).expand(len(hidden), -1)
             outputs = self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
             states = torch.cat([hidden[:, None], outputs.last_hidden_state], 1)  # [B, T + 1, C]
             begun = [*self._log_probs(states[:, :-1], tokens).unbind(1)]
@@ -186,7 +187,9 @@ class VisualRWKVScoringMixin:
         """Return for each rest of at least two tokens the log-probabilities [B, T - 1] after its first token."""
         batch = cache.batch_size
         rows = pad_sequence([torch.tensor(rest) for rest in rests], batch_first=True)  # [A, T]
-        rows = rows.to(self.device).repeat(batch, 1)  # [B * A, T]; what follows a pad is not looked at
+        rows = rows.to(compute_device(self)).repeat(
+            batch, 1
+        )  # [B * A, T]; nobody looks at what follows a pad
         branches = cache.copy()
         branches.batch_repeat_interleave(len(rests))
         outputs = self.model(input_ids=rows[:, :-1], past_key_values=branches, use_cache=True)
@@ -196,7 +199,7 @@ class VisualRWKVScoringMixin:
     def _log_probs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Return the log-probabilities [R, T] of `tokens` [R, T] after the hidden states [R, T, C]."""
         log_probs = self.lm_head(hidden).float().log_softmax(-1)
-        return log_probs.gather(-1, tokens[..., None])[..., 0]
+        return log_probs.gather(-1, tokens[..., None].to(log_probs.device))[..., 0]
 
     def _differentiable_scores(
         self,
@@ -209,10 +212,11 @@ class VisualRWKVScoringMixin:
             name: inputs[name] for name in picture_inputs_of(self.config) if inputs.get(name) is not None
         }
         encoded = {"image": self.get_image_features(**pictures, return_dict=True)}
-        prompt, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
+        device = compute_device(self)
+        prompt, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
         scores = []
         for answer in answers:
-            tokens = torch.tensor(answer, device=self.device).expand(len(prompt), -1)  # [B, T]
+            tokens = torch.tensor(answer, device=device).expand(len(prompt), -1)  # [B, T]
             outputs = self.model(
                 input_ids=torch.cat([prompt, tokens], 1),
                 attention_mask=torch.cat([mask, torch.ones_like(tokens)], 1),

@@ -287,12 +287,14 @@ def _fault_of_pictures(prompt: PromptIdentity, version: str) -> str | None:
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     """Return what identifies a model: fields of its configuration, and a hash of a few values of every weight.
 
-    The values are rounded to bfloat16, so that a checkpoint has the same fingerprint in every dtype.
+    The values are rounded to bfloat16, so that a checkpoint has the same fingerprint in every dtype. Of a model whose
+    weights are not all in memory there is no hash.
     """
     text = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
     fields = {name: getattr(text, name) for name in TEXT_FIELDS}
     fields |= {name: getattr(model.config, name) for name in MODEL_FIELDS if hasattr(model.config, name)}
-    return fields | {"weights": _weights_hash(model)}
+    is_whole = not any(weight.is_meta for weight in model.parameters())
+    return fields | ({"weights": _weights_hash(model)} if is_whole else {})
 
 
 @torch.no_grad()
@@ -302,7 +304,7 @@ def _weights_hash(model: nn.Module) -> str:
         if ".tuned_state." in f".{name}":  # is trained, and no weight of the model
             continue
         digest.update(f"{name}{tuple(weight.shape)}".encode())
-        if type(weight.detach()) is Tensor and not weight.is_meta and weight.numel():
+        if type(weight.detach()) is Tensor and weight.numel():
             flat = weight.detach().reshape(-1)
             samples.append(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to("cpu", torch.bfloat16))
     digest.update(torch.cat(samples).view(torch.uint8).numpy().tobytes())
@@ -331,8 +333,11 @@ def _hash(value: object) -> str:
 def refuse_other(
     name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], kind: str, relation: str = "was read by"
 ) -> None:
-    """Raise `ValueError` that names every field in which two fingerprints differ."""
-    fields = [field for field in {**theirs, **ours} if theirs.get(field) != ours.get(field)]
+    """Raise `ValueError` that names every field in which two fingerprints differ; a missing hash is not compared."""
+    unknown = {"weights"} - (theirs.keys() & ours.keys())
+    fields = [
+        field for field in {**theirs, **ours} if field not in unknown and theirs.get(field) != ours.get(field)
+    ]
     if fields:
         differing = "; ".join(
             f"{_shown(field)} {_shown(theirs.get(field))} there, {_shown(ours.get(field))} here"

@@ -2,7 +2,9 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import count
 from threading import RLock
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -15,7 +17,8 @@ class StateStore:
 
     `generate()` then continues from the stored state that has read the longest beginning of its prompt, and stores the
     states after the last picture, after the prompt and after the answer. Threads may share a store. A store does not
-    notice when the model's weights change: call `clear()` then. A copy of a store, as `deepcopy(model)` makes one, is
+    notice when the model's weights or its active adapters change: call `clear()` then. States of several models that
+    share a store are kept apart. A copy of a store, as `deepcopy(model)` makes one, is
     empty.
 
     A server with several clients gives each its own part, so that no client can tell from the time of an answer
@@ -61,6 +64,13 @@ class StateStore:
 
     def __len__(self) -> int:
         return len(self._shelf.states)
+
+    def of_model(self, model: object) -> "StateStore":
+        """Return the part of this store that is for a model: the store itself for the first one that uses it."""
+        with self._shelf.lock:
+            if (number := self._shelf.models.get(model)) is None:
+                number = self._shelf.models[model] = next(self._shelf.numbers)
+        return self.scoped(f"{self.scope} model {number}") if number else self
 
     @property
     def max_states(self) -> int:
@@ -133,6 +143,8 @@ class _Shelf:
         self.max_states, self.max_bytes = max_states, max_bytes
         self.states: OrderedDict[Key, KeptState] = OrderedDict()
         self.hits = self.misses = 0
+        self.models: WeakKeyDictionary[object, int] = WeakKeyDictionary()
+        self.numbers = count()
         self.lock = RLock()
 
     @property

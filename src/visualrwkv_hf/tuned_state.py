@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from .cache_visualrwkv import VisualRWKVCache
 from .generations import GENERATIONS
 from .layer_state import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, WKV, LayerState, PlainStateHolder
+from .placement import block_devices, compute_device, text_model_of
 from .state_file import model_fingerprint, refuse_other, refuse_other_shapes, replace_file
 from .state_store import StateStore
+from .time_mix import at_least_float32
 
 FILE_NAME = "tuned_state.safetensors"
 FORMAT = "visualrwkv_hf.tuned_state"
@@ -76,10 +78,9 @@ class TunedState(nn.Module):
             raise ValueError(
                 f"layers must be some of 0 to {text.num_hidden_layers - 1}, got {sorted(chosen)}."
             )
+        device = compute_device(model)
         zeros = [
-            {spec.name: torch.zeros(spec.shape(text), device=model.device) for spec in specs}
-            if i in chosen
-            else {}
+            {spec.name: torch.zeros(spec.shape(text), device=device) for spec in specs} if i in chosen else {}
             for i in range(text.num_hidden_layers)
         ]
         return cls(zeros, model.name_or_path, model_fingerprint(model))
@@ -98,18 +99,18 @@ class TunedState(nn.Module):
         """
         if attached(model) is not None:
             raise ValueError("The model has a tuned state already: detach() it first.")
-        state = cls.of(model, **options) if state is None else state.to(model.device)
+        state = cls.of(model, **options) if state is None else state.to(compute_device(model))
         state.refuse_other_model(model)
         for weight in model.parameters():
             weight.requires_grad_(False)
         state.requires_grad_(True)
-        setattr(_text_model(model), ATTRIBUTE, state)
+        setattr(text_model_of(model), ATTRIBUTE, state)
         return state
 
     def detach(self, model: Any) -> None:
         """Let `model` begin with zeros again. Its weights stay frozen."""
         if attached(model) is self:
-            setattr(_text_model(model), ATTRIBUTE, None)
+            setattr(text_model_of(model), ATTRIBUTE, None)
 
     def refuse_other_model(self, model: Any) -> None:
         """Raise `ValueError` that names the differences if this state is not for `model`."""
@@ -127,13 +128,21 @@ class TunedState(nn.Module):
             for layer in layers
         ]
 
-    def holders(self, count: int, dtype: torch.dtype) -> list[PlainStateHolder]:
-        """Return what `run_blocks` continues from, for `count` samples of a model of `dtype`; differentiable."""
+    def holders(
+        self, count: int, dtype: torch.dtype, devices: Sequence[torch.device]
+    ) -> list[PlainStateHolder]:
+        """Return what `run_blocks` continues from, for `count` samples of a model of `dtype`; differentiable.
+
+        Without gradients these are copies: what decodes a token writes the next state in place.
+        """
+
+        def begun(tensor: Tensor, device: torch.device) -> Tensor:
+            tensor = (tensor.to(dtype) if tensor.dim() == 2 else at_least_float32(tensor)).to(device)
+            return tensor if torch.is_grad_enabled() else tensor.clone(memory_format=torch.contiguous_format)
+
         return [
-            PlainStateHolder(
-                LayerState({name: t.to(dtype) if t.dim() == 2 else t for name, t in layer.items()})
-            )
-            for layer in self._rows(count)
+            PlainStateHolder(LayerState({name: begun(t, device) for name, t in layer.items()}))
+            for layer, device in zip(self._rows(count), devices, strict=True)
         ]
 
     def to_cache(self, model: Any, count: int = 1) -> VisualRWKVCache:
@@ -147,7 +156,7 @@ class TunedState(nn.Module):
         """A hash of the values."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -158,7 +167,7 @@ class TunedState(nn.Module):
             "base_model": base.name if base.is_dir() else self.base_model,  # a path means nothing elsewhere
             "fingerprint": self.fingerprint,
         }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.state_dict().items()}
         replace_file(Path(folder) / FILE_NAME, save(tensors, {"format": FORMAT, "about": json.dumps(about)}))
 
     @classmethod
@@ -191,15 +200,18 @@ class TunedState(nn.Module):
         if model is None:
             return state
         state.refuse_other_model(model)
-        return state.to(model.device)
+        return state.to(compute_device(model))
 
-    def push_to_hub(self, repo_id: str, token: str | None = None, private: bool | None = None) -> None:
+    def push_to_hub(
+        self, repo_id: str, token: str | None = None, private: bool | None = None, **upload: Any
+    ) -> None:
         """Upload the state to a repository of the Hub, which is made if there is none.
 
         Args:
             repo_id: of the repository. Files other than the state's own stay as they are.
             token: the one to use; None takes the user's own.
             private: whether a new repository is private; None leaves that to the owner's settings.
+            upload: options of `HfApi.upload_folder` such as `commit_message`, `revision` and `create_pr`.
         """
         import tempfile
 
@@ -209,7 +221,7 @@ class TunedState(nn.Module):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            api.upload_folder(repo_id=repo_id, folder_path=folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, **upload)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -259,15 +271,15 @@ def initial_cache(
     for state in {id(state): state for state in states if state is not None}.values():
         state.refuse_other_model(model)
     begun = [TunedState.of(model) if state is None else state for state in states]
-    rows = [state.to(model.device)._rows(1) for state in begun]
+    rows = [state._rows(1) for state in begun]
     layers = [
         {
-            name: torch.cat([layer[name].detach() for layer in of_layer]).to(
+            name: torch.cat([layer[name].detach().to(device) for layer in of_layer]).to(
                 model.dtype if of_layer[0][name].dim() == 2 else torch.float32
             )
             for name in of_layer[0]
         }
-        for of_layer in zip(*rows)
+        for device, *of_layer in zip(block_devices(model), *rows, strict=True)
     ]
     return VisualRWKVCache.from_layers(layers, 0)
 
@@ -287,7 +299,7 @@ class InitialStates:
     is_empty = False
 
     def __init__(self, initial: TunedState | Sequence[TunedState | None], model: Any, count: int):
-        if model.training and _text_model(model).gradient_checkpointing:
+        if model.training and text_model_of(model).gradient_checkpointing:
             raise ValueError(
                 "initial_state and gradient checkpointing exclude each other: call model.eval(), or attach the state."
             )
@@ -308,8 +320,10 @@ def store_of_beginning(
     store: StateStore | None, model: Any, initial: TunedState | Sequence[TunedState | None] | None
 ) -> StateStore | None:
     """Return the part of `store` whose states began as a reading begins: with `initial`, or as `model` does."""
-    begun = _beginning(model, initial)
-    if store is None or begun is None:
+    if store is None:
+        return None
+    store, begun = store.of_model(model), _beginning(model, initial)
+    if begun is None:
         return store
     return store.scoped(f"{store.scope} {identity_of(begun)}")  # a client's part stays the client's
 
@@ -327,12 +341,7 @@ def _beginning(model: Any, initial: Any) -> Any:
 
 def attached(model: Any) -> TunedState | None:
     """Return the tuned state that `model` begins with, if any."""
-    return getattr(_text_model(model), ATTRIBUTE, None)
-
-
-def _text_model(model: Any) -> Any:
-    base = getattr(model, "base_model", model)
-    return getattr(base, "language_model", base)
+    return getattr(text_model_of(model), ATTRIBUTE, None)
 
 
 __all__ = ["TunedState"]

@@ -1,6 +1,7 @@
 """Attacks on the native CPU ops: arguments out of range, weights of other formats, and the cache of compiled code."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -338,7 +339,15 @@ SANITIZERS = [
 ]
 
 
-@pytest.mark.parametrize("for_this_cpu", [["-march=native"], []], ids=["this CPU", "any CPU"])
+OLD_X86 = pytest.param(
+    ["-march=x86-64-v2"],  # SSSE3 and no AVX
+    marks=pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="is for x86"),
+)
+
+
+@pytest.mark.parametrize(
+    "for_this_cpu", [["-march=native"], OLD_X86, []], ids=["this CPU", "old x86", "any CPU"]
+)
 def test_random_arguments_under_sanitizers(for_this_cpu, tmp_path):
     """Accesses outside of exactly allocated arrays, and undefined behaviour. README.md has the longer run by hand."""
     compiler = next(filter(None, map(shutil.which, library.COMPILERS)))

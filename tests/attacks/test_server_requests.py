@@ -396,6 +396,20 @@ def test_a_key_is_asked_for(app, tmp_path):
     assert asyncio.run(ask_all(["Bearer first-key", "bearer second-key"])) == [200, 200]
 
 
+def test_nobody_is_two_clients_by_a_second_key():
+    """The gate would look at one header, and who keeps the turns at the other."""
+    from visualrwkv_hf.inference.server_routes import Gate
+
+    headers = [
+        (b"host", b"127.0.0.1"),
+        *((b"authorization", f"Bearer {key}".encode()) for key in ("x", KEYS[0])),
+    ]
+    refusal = Gate(app=None, access=Access(api_keys=KEYS))._refusal(
+        {"path": "/v1/models", "headers": headers}
+    )
+    assert refusal is not None and refusal.status == 400
+
+
 def test_clients_do_not_go_on_from_one_another_s_states(app, client):
     """What one has sent makes no difference to another one, who could tell it from the time."""
     app.state.model.state_store.clear()

@@ -121,6 +121,8 @@ def test_captions_fit_the_schema(folder, red, schema, tmp_path):
     schema.write_text(json.dumps({"type": "object"}))
     result = run("caption", *arguments, "--json-schema", schema, "--max-new-tokens", 60)
     assert_refused(result, "was begun with json_schema")
+    result = run("caption", *arguments, "--max-new-tokens", 60)
+    assert_refused(result, "was begun with json_schema")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from visualrwkv_hf.cli.app import app
 from visualrwkv_hf.conversion import checkpoint, releases
 from visualrwkv_hf.inference import model_cache
 from visualrwkv_hf.inference.loading import model_source
-from visualrwkv_hf.inference.model_cache import cached_model, cached_models, short_name
+from visualrwkv_hf.inference.model_cache import cached_model, cached_models, models_folder, short_name
 
 
 @pytest.fixture(autouse=True)
@@ -101,8 +101,11 @@ def test_a_release_has_a_short_name(released, picture, cache):
     assert run("info", "v6-1.6b").exit_code == 0
     listed = run("models")
     assert (listed.stdout.startswith("v6-1.6b ") and "MB" in listed.stdout) or "kB" in listed.stdout
+    cached = models_folder() / "v6-1.6b"
+    shutil.copytree(cached, cached.with_name(".v6-1.6b.removed"))  # an earlier removal was interrupted
     assert run("models", "rm", "v6-1.6b").exit_code == 0
     assert cached_models() == {} and run("models").stdout == ""
+    assert not any(cached.parent.iterdir()), "a removal that was interrupted left something"
     assert "v6-1.6b" in run("models").stderr  # can be fetched
 
 

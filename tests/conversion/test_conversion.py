@@ -571,6 +571,10 @@ def test_target_with_something_in_it_is_kept(checkpoint, tmp_path):
     inside = shutil.copy(path, target / "checkpoint.pth")
     with pytest.raises(ConversionError, match="which would be overwritten"):
         to_hf(inside, target, overwrite=True, **overrides)
+    (target / "checkpoint-500").mkdir()
+    with pytest.raises(ConversionError, match="holds the folder checkpoint-500 beside the model"):
+        to_hf(path, target, overwrite=True, **overrides)
+    (target / "checkpoint-500").rmdir()
     assert no_leftovers(target, "thesis.tex", "config.json", "checkpoint.pth")
     to_hf(path, target, overwrite=True, **overrides)
     assert (target / "model.safetensors").exists() and not (target / "thesis.tex").exists()
@@ -669,6 +673,8 @@ def test_missing_places_are_named(checkpoint, tmp_path):
         to_original(tmp_path, tmp_path / "back.pth")
     with pytest.raises(ConversionError, match="exists already"):
         to_original(tmp_path, checkpoint[0])
+    with pytest.raises(ConversionError, match="There is no folder"):
+        to_original(tmp_path, tmp_path / "no" / "where.pth")
 
 
 def test_unknown_name_is_told_with_its_neighbour():

@@ -287,6 +287,14 @@ def test_pope_is_the_mean_of_three_categories(benchmarks, tmp_path):
     }
 
 
+def test_pope_counts_what_was_not_asked_as_wrong(benchmarks, tmp_path):
+    """An empty answer has no "no" in it and would be "yes"."""
+    path, truth = pope(tmp_path)
+    answers = [benchmarks.Answer(question, "", False) for question in benchmarks.read_questions(path)]
+    scores = benchmarks.score_pope(answers, truth)
+    assert set(scores.values()) == {0.0}
+
+
 def test_pope_refuses_labels_of_other_pictures(benchmarks, tmp_path):
     path, truth = pope(tmp_path)
     (truth / "coco_pope_popular.json").write_text('{"image": "red.png", "label": "yes"}\n')

@@ -47,7 +47,7 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def recurrence_inputs(version: int, B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> dict:
     torch.manual_seed(0)
     r, k, a, rate = torch.randn(4, B, T, H, K).to(dtype)
-    w, v = -torch.rand(B, T, H, K), torch.randn(B, T, H, V).to(dtype)
+    w, v = -torch.rand(B, T, H, K).to(dtype), torch.randn(B, T, H, V).to(dtype)
     inputs = dict(r=r, w=w, k=k, v=v)
     if version == 6:
         return inputs | dict(u=torch.randn(H, K))
@@ -394,7 +394,23 @@ def transposed(model: nn.Module) -> None:
         layer.att.output.weight.data = layer.att.output.weight.data.T.contiguous().T
 
 
+def with_a_norm_without_bias(model: nn.Module) -> None:
+    for layer in model.model.layers:
+        layer.ln1 = nn.LayerNorm(layer.ln1.normalized_shape, bias=False)
+
+
+def with_another_epsilon(model: nn.Module) -> None:
+    model.model.layers[1].ln2.eps = 0.1
+
+
+def with_one_norm_of_all_heads(model: nn.Module) -> None:
+    model.model.layers[1].att.ln_x.num_groups = 1
+
+
 OTHERWISE = {
+    "a norm without bias": (with_a_norm_without_bias, {}, 1, False),
+    "another epsilon": (with_another_epsilon, {}, 1, True),
+    "one norm of all heads": (with_one_norm_of_all_heads, {}, 1, True),
     "a hook": (watched, {}, 1, True),
     "a hook that changes the output": (with_its_output_doubled, {}, 1, True),
     "a pre-forward hook": (with_its_input_doubled, {}, 1, True),
@@ -699,6 +715,81 @@ def test_each_width_of_a_register(for_this_cpu, monkeypatch, tmp_path, called):
         test_layer_of_a_token_equals_plain(version, "wide", called)
 
 
+@pytest.mark.parametrize("defaults", ["bfloat16", "float64", "meta"])
+@pytest.mark.parametrize("version", [6, 7])
+def test_torchs_defaults_change_nothing(version, defaults):
+    """C writes float32 on the CPU, whatever `torch.empty` makes."""
+    model = native_layers.accelerate_on_cpu(causal_lm(version))
+    ids, given = torch.randint(1, 320, (2, 12)), recurrence_inputs(version, 2, 20, 2, 16, 16, torch.float32)
+
+    def compute() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        with torch.no_grad():
+            generated = model.generate(ids[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
+        grads = [x.grad.clone() for x in model.parameters() if x.grad is not None]
+        return [*both(version, **given)[0], generated, step_by_step(model, ids, torch.ones_like(ids)), *grads]
+
+    expected = compute()
+    try:
+        if defaults == "meta":
+            with torch.device("meta"):
+                out, state = both(version, **given)[0]
+                logits = model(ids, use_cache=False).logits
+            assert torch.equal(out, expected[0]) and torch.equal(state, expected[1]) and logits.is_cpu
+            return
+        torch.set_default_dtype(getattr(torch, defaults))
+        found = compute()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 100])
+def test_inputs_of_another_width_are_refused(rows, kind):
+    layer = nn.Linear(64, 32, bias=False)
+    if kind in native_layers.ROUNDED_LINEARS:
+        layer = native_layers.ROUNDED_LINEARS[kind](layer)
+    else:
+        layer = native_layers.native_linear(layer.to(getattr(torch, kind)))
+    x = torch.randn(rows, 64, dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    with torch.no_grad():
+        assert layer(x).shape == (rows, 32)
+        for width in (32, 128):
+            with pytest.raises(RuntimeError):
+                layer(torch.ones(rows, width, dtype=x.dtype))
+
+
+def test_a_bias_of_another_dtype_is_not_read_as_the_weights():
+    layer = native_layers.native_linear(nn.Linear(64, 32).bfloat16())
+    layer.bias.data = layer.bias.data.float()
+    assert not native_layers._is_like(layer.bias, layer.weight)
+    with pytest.raises(RuntimeError, match="The bias must be bfloat16"):
+        native.linear_bf16(torch.ones(100, 64, dtype=torch.bfloat16), layer.weight, layer.bias)
+
+
+def test_transforms_and_tracers_compute_with_torch(called):
+    """They look into torch's ops, and would miss what C computes."""
+    model, ids = native_layers.accelerate_on_cpu(causal_lm(7)), torch.randint(1, 320, (1, 5))
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(weights):
+        return torch.func.functional_call(model, weights, (ids,), {"labels": ids, "use_cache": False}).loss
+
+    found = torch.func.grad(loss)(weights)
+    assert not called
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    for name, weight in model.named_parameters():
+        assert error(found[name], weight.grad) < TOLERANCE, name
+    called.clear()
+    with torch.no_grad():
+        x = torch.randn(2, 64)
+        traced = torch.jit.trace(model.lm_head, torch.randn(2, 64), check_trace=False)
+        assert not called
+        assert error(traced(x), model.lm_head(x)) < TOLERANCE
+
+
 def test_layers_that_c_cannot_multiply_are_torchs(called):
     """Columns that are no multiple of 16, and a bias."""
     x = torch.randn(2, 72)
@@ -990,6 +1081,15 @@ def test_panels_are_for_inference_only(without_units, panels):
     assert panels
 
 
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_who_waits_for_gradients_of_a_layer_gets_them(weights):
+    model, seen = causal_lm(7), []
+    model.lm_head.register_full_backward_hook(lambda *_: seen.append(1))
+    native_layers.accelerate_on_cpu(model, weights=weights)
+    model(torch.ones(1, 3, dtype=torch.long)).logits.sum().backward()
+    assert seen == [1]
+
+
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
 def test_layers_with_hooks_keep_them(hook):
     model, seen = causal_lm(7), []
@@ -1041,6 +1141,20 @@ def test_pages_of_a_file_are_unmapped_only_if_nobody_wrote_to_them(tmp_path):
     assert not any(low <= weight.data_ptr() < high for low, high in memory.mapped_files())
 
 
+@pytest.mark.parametrize(("anonymous", "swap"), [(0, 0), (4, 0), (0, 4)])
+def test_pages_that_were_written_to_may_be_in_swap(anonymous, swap, monkeypatch):
+    entry = f"""7f0000000000-7f0000100000 r--p 00000000 fe:00 1234 /weights
+Rss:                1024 kB
+Anonymous:             {anonymous} kB
+AnonHugePages:         0 kB
+Swap:                  {swap} kB
+SwapPss:               0 kB
+"""
+    monkeypatch.setattr(memory.Path, "read_text", lambda *_, **options: entry)
+    expected = [] if anonymous or swap else [(0x7F0000000000, 0x7F0000100000)]
+    assert memory.mapped_files() == expected
+
+
 def resident_bytes_of(path: Path) -> int:
     """Return how much of a mapped file is in this process's memory."""
     mappings = re.split(
@@ -1076,6 +1190,13 @@ def test_a_library_is_of_every_file_that_it_was_compiled_from():
             found |= set(re.findall(r'^#include "(.+)"$', text, re.MULTILINE))
         read |= left
     assert {path.name for path in library.SOURCES} == found and len(found) > 5
+
+
+def test_a_library_is_for_one_c_library(monkeypatch):
+    """Containers on one machine may share a home folder, and have other ones."""
+    here = library._fingerprint()
+    monkeypatch.setattr(library.os, "confstr", lambda name: "glibc 1.0")
+    assert library._fingerprint() != here
 
 
 # --- the commands ------------------------------------------------------------------------------------------

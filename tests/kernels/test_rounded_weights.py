@@ -315,6 +315,10 @@ def test_quantising_refuses_in_a_sentence(dense, tmp_path, tmp_path_factory):
     del tensors[f"{NAME}.weight"]
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
     quantize(dense, tmp_path / "int8", weights="int8", dtype="bfloat16")
+    assert (
+        next(load_model(str(tmp_path / "int8"), "cpu").model.vision_tower.parameters()).dtype
+        == torch.bfloat16
+    )
     for arguments, weights, message in (
         ((tmp_path / "int8", tmp_path / "again"), "int4", "of few bits already"),
         ((dense, dense), "int8", "cannot be written into itself"),

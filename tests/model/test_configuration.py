@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from released_shapes import RELEASES, VOCAB_SIZE
 from tiny import vlm_config
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, CLIPVisionConfig, GenerationConfig
 
 from visualrwkv_hf import VisualRWKVConfig, VisualRWKVTextConfig, VisualRWKVVisionConfig
 from visualrwkv_hf.configuration_visualrwkv import RANKS
@@ -256,6 +256,11 @@ REFUSED = [
         "'class_token' expected one of ('first', 'last', 'none'), got middle",
     ),
     (VISION, {"siglip_config": 5}, "siglip_config must be a dict or a configuration, got int."),
+    (
+        VISION,
+        {"siglip_config": CLIPVisionConfig()},
+        "siglip_config must have model_type 'siglip_vision_model', got 'clip_vision_model'.",
+    ),
     (
         VISION,
         {"clip_config": {"model_type": "siglip_vision_model"}},

@@ -218,6 +218,15 @@ def test_a_film_is_read_as_its_frames_are(model, path):
     assert_equal(processor(text=text, videos=path, num_frames=4, return_tensors="pt"), wanted)
 
 
+@pytest.mark.parametrize("form", ["list of lists", "list", "picture", "array"])
+def test_a_film_may_be_one_frame(form, processor):
+    """The last piece of a stream often is."""
+    frame = Image.new("RGB", (40, 30), "red")
+    film = {"list of lists": [[frame]], "list": [frame], "picture": frame, "array": np.asarray(frame)}[form]
+    found = processor(text="User: <video>\nWhat?", videos=film, return_tensors="pt")
+    assert_equal(found, processor(text="User: <image>\nWhat?", images=[frame], return_tensors="pt"))
+
+
 def test_films_and_pictures_keep_their_places(model, path):
     """Two texts, of which one has a picture, a film and a picture."""
     processor = tiny_processor(model)

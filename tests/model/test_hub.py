@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from visualrwkv_hf import (
+    StateStore,
+    TunedState,
     VisualRWKVConfig,
     VisualRWKVForCausalLM,
     VisualRWKVForConditionalGeneration,
@@ -240,8 +242,18 @@ def test_a_device_map_makes_no_difference(placement, vlm, folder, inputs, tmp_pa
     on_disk = placement["device_map"] != {"": "cpu"}
     assert any(weight.is_meta for weight in loaded.parameters()) == on_disk
     assert logits_of(loaded, inputs).equal(logits_of(vlm, inputs))
-    greedy = {"max_new_tokens": 5, "do_sample": False}
+    greedy, stores = {"max_new_tokens": 5, "do_sample": False}, (StateStore(), StateStore())
     assert loaded.generate(**inputs, **greedy).equal(vlm.generate(**inputs, **greedy))
+    torch.testing.assert_close(loaded.embed(inputs), vlm.embed(inputs))
+    scores = [model.score(inputs, [[5, 6], [5, 7, 8]]).log_probs for model in (loaded, vlm)]
+    torch.testing.assert_close(*scores)
+    states = [
+        model.generate(**inputs, **greedy, state_store=store) for model, store in zip((loaded, vlm), stores)
+    ]
+    assert states[0].equal(states[1])
+    tuned = TunedState.of(vlm)
+    assert loaded.generate(**inputs, **greedy, initial_state=tuned).equal(vlm.generate(**inputs, **greedy))
+    assert not any(tensor.is_meta for tensor in tuned.parameters())
 
 
 # The processor

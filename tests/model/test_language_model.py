@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import rwkv as oracle
 from tiny import awake, text_config
+from transformers import DynamicCache
 
 from visualrwkv_hf import VisualRWKVCache, VisualRWKVForCausalLM, VisualRWKVTextModel
 from visualrwkv_hf.generations import GENERATIONS
@@ -236,6 +237,22 @@ def test_nan_weights_are_named(tmp_path):
     model.model.layers[1].att.key.weight.data[3, 5] = float("-inf")
     with pytest.raises(ValueError, match=r"layers\.1\.att\.key\.weight"):
         refuse_non_finite(model)
+
+
+def test_weights_of_eight_bits_are_looked_at():
+    """torch compares no float8, and `e4m3fn` has NaN alone."""
+    layer = torch.nn.Linear(4, 4, bias=False)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    refuse_non_finite(layer)
+    layer.weight.data = torch.full((4, 4), float("nan")).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="NaN or infinite weights in 1 tensors: weight"):
+        refuse_non_finite(layer)
+
+
+def test_a_cache_of_keys_and_values_is_refused():
+    model, ids = VisualRWKVForCausalLM(text_config(6)), torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="must be a KeptState or a VisualRWKVCache, got DynamicCache"):
+        model(ids, past_key_values=DynamicCache())
 
 
 def test_unexpected_tensors_are_named(tmp_path):

@@ -333,6 +333,34 @@ def test_pads_are_no_part_of_a_prompt(model, processor):
     assert model.state_store.hits == 2
 
 
+@pytest.mark.parametrize("pads", [1, 2])
+def test_pads_before_a_text_alone_are_no_part_of_it_either(pads, model, processor):
+    """One pad is as long as the answer's last token, which the model has not read."""
+    chat = [user("Hello.")]
+    inputs = inputs_of(processor, *chat)
+    padded = {
+        name: torch.nn.functional.pad(inputs[name], (pads, 0)) for name in ("input_ids", "attention_mask")
+    }
+    output = model.generate(**padded, **GREEDY)[0, padded["input_ids"].shape[1] :]
+    longer = torch.cat([inputs["input_ids"][0], output, torch.tensor([72, 73, 74])])[None]
+    actual = model.generate(longer, **GREEDY)
+    assert model.state_store.hits == 1
+    assert actual.tolist() == without_store(model, input_ids=longer, **GREEDY).tolist()
+
+
+def test_models_that_share_a_store_keep_their_states_apart(processor):
+    store, models = StateStore(), [tiny_model(7), tiny_model(7)]
+    models[1].lm_head.weight.data.neg_()
+    models[1].model.language_model.layers[0].ffn.value.weight.data.neg_()
+    inputs = inputs_of(tiny_processor(models[0]), CHAT[0])
+    expected = [model.generate(**inputs, **GREEDY).tolist() for model in models]
+    for _ in range(2):
+        assert [
+            model.generate(**inputs, **GREEDY, state_store=store).tolist() for model in models
+        ] == expected
+    assert store.hits == 2
+
+
 def test_prompts_that_are_lengthened_are_right(model, bare):
     """Their first tokens depend on their length, so that longer chats begin otherwise."""
     processor = tiny_processor(model)

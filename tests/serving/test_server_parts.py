@@ -64,6 +64,37 @@ def test_a_held_piece_is_not_sent_twice():
     assert "".join(sent) == "ab" and text.stopped and text.end() == ""
 
 
+# --- the start ------------------------------------------------------------------------------------------
+
+
+def test_a_start_that_fails_ends(monkeypatch):
+    """Another program may bind the same address while the model is loaded, and listen first."""
+    from starlette.applications import Starlette
+
+    from visualrwkv_hf.inference.server_connections import bound_socket, make_server
+
+    app = Starlette()
+    app.state.line = Line(None, 1)
+    first = bound_socket("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    second = bound_socket("127.0.0.1", port)
+    first.listen()
+    raised = []
+
+    def run():
+        try:
+            make_server(app, Limits(), Access()).run([second])
+        except OSError as error:
+            raised.append(str(error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive() and not app.state.line.thread.is_alive()
+    assert raised[0].startswith(f"Cannot listen on 127.0.0.1 port {port}: ")
+    first.close(), second.close()
+
+
 # --- tokens ---------------------------------------------------------------------------------------------
 
 

@@ -42,15 +42,34 @@ def test_a_run_trains_each_variant_behind_the_same_tower(packages, tmp_path, mon
 
     monkeypatch.setattr(ablate_tiny, "train_stage", train_stage)
     tasks = ablate_tiny.ablation_tasks(tmp_path)
+    shared, seen = ablate_tiny.Shared.of(tasks, seed=0, steps=1), []
+    shared.sight.tower.register_forward_pre_hook(lambda _, pictures: seen.append(len(pictures[0])))
     for name in ("scan: multidirectional", "prompt: picture first", "generation: RWKV-5"):
-        scores = ablate_tiny.run(tasks, ablate_tiny.VARIANTS[name], seed=0, steps=1, questions=4)
+        scores = ablate_tiny.run(tasks, shared, ablate_tiny.VARIANTS[name], seed=0, steps=1, questions=4)
         assert scores.keys() == tasks.keys()
         assert all(0 <= score <= 1 for score in scores.values())
     bundled = AutoModelForImageTextToText.from_pretrained(bundled_model(), dtype="float32").state_dict()
     tower = [name for name in bundled if "vision_tower" in name]
     assert tower
     for weights in trained:
-        assert all(torch.equal(weights[name], bundled[name]) for name in tower)
+        behind = {name: name.replace("vision_tower.", "vision_tower.tower.") for name in tower}
+        assert all(torch.equal(weights[behind[name]], bundled[name]) for name in tower)
+    assert sum(seen) == len(shared.sight.known) == train_tiny.BATCH + 3 * 4  # each picture once
+
+
+def test_what_was_seen_is_what_the_tower_sees():
+    tower = AutoModelForImageTextToText.from_pretrained(
+        bundled_model(), dtype="float32"
+    ).model.vision_tower.eval()
+    sight, pictures = (
+        ablate_tiny.Sight(tower),
+        torch.rand(4, 3, 128, 128, generator=torch.Generator().manual_seed(0)),
+    )
+    with torch.no_grad():
+        expected = tower(pictures).last_hidden_state
+        for order in ([0, 1], [3, 1, 0], [2, 2, 3]):
+            found = sight(pictures[order]).last_hidden_state
+            torch.testing.assert_close(found, expected[order], rtol=1e-4, atol=1e-5)
 
 
 def test_results_of_other_settings_are_refused(packages, tmp_path):

@@ -220,6 +220,10 @@ def test_files_of_one_several_and_no_pictures(tmp_path):
         ({"id": "x", "image": "a.png"}, r"Sample 1 \(x\): a sample needs conversations or messages"),
         ({"conversations": [{"from": "human"}]}, r"Sample 1 \(without id\): 'value'"),
         ({"conversations": [], "image": 3}, "must be a path or a URL, got 3"),
+        ({"conversations": []}, r"Sample 1 \(without id\): a conversation needs turns"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "its text must be texts, got None"),
+        ({"conversations": [{"from": 1, "value": "x"}]}, "its text must be texts, got 1"),
+        ("text", "Sample 1 must be an object, got 'text'"),
     ],
 )
 def test_malformed_files_are_refused_by_number(row, error, tmp_path):
@@ -331,10 +335,12 @@ def broken_samples(folder: Path) -> dict[str, dict]:
         "not given": {"id": "not given", "conversations": conversation("red")},
         "too few": {"id": "too few", "image": red, "conversations": two},
         "no speaker": {"id": "no speaker", "conversations": [{"from": "robot", "value": "x"}]},
+        "no text": {"id": "no text", "conversations": [{"from": "human", "value": None}]},
+        "no turns": {"id": "no turns", "conversations": []},
     }
 
 
-BROKEN = ("missing", "cut", "no picture", "not given", "too few", "no speaker")
+BROKEN = ("missing", "cut", "no picture", "not given", "too few", "no speaker", "no text", "no turns")
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -369,7 +375,7 @@ def test_bad_samples_are_skipped_and_reported(processor, tmp_path, warnings_of):
 
 def test_a_batch_of_bad_samples_trains_nothing_or_is_refused(processor, tmp_path):
     bad = list(broken_samples(tmp_path).values())
-    with pytest.raises(ValueError, match="None of the 6 samples of a batch is readable"):
+    with pytest.raises(ValueError, match="None of the 8 samples of a batch is readable"):
         VisualRWKVDataCollator(processor, on_bad_sample="skip")(bad)
     batch = VisualRWKVDataCollator(processor, on_bad_sample="skip", picture_in_every_batch=True)(bad)
     model = tiny_model().train()

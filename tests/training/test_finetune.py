@@ -511,6 +511,45 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
+def test_a_merged_model_is_pushed_without_its_adapter(hub, tmp_path, data):
+    """The last step is a checkpoint, whose adapter must not stay beside the model."""
+    pytest.importorskip("peft")
+    base = save_tiny_model(tmp_path / "base")
+    command = [
+        "--model",
+        base,
+        "--data",
+        data,
+        "--preset",
+        "lora",
+        "--merge-lora",
+        "--use-cpu",
+        "--report-to",
+        "none",
+    ]
+    push = ["--push-to-hub", "--hub-model-id", "ann/merged", "--output-dir", tmp_path / "out"]
+    with client_process(hub.url, tmp_path / "cache") as client:
+        client(tiny_training.finetune, *command, *push, "--max-steps", 1, token="hf_ann")
+    pushed, kept = hub.repos["ann/merged"].files(), {path.name for path in (tmp_path / "out").iterdir()}
+    for names in (set(pushed), kept):
+        assert "model.safetensors" in names and not any(name.startswith("adapter") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--preset", "lora", "--train", "vision_tower"], "--lora adapts the language_model"),
+        (["--lora", "--train", "projector"], "--lora adapts the language_model"),
+        (["--merge-lora"], "--merge-lora merges adapters: it needs --lora"),
+        (["--tuned-layers", "0"], "--tuned-layers are those of --tuned-state"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, message, command, capsys):
+    with pytest.raises(SystemExit):
+        finetune_module().parse([*map(str, command), *options])
+    assert message in capsys.readouterr().err
+
+
 def test_push_to_hub_with_a_card(hub, command, tmp_path):
     push = [
         "--push-to-hub",

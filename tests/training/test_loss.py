@@ -196,6 +196,15 @@ def test_trainer_counts_the_labels_that_are_predicted(head, tmp_path):
     assert trainer.label_names == ["labels"], "shift_labels must not look like labels to the Trainer"
 
 
+def test_batches_without_labels_have_no_loss(head):
+    """Trainer counts them as 0 items, by which nothing may be divided."""
+    head.config.get_text_config().loss_reduction = "token"
+    ids = torch.ones(1, 5, dtype=torch.int64)
+    for count in (None, 0, torch.tensor(0)):
+        loss = head(ids, labels=torch.full_like(ids, -100), num_items_in_batch=count).loss
+        assert loss.item() == 0
+
+
 def most_positions(head: torch.nn.Module) -> list[int]:
     seen: list[int] = []
     head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel()))

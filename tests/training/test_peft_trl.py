@@ -90,6 +90,16 @@ def test_adapters_are_trained_saved_loaded_and_merged(version, data, tmp_path):
     torch.testing.assert_close(logits(merged, batch), trained, atol=1e-4, rtol=1e-4)
 
 
+def test_a_compressor_is_trained_with_the_projector():
+    """It belongs to the part "projector" (v7.03, v7.04)."""
+    model = peft.get_peft_model(tiny_model(7, compressor_num_layers=1), lora_config(r=4))
+    names = [
+        name for name, weight in model.named_parameters() if weight.requires_grad and "lora_" not in name
+    ]
+    assert any(".compressor." in name for name in names)
+    assert all(".compressor." in name or ".multi_modal_projector." in name for name in names)
+
+
 def test_finetune_with_lora_saves_adapters_or_the_merged_model(data, tmp_path, capsys):
     base = save_tiny_model(tmp_path / "base")
     sizes = ["--max-steps", 2, "--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 1]

@@ -59,6 +59,13 @@ def losses_of(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def test_several_gpus_of_one_process_are_refused(rows, tmp_path, monkeypatch):
+    """torch's DataParallel would split the pictures of a batch by rows of pixels."""
+    monkeypatch.setattr(VisualRWKVTrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"This process sees 2 GPUs.*accelerate launch"):
+        trainer_of(tiny_model(), tmp_path, rows)
+
+
 # Label smoothing.
 
 
@@ -315,6 +322,20 @@ def test_moved_files_replace_old_weights_and_the_configuration_comes_last(tmp_pa
         "notes.txt": "old",
     }
     assert not source.exists()
+
+
+def test_a_merged_model_replaces_an_adapter(tmp_path):
+    """With `adapter_config.json` beside it, transformers would put the adapter on top of a base that it names."""
+    source, target = tmp_path / "new", tmp_path / "target"
+    for folder, names in (
+        (source, ["config.json", "model.safetensors"]),
+        (target, ["adapter_config.json", "adapter_model.safetensors", "README.md"]),
+    ):
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+    move_into(source, target)
+    assert {path.name for path in target.iterdir()} == {"config.json", "model.safetensors", "README.md"}
 
 
 def test_a_folder_is_renamed_before_it_is_deleted(tmp_path, monkeypatch):

@@ -17,7 +17,9 @@ from visualrwkv_hf import (
     VisualRWKVDataCollator,
     VisualRWKVTrainer,
     VisualRWKVTrainingArguments,
+    accelerate_on_cpu,
     load_conversations,
+    lora_config,
 )
 
 LOGITS = dict(**GREEDY, output_logits=True, return_dict_in_generate=True)
@@ -109,6 +111,63 @@ def test_rows_of_a_batch_begin_each_with_its_own(rwkv7):
         alone = rwkv7.generate(**own, **GREEDY, num_beams=2, **options)[0, own["input_ids"].shape[1] :]
         found = beams[row, inputs["input_ids"].shape[1] :]
         assert torch.equal(found[: len(alone)], alone[: len(found)])
+
+
+@pytest.mark.parametrize("options", [{}, dict(layers=[0]), dict(train_tokens=False)])
+def test_one_token_does_not_change_what_it_begins_with(model, options):
+    """Native ops write the next state in place."""
+    ids = torch.tensor([[72]])
+    state = random_state(model, scale=1.0, **options)
+    before = {name: tensor.clone() for name, tensor in state.state_dict().items()}
+    TunedState.attach(model, state)
+    with torch.no_grad():
+        plain = model(input_ids=ids, use_cache=False).logits
+        model = accelerate_on_cpu(model)
+        for _ in range(2):
+            found = model(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.state_dict().items())
+
+
+def test_a_model_may_be_cast_with_its_state(rwkv7, tmp_path):
+    inputs = inputs_of(tiny_processor(rwkv7), user("What is it?", "red"))
+    state = TunedState.attach(rwkv7, random_state(rwkv7, scale=1.0))
+    identity = state.identity
+    rwkv7.to(torch.bfloat16)
+    assert torch.isfinite(rwkv7(**inputs.to(dtype=torch.bfloat16)).logits).all()
+    assert state.identity != identity  # rounded
+    rwkv7.save_pretrained(tmp_path)
+    assert TunedState.from_pretrained(tmp_path, rwkv7).identity == state.identity
+
+
+def test_saving_pushes_the_attached_state(rwkv7, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        TunedState, "push_to_hub", lambda self, *args, **options: pushed.append((args, options))
+    )
+    TunedState.attach(rwkv7)
+    rwkv7.save_pretrained(
+        tmp_path / "state", push_to_hub=True, private=True, commit_message="learned", tags=["x"]
+    )
+    rwkv7.save_pretrained(tmp_path / "state", push_to_hub=True, repo_id="ann/state", token="t")
+    rwkv7.save_pretrained(tmp_path / "state", push_to_hub=True, is_main_process=False)
+    assert pushed == [
+        (("state", None), {"private": True, "commit_message": "learned"}),
+        (("ann/state", "t"), {}),
+    ]
+
+
+def test_it_is_attached_inside_of_adapters(rwkv7):
+    peft = pytest.importorskip("peft")
+    inputs = inputs_of(tiny_processor(rwkv7), user("What is it?", "red"))
+    state = random_state(rwkv7)
+    TunedState.attach(rwkv7, state)
+    expected = rwkv7(**inputs).logits
+    state.detach(rwkv7)
+    wrapped = peft.get_peft_model(rwkv7, lora_config(r=2))  # adapters begin with zeros
+    state.fingerprint = TunedState.of(wrapped).fingerprint  # of weights that are named otherwise
+    TunedState.attach(wrapped, state)
+    torch.testing.assert_close(wrapped(**inputs).logits, expected)
 
 
 def test_a_store_keeps_states_of_other_beginnings_apart(rwkv7):

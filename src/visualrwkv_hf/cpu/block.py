@@ -126,12 +126,22 @@ MIXES_BY_MAP = _versions_with("LOW_SHIFT")
 """Generations whose token shift has a low-rank map: one for all five targets, of five times the rank."""
 
 
+NOT_IN_LAYER_0 = (("att", "v0"), ("att", "v1"), ("att", "v2"))
+"""Paths of RWKV-7's gate between a layer's values and those of layer 0."""
+
+
 class _Weights(NamedTuple):
     """What fills ops.c's `Weights`; None where the block has nothing."""
 
     vectors: list[Tensor | None]
     low_rank: list[Tensor | None]  # down and up of each map
     linear: list[tuple[Tensor, Tensor | None] | None]  # weight and scale of each layer
+
+    def lacks(self, version: int) -> bool:
+        """Return whether a tensor is missing that every block of the generation has, such as a norm's bias."""
+        paths = _PATHS[version]
+        pairs = zip((*paths.vectors, *paths.low_rank), (*self.vectors, *self.low_rank))
+        return any(x is None and any(path) and path not in NOT_IN_LAYER_0 for path, x in pairs)
 
     @classmethod
     def of(cls, block: RwkvBlock, version: int) -> _Weights:
@@ -237,6 +247,9 @@ class ReadyBlock(NamedTuple):
         att: Any = block.att
         version = att.config.rwkv_version
         weights = _Weights.of(block, version)
+        heads = att.config.num_attention_heads
+        if weights.lacks(version) or block.ln1.eps != block.ln2.eps or att.ln_x.num_groups != heads:
+            return None
         sizes = _sizes(att.config, weights, hidden_states)
         if not _suits(sizes, weights, hidden_states.dtype):
             return None

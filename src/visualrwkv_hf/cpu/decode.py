@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..rwkv7_time_mix import DECAY_SCALE
+from .library import FLOAT
 from .ops import library
 
 DECODES = ("rwkv6_decode", "rwkv7_decode")
@@ -120,7 +121,7 @@ def _decode(
     inputs = [None if x is None else x.float().contiguous() for x in (*products, *weights)]
     mask = None if mask is None else mask.contiguous()
     slots = None if slots is None else slots.long().contiguous()
-    out = torch.empty(r.shape)
+    out = torch.empty(r.shape, **FLOAT)
     sizes = (len(r), H, K, N, _floats_between(state), int(is_rwkv7))
     library().call("decode", *sizes, eps, DECAY_SCALE, *inputs, mask, slots, state, out)
     return out.to(r.dtype)

@@ -85,11 +85,15 @@ class NativeLinear(nn.Linear):
         if weight.dtype == input.dtype and weight.dtype in FLOAT_DTYPES and is_plain(weight):
             if self.bias is None and serves(input):
                 return linear(input, weight)
-            if multiplies_in_bf16(input, weight) and (self.bias is None or is_plain(self.bias)):
+            if multiplies_in_bf16(input, weight) and _is_like(self.bias, weight):
                 return linear_bf16(input, weight, self.bias)
             if compute_dtype(weight.dtype) != weight.dtype and may_use_panels(input):
                 return multiply_panels(input, len(weight), weight.__getitem__, bias=self.bias)
         return super().forward(input)  # torch refuses to multiply two dtypes
+
+
+def _is_like(bias: Tensor | None, weight: Tensor) -> bool:
+    return bias is None or (is_plain(bias) and bias.dtype == weight.dtype)
 
 
 class NativeConv2d(nn.Conv2d):
@@ -189,9 +193,9 @@ class RoundedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if serves(input):
+        if self.weight.is_cpu and serves(input):
             return linear(input, self.weight, self.scale)
-        if multiplies_in_int8(input):
+        if self.weight.is_cpu and multiplies_in_int8(input):
             return linear_int8(input, self.weight, self.scale)
         return self.multiplied(input)
 
@@ -381,7 +385,7 @@ def round_linears(model: PreTrainedModel, weights: str | None) -> None:
                 give_back()  # its integers in int8, which were made on the way
                 return layer
             kind = rounding_of(name.removesuffix(".base_layer"), child.in_features, weights)
-            if kind is None or child.bias is not None or not may_replace(child):
+            if kind is None or child.bias is not None or not may_replace(child) or has_any_hook(child):
                 return child
             layer = ROUNDED_LINEARS[kind](child)
         except ValueError as error:
@@ -418,13 +422,17 @@ def may_replace(linear: Any) -> bool:
     return is_plain(linear.weight) and not is_watched
 
 
+def has_any_hook(layer: nn.Module) -> bool:
+    """Return whether somebody waits for gradients or state dicts of a layer, which another one would not have."""
+    return any(held for name, held in layer.__dict__.items() if name.endswith(("_hooks", "_pre_hooks")))
+
+
 def native_linear(linear: nn.Linear) -> nn.Module:
-    """Return the layer with native ops, or the same layer where it has hooks or they cannot read its weight."""
+    """Let the layer compute with native ops unless it has hooks or they cannot read its weight, and return it."""
     if not may_replace(linear):
         return linear
-    native = NativeLinear(linear.in_features, linear.out_features, bias=False, device="meta")
-    native.weight, native.bias = linear.weight, linear.bias
-    return native.train(linear.training)
+    linear.__class__ = NativeLinear  # the same layer, with its weights and hooks
+    return linear
 
 
 # --- layers as files hold them ----------------------------------------------------------------------------

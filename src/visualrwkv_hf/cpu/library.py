@@ -29,6 +29,8 @@ FOR_THIS_CPU = (
     ("-march=native", "-fopenmp"),
     ("-march=native",),  # Apple's compiler has no OpenMP
     ("-mcpu=native",),
+    ("-fopenmp",),  # compilers that do not know this CPU
+    (),
 )
 """Flags that are tried in turn until the compiler accepts them."""
 
@@ -47,6 +49,10 @@ ARGUMENTS = {
     "token": [_INT, _NUMBER, *[_FLOAT] * 3, *[_ADDRESS] * 3, *[_FLOAT] * 2, *[_ADDRESS] * 4],
 }
 """Types of the arguments of the functions visualrwkv_... in ops.c, the number of threads first."""
+
+
+FLOAT: dict[str, Any] = dict(dtype=torch.float32, device="cpu")
+"""What C writes, whatever torch's defaults are."""
 
 
 class Library:
@@ -75,8 +81,10 @@ class Library:
         """Call a function of ops.c. A tensor is passed by address, None as a null pointer.
 
         Raises:
-            RuntimeError: if the function refuses its arguments.
+            RuntimeError: if the function refuses its arguments, or a tensor is not on the CPU.
         """
+        if any(isinstance(x, Tensor) and not x.is_cpu for x in arguments):
+            raise RuntimeError(f"The native op {name} got a tensor that is not on the CPU.")
         addresses = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
         if error := getattr(self._library, f"visualrwkv_{name}")(torch.get_num_threads(), *addresses):
             raise RuntimeError(
@@ -157,10 +165,13 @@ def _is_ours_alone(found: os.stat_result) -> bool:
 def _find(folder: Path) -> Path | None:
     """Return the library for these sources and this CPU if its contents are whole; remove damaged ones."""
     for path in folder.glob(f"native-{_fingerprint()}-*.so"):
-        found = path.lstat()
-        is_safe = stat.S_ISREG(found.st_mode) and _is_ours_alone(found)
-        if is_safe and path.name == _name_of(path.read_bytes()):
-            return path
+        try:
+            found = path.lstat()
+            is_safe = stat.S_ISREG(found.st_mode) and _is_ours_alone(found)
+            if is_safe and path.name == _name_of(path.read_bytes()):
+                return path
+        except FileNotFoundError:  # another process has removed it
+            continue
         path.unlink(missing_ok=True)
     return None
 
@@ -170,16 +181,22 @@ def _name_of(contents: bytes) -> str:
 
 
 def _fingerprint() -> str:
-    """Return a hash of the sources, the flags and the CPU: several machines may share a home folder."""
+    """Return a hash of the sources, the flags, the CPU and the C library.
+
+    Several machines may share a home folder, and so may containers on one of them.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         cpu = next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         cpu = platform.processor()
+    try:
+        libc = os.confstr("CS_GNU_LIBC_VERSION")
+    except (AttributeError, ValueError, OSError):
+        libc = None
     sources = b"".join(path.read_bytes() for path in SOURCES)
-    return hashlib.sha256(sources + f"{FLAGS}{FOR_THIS_CPU}{platform.machine()}{cpu}".encode()).hexdigest()[
-        :16
-    ]
+    system = f"{FLAGS}{FOR_THIS_CPU}{platform.machine()}{cpu}{libc}"
+    return hashlib.sha256(sources + system.encode()).hexdigest()[:16]
 
 
 def _compile(folder: Path) -> Path:

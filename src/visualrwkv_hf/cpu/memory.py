@@ -85,18 +85,23 @@ def cast(module: nn.Module, dtype: torch.dtype, without: type[nn.Module]) -> Non
 def mapped_files() -> list[tuple[int, int]]:
     """Return the address ranges that are private mappings of files, none of whose pages this process has written to.
 
-    There are none where the system has no /proc, as on macOS.
+    There are none where the system has no /proc, as on macOS. Pages that were written to count as anonymous, and once
+    they are in swap count there alone.
     """
     try:
         lines = Path("/proc/self/smaps").read_text("utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    ranges, current = [], None
+    ranges: list[tuple[int, int]] = []
+    current, clean = None, {"Anonymous:", "Swap:"}
     for line in lines:
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ...p \S+ \S+ (\d+)", line):
             current = (int(found[1], 16), int(found[2], 16)) if found[3] != "0" else None
-        elif current and line.split() == ["Anonymous:", "0", "kB"]:
-            ranges.append(current)
+            untouched = set[str]()
+        elif current and line.startswith(tuple(clean)) and line.endswith(" 0 kB"):
+            untouched.add(line.split()[0])
+            if untouched == clean:
+                ranges.append(current)
     return ranges
 
 

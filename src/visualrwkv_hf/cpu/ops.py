@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from .formats import FORMAT_OF, FORMATS
-from .library import Library, load_library
+from .library import FLOAT, Library, load_library
 
 RECURRENCES = ("wkv6", "wkv7")
 WITH_GRADIENT = (*RECURRENCES, "token_shift")
@@ -80,7 +81,15 @@ def unsupported(op: str, *tensors: Tensor, gradient: bool) -> str:
     """
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace native ops"
+    if (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return "torch.jit.trace, torch.func and forward-mode gradients cannot look into native ops"
     for x in tensors:
+        if type(x) not in (Tensor, Parameter):
+            return f"native ops read plain tensors, no {type(x).__name__}"
         if x.device.type != "cpu":
             return f"native ops need tensors on a CPU, not on {x.device.type}"
         if x.dtype == torch.float64:
@@ -157,8 +166,8 @@ class WkvFunction(Function):
         (B, T, H, K), V = r.shape, v.shape[-1]
         begin, tokens = _tokens(r, order, cu_seqlens)
         state = _state(r, v, begin, initial_state)
-        out = torch.empty(v.shape)
-        inputs = [_floats(x) for x in (r, w.exp(), k, v, a, b, u)]
+        out = torch.empty(v.shape, **FLOAT)
+        inputs = [_floats(x) for x in (r, w.float().exp(), k, v, a, b, u)]
         library().call("wkv", len(begin) - 1, B * T, H, K, V, begin, tokens, *inputs, state, out)
         return out.to(r.dtype), state
 
@@ -169,9 +178,9 @@ class WkvFunction(Function):
         begin, tokens = _tokens(r, order, cu_seqlens)
         N, (B, T, H, K), V = len(begin) - 1, r.shape, v.shape[-1]
         state = _state(r, v, begin, initial_state)
-        inputs = [_floats(x) for x in (r, w.exp(), k, v, a, b, u)]
-        gradients = [None if x is None else torch.empty(x.shape) for x in (r, w, k, v, a, b)]
-        du = None if u is None else torch.zeros(N, H, K)
+        inputs = [_floats(x) for x in (r, w.float().exp(), k, v, a, b, u)]
+        gradients = [None if x is None else torch.empty(x.shape, **FLOAT) for x in (r, w, k, v, a, b)]
+        du = None if u is None else torch.zeros(N, H, K, **FLOAT)
         dstate = dfinal_state.clone(memory_format=torch.contiguous_format)
         given = (N, B * T, H, K, V, begin, tokens, *inputs, state, _floats(dy))
         library().call("wkv_backward", *given, *gradients, du, dstate)
@@ -188,22 +197,22 @@ def _tokens(r: Tensor, order: Tensor | None, cu_seqlens: Tensor | None) -> tuple
     """
     B, T = r.shape[:2]
     if cu_seqlens is None:
-        begin = torch.arange(0, (B + 1) * T, T)
+        begin = torch.arange(0, (B + 1) * T, T, device="cpu")
     else:
         begin = cu_seqlens.long().contiguous()
         if begin[0] != 0 or begin[-1] != T or bool((begin.diff() < 0).any()):
             raise ValueError(f"cu_seqlens must ascend from 0 to T = {T}, got {begin.tolist()}.")
     if order is None:
-        return begin, torch.arange(B * T)
+        return begin, torch.arange(B * T, device="cpu")
     # A number in `order` counts from the start of its row, one in ops.c from the start of the first row.
-    start = T * torch.arange(B)[:, None]
+    start = T * torch.arange(B, device="cpu")[:, None]
     return begin, torch.where(order < 0, order - start, order + start).contiguous()
 
 
 def _state(r: Tensor, v: Tensor, begin: Tensor, initial_state: Tensor | None) -> Tensor:
     """Return a copy of the first states, [N, H, K, V], which C overwrites."""
     if initial_state is None:
-        return torch.zeros(len(begin) - 1, *r.shape[2:], v.shape[-1])
+        return torch.zeros(len(begin) - 1, *r.shape[2:], v.shape[-1], **FLOAT)
     return initial_state.clone(memory_format=torch.contiguous_format)
 
 
@@ -222,9 +231,9 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     Returns:
         [..., out] in the dtype of x.
     """
-    out = torch.empty(*x.shape[:-1], len(weight))
+    tag = _format_for(x, weight)
+    out = torch.empty(*x.shape[:-1], len(weight), **FLOAT)
     rows, columns, count = len(weight), x.shape[-1], x.numel() // x.shape[-1]
-    tag = FORMAT_OF[weight.dtype]
     scale = None if scale is None else scale.to(FORMATS[tag].scale_dtype).contiguous()
     library().call("linear", count, columns, rows, tag, weight, scale, _floats(x), out)
     return out.to(x.dtype)
@@ -242,10 +251,9 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     Returns:
         [..., out] in the dtype of x.
     """
-    x = x.contiguous()
+    x, tag = x.contiguous(), _format_for(x, weight)
     out = x.new_empty(*x.shape[:-1], len(weight))
     rows, columns, count = len(weight), x.shape[-1], x.numel() // x.shape[-1]
-    tag = FORMAT_OF[weight.dtype]
     scale = scale.to(FORMATS[tag].scale_dtype).contiguous()
     library().call("linear_int8", count, columns, rows, tag, weight, scale, FORMAT_OF[x.dtype], x, out)
     return out
@@ -262,6 +270,9 @@ def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Returns:
         bfloat16 [..., out].
     """
+    _format_for(x, weight)
+    if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != weight.shape[:1]):
+        raise RuntimeError(f"The bias must be bfloat16 [{len(weight)}], got {bias.dtype} {list(bias.shape)}.")
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], len(weight))
     rows, columns, count = len(weight), x.shape[-1], x.numel() // x.shape[-1]
@@ -291,6 +302,20 @@ def attention_bf16(
     out = torch.empty_like(q)
     library().call("attention_bf16", *q.shape, rows, columns, scale, q, k, v, across, along, out)
     return out
+
+
+def _format_for(x: Tensor, weight: Tensor) -> int:
+    """Return the tag of a weight's format.
+
+    Raises:
+        RuntimeError: if x is wider or narrower than the weight.
+    """
+    tag = FORMAT_OF[weight.dtype]
+    if weight.shape[1:] != (FORMATS[tag].columns(x.shape[-1]),):
+        raise RuntimeError(
+            f"x has {x.shape[-1]} columns, and the weight is stored in {list(weight.shape)} numbers of {weight.dtype}."
+        )
+    return tag
 
 
 def _floats(x: Tensor | None) -> Tensor | None:

@@ -58,9 +58,17 @@ static inline F16_t stored_F16(float x) {
     return sign | (uint16_t)((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
 }
 
+#if defined(__SSSE3__)
+#include <immintrin.h>
+#endif
+
+/* A CPU with half of AVX-512, such as Knights Landing, computes as one with AVX2. */
+#if defined(__AVX512F__) && !defined(__AVX512BW__)
+#undef __AVX512F__
+#endif
+
 /* A vector register of LANES floats. */
 #if defined(__AVX512F__)
-#include <immintrin.h>
 enum { LANES = 16 };
 typedef __m512 Lanes;
 static inline Lanes lanes_F32(const F32_t *w) { return _mm512_loadu_ps(w); }
@@ -79,7 +87,6 @@ static inline Lanes lanes_halves(const uint8_t *w, Lanes *upper) { /* both halve
 }
 static inline float sum(Lanes x) { return _mm512_reduce_add_ps(x); }
 #elif defined(__AVX2__)
-#include <immintrin.h>
 enum { LANES = 8 };
 typedef __m256 Lanes;
 static inline Lanes lanes_F32(const F32_t *w) { return _mm256_loadu_ps(w); }

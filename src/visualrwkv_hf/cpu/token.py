@@ -19,6 +19,7 @@ from .block import States, has_native_parts, has_shape, is_stored_well
 from .blocks import has_hooks, ready_blocks
 from .formats import FORMAT_OF
 from .layers import NATIVE_LINEARS, serves
+from .library import FLOAT
 from .memory import is_plain
 from .ops import library
 
@@ -37,7 +38,7 @@ class TokenStep:
 
     def __init__(self, arguments: Sequence[Any], held: object, rows: int, vocab_size: int):
         self._arguments, self._held = arguments, held
-        self._logits = torch.empty(rows, vocab_size)
+        self._logits = torch.empty(rows, vocab_size, **FLOAT)
 
     def __call__(self, ids: Tensor, keep_logits: bool) -> tuple[Tensor, Tensor]:
         """Return the ids [B] of the largest logits after `ids`, int64 [B], and the logits, float32 [B, vocab_size].
@@ -71,7 +72,7 @@ def token_decode(model: Any, head: nn.Module, states: Sequence[LayerState], rows
     ):
         return None
     dtype = embedding.weight.dtype
-    hidden_states = torch.empty(rows, 1, embedding.embedding_dim, dtype=dtype)
+    hidden_states = torch.empty(rows, 1, embedding.embedding_dim, dtype=dtype, device="cpu")
     blocks = ready_blocks(model.layers, hidden_states) if serves(hidden_states) else None
     if blocks is None or blocks.number != len(states):
         return None

@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..token_order import plain_token_shift
+from .library import FLOAT
 from .ops import library
 
 
@@ -39,10 +40,10 @@ def token_shift(
 def _seen(x: Tensor, carried: Tensor, previous: Tensor | None) -> Tensor:
     """Return the token that each one sees, int64 [B, T], counted from the first of all rows; ~s is carried token s."""
     B, T = x.shape[:2]
-    rows, n = torch.arange(B)[:, None], carried.shape[0] // B
+    rows, n = torch.arange(B, device="cpu")[:, None], carried.shape[0] // B
     if previous is None:
-        seen = rows * T + torch.arange(T) - 1
-        return torch.where(torch.arange(T) == 0, ~rows, seen)
+        positions = torch.arange(T, device="cpu")
+        return torch.where(positions == 0, ~rows, rows * T + positions - 1)
     return torch.where(previous < n, ~(rows * n + previous), rows * T + previous - n).contiguous()
 
 
@@ -55,7 +56,7 @@ class TokenShiftFunction(Function):
         ctx: Any, x: Tensor, carried: Tensor, seen: Tensor, dynamic: Tensor | None, *mix: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, carried, seen, dynamic, *mix)
-        out = [torch.empty(x.shape) for _ in mix]
+        out = [torch.empty(x.shape, **FLOAT) for _ in mix]
         library().call("token_shift", *_arguments(x, carried, seen, dynamic, mix), _addresses(out))
         return tuple(out)
 
@@ -64,9 +65,9 @@ class TokenShiftFunction(Function):
     def backward(ctx: Any, *dout: Tensor) -> tuple[Tensor | None, ...]:
         x, carried, seen, dynamic, *mix = ctx.saved_tensors
         given = [dmixed.float().contiguous() for dmixed in dout]
-        dx, dcarried = torch.zeros(x.shape), torch.zeros(carried.shape)
-        dmix = torch.empty(len(mix), x.shape[-1])
-        ddynamic = None if dynamic is None else torch.empty(dynamic.shape)
+        dx, dcarried = torch.zeros(x.shape, **FLOAT), torch.zeros(carried.shape, **FLOAT)
+        dmix = torch.empty(len(mix), x.shape[-1], **FLOAT)
+        ddynamic = None if dynamic is None else torch.empty(dynamic.shape, **FLOAT)
         arguments = _arguments(x, carried, seen, dynamic, mix)
         gradients = (dx, dcarried, dmix, ddynamic)
         library().call("token_shift_backward", *arguments, _addresses(given), *gradients)

@@ -162,7 +162,8 @@ class Captioning:
             earlier = dict(json.loads(self.summary.read_text("utf-8"))["settings"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.summary} is damaged: use another output.") from error
-        for name, value in self.settings.items():
+        for name in sorted(earlier.keys() | self.settings.keys()):
+            value = self.settings.get(name)
             if earlier.get(name) != value:
                 raise ValueError(
                     f"{self.output} was begun with {name} {earlier.get(name)!r}, not {value!r}: use another output, "

@@ -213,6 +213,8 @@ def remove_model(name: str) -> int:
     if name not in there:
         raise ValueError(f"There is no model {name} in the cache: it has {', '.join(there) or 'none'}.")
     folder = models_folder() / name
+    for left in models_folder().glob(".*.removed"):  # by a removal that was interrupted
+        shutil.rmtree(left, ignore_errors=True)
     going = folder.with_name(f".{name}.removed")
     folder.replace(going)  # at once, so that nobody finds half a model
     shutil.rmtree(going)

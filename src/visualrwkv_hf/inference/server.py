@@ -132,8 +132,10 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
-        yield
-        line.close()
+        try:
+            yield
+        finally:
+            line.close()
 
     app = Starlette(
         routes=Service(line, rules, limits, access).routes(),

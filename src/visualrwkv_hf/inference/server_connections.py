@@ -45,6 +45,12 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return bound
 
 
+def addresses_of(sockets: list[socket.socket] | None) -> str:
+    """Return the addresses of sockets as text."""
+    names = [listener.getsockname() for listener in sockets or []]
+    return ", ".join(f"{name[0]} port {name[1]}" for name in names)
+
+
 def make_server(app: Any, limits: Limits, access: Access, on_start: Callable[[], None] = lambda: None) -> Any:
     """Return the uvicorn server of an ASGI application; `server.run(sockets=[...])` runs it.
 
@@ -66,12 +72,18 @@ def make_server(app: Any, limits: Limits, access: Access, on_start: Callable[[],
             except KeyboardInterrupt:  # uvicorn raises the signal again when it has stopped
                 pass
             finally:
+                app.state.line.close()  # not closed yet if the start has failed
                 app.state.line.thread.join()
                 if self.fence is not None:
                     self.fence.cancel()
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets=sockets)
+            try:
+                await super().startup(sockets=sockets)
+            except OSError as error:  # another program has bound the address as well, and listens by now
+                raise OSError(
+                    f"Cannot listen on {addresses_of(sockets)}: {error.strerror or error}."
+                ) from error
             on_start()
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -62,6 +62,8 @@ class Gate:
                 "The Host header names another server. If it is a name of this one, start it with --allowed-hosts.",
                 403,
             )
+        if sum(name == b"authorization" for name, _ in scope["headers"]) > 1:
+            return Refusal("A request can have one Authorization header.", 400)
         kind, _, key = headers.get(b"authorization", "").partition(" ")
         if self.access.api_keys and scope["path"] != "/health":
             # All are compared, each in constant time: how long it takes says nothing about any of them.

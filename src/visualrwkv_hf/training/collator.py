@@ -73,11 +73,17 @@ def _read_rows(path: Path) -> list[dict]:
 
 def _checked_row(row: dict, number: int, folder: Path) -> dict[str, Any]:
     """Return a row with the same columns as every other: an Arrow column cannot mix texts and lists."""
+    if not isinstance(row, dict):
+        raise ValueError(f"Sample {number} must be an object, got {row!r:.80}.")
     try:
         conversations, images = conversation_of(row)
         if strange := [image for image in images if not isinstance(image, str)]:
             raise ValueError(f"a picture in a file must be a path or a URL, got {strange[0]!r}.")
         turns = [{"from": turn["from"], "value": turn["value"]} for turn in conversations]
+        if not turns:
+            raise ValueError("a conversation needs turns.")
+        if odd := [part for turn in turns for part in turn.values() if not isinstance(part, str)]:
+            raise ValueError(f"a turn's speaker and its text must be texts, got {odd[0]!r}.")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"Sample {number} ({row.get('id', 'without id')}): {error}") from error
     paths = [image if "://" in image else str(folder / image) for image in images]
@@ -239,7 +245,7 @@ class VisualRWKVDataCollator:
         """Return the sample, or None after logging why it was skipped."""
         try:
             return self.encode(row)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             message = f"{name_of(row)}: {error}"
             if self.on_bad_sample == "raise":
                 raise ValueError(message) from error

@@ -10,14 +10,20 @@ UNFINISHED = "_unfinished"
 WRITTEN_LAST = ("config.json", "adapter_config.json")
 """Files that make a folder loadable. They are moved after everything else."""
 
-WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+WEIGHT_FILES = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+)
+"""Files that say which weights a folder holds: with `adapter_config.json` it is an adapter for transformers."""
 
 
 def move_into(source: Path, target: Path) -> None:
     """Move every file of `source` into `target`, replacing files of the same name one at a time.
 
-    Weights in `target` that `source` does not have are deleted first: an old `model.safetensors` would be loaded in
-    place of new shards. The empty `source` is removed.
+    `WEIGHT_FILES` in `target` that `source` does not have are deleted first: an old `model.safetensors` would be loaded
+    in place of new shards, an old adapter on top of a merged model. The empty `source` is removed.
     """
     files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
     for pattern in WEIGHT_FILES:

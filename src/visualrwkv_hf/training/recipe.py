@@ -24,6 +24,9 @@ trains "projector", stage 2 "projector" and "language_model"; it never trains th
 LORA_TARGETS = r".*language_model\.layers\.\d+\..*\.(receptance|key|value|gate|output)"
 """The weight matrices of time mix and channel mix."""
 
+PROJECTOR_MODULES = ["multi_modal_projector", "compressor"]
+"""The modules of the part "projector"; most models have the first alone."""
+
 WARM_UP_START = 0.1
 """The original's warm-up starts at this fraction of the learning rate."""
 
@@ -67,7 +70,7 @@ def lora_config(train_projector: bool = True, **kwargs: Any) -> "LoraConfig":
     """Return a PEFT configuration that adapts the matrices of the language model.
 
     Args:
-        train_projector: Whether to train the whole projector as well.
+        train_projector: Whether to train the whole projector as well, with the compressor of v7.03 and v7.04.
         kwargs: Fields of `peft.LoraConfig` such as `r`, `lora_alpha` or `lora_dropout`; `target_modules` replaces
             the default targets.
     """
@@ -75,7 +78,7 @@ def lora_config(train_projector: bool = True, **kwargs: Any) -> "LoraConfig":
 
     defaults = {
         "target_modules": LORA_TARGETS,
-        "modules_to_save": ["multi_modal_projector"] if train_projector else None,
+        "modules_to_save": PROJECTOR_MODULES if train_projector else None,
     }
     return LoraConfig(**{**defaults, **kwargs})
 

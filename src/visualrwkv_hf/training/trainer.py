@@ -61,6 +61,12 @@ class VisualRWKVTrainer(Trainer):
                 f"args must be VisualRWKVTrainingArguments, got {type(self.args).__name__}: the schedule and the "
                 "order of the samples are read from it."
             )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"This process sees {self.args.n_gpu} GPUs, and torch's DataParallel would split a batch's pictures "
+                "without its texts: start the training with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of "
+                "them."
+            )
         if self.args.label_smoothing_factor and self.compute_loss_func is not None:
             raise ValueError(
                 f"label_smoothing_factor ({self.args.label_smoothing_factor}) has no effect with compute_loss_func: "
