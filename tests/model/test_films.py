@@ -219,9 +219,9 @@ def test_a_film_is_read_as_its_frames_are(model, path):
 
 
 @pytest.mark.parametrize("form", ["list of lists", "list", "picture", "array"])
-def test_a_film_may_be_one_frame(form, processor):
+def test_a_film_may_be_one_frame(form):
     """The last piece of a stream often is."""
-    frame = Image.new("RGB", (40, 30), "red")
+    processor, frame = tiny_processor(tiny_model(7)), Image.new("RGB", (40, 30), "red")
     film = {"list of lists": [[frame]], "list": [frame], "picture": frame, "array": np.asarray(frame)}[form]
     found = processor(text="User: <video>\nWhat?", videos=film, return_tensors="pt")
     assert_equal(found, processor(text="User: <image>\nWhat?", images=[frame], return_tensors="pt"))

@@ -219,7 +219,7 @@ def test_files_of_one_several_and_no_pictures(tmp_path):
     [
         ({"id": "x", "image": "a.png"}, r"Sample 1 \(x\): a sample needs conversations or messages"),
         ({"conversations": [{"from": "human"}]}, r"Sample 1 \(without id\): 'value'"),
-        ({"conversations": [], "image": 3}, "must be a path or a URL, got 3"),
+        ({**TEXT_SAMPLE, "image": 3}, "must be a path or a URL, got 3"),
         ({"conversations": []}, r"Sample 1 \(without id\): a conversation needs turns"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "its text must be texts, got None"),
         ({"conversations": [{"from": 1, "value": "x"}]}, "its text must be texts, got 1"),

@@ -80,8 +80,6 @@ def _checked_row(row: dict, number: int, folder: Path) -> dict[str, Any]:
         if strange := [image for image in images if not isinstance(image, str)]:
             raise ValueError(f"a picture in a file must be a path or a URL, got {strange[0]!r}.")
         turns = [{"from": turn["from"], "value": turn["value"]} for turn in conversations]
-        if not turns:
-            raise ValueError("a conversation needs turns.")
         if odd := [part for turn in turns for part in turn.values() if not isinstance(part, str)]:
             raise ValueError(f"a turn's speaker and its text must be texts, got {odd[0]!r}.")
     except (KeyError, TypeError, ValueError) as error:
@@ -96,14 +94,17 @@ def conversation_of(row: dict) -> tuple[list[dict], list]:
     If the row has pictures but its messages have no image parts, the pictures belong to the first message, as in TRL.
 
     Raises:
-        ValueError: If the row has neither, or its messages do not fit the chat template.
+        ValueError: If the row has neither, or no turn, or its messages do not fit the chat template.
     """
     given: Any = next((row[name] for name in ("images", "image") if row.get(name) is not None), [])
     images = list(given) if isinstance(given, list | tuple) else [given]
+    given_turns = [row[name] for name in ("conversations", "messages") if row.get(name) is not None]
+    if not given_turns:
+        raise ValueError(f"a sample needs conversations or messages, got {', '.join(row) or 'nothing'}.")
+    if not given_turns[0]:
+        raise ValueError("a conversation needs turns.")
     if row.get("conversations") is not None:
         return row["conversations"], images
-    if row.get("messages") is None:
-        raise ValueError(f"a sample needs conversations or messages, got {', '.join(row) or 'nothing'}.")
     conversations, own_images = messages_to_conversation(row["messages"])
     if own_images and images:
         raise ValueError(f"{len(own_images)} pictures stand in the messages and {len(images)} beside them.")
