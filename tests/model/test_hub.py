@@ -91,6 +91,7 @@ MODEL_CODE = (
         "modeling_rwkv.py",
         "modeling_vision.py",
         "modeling_visualrwkv.py",
+        "placement.py",
         "prompt_identity.py",
         "reading_plan.py",
         "remote_code.py",
