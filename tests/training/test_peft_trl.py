@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from chats import FIRST
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
@@ -93,7 +94,7 @@ def test_adapters_are_trained_saved_loaded_and_merged(version, data, tmp_path):
 def test_a_compressor_is_trained_with_the_projector():
     """It belongs to the part "projector" (v7.03, v7.04)."""
     model = peft.get_peft_model(
-        tiny_model(7, compressor_num_layers=1, compressor_num_tokens=5), lora_config(r=4)
+        tiny_model(7, compressor_num_layers=1, compressor_num_tokens=5, **FIRST), lora_config(r=4)
     )
     names = [
         name for name, weight in model.named_parameters() if weight.requires_grad and "lora_" not in name
