@@ -424,7 +424,7 @@ def may_replace(linear: Any) -> bool:
 
 def has_any_hook(layer: nn.Module) -> bool:
     """Return whether somebody waits for gradients or state dicts of a layer, which another one would not have."""
-    return any(held for name, held in layer.__dict__.items() if name.endswith(("_hooks", "_pre_hooks")))
+    return any(held for name, held in layer.__dict__.items() if name.endswith("_hooks"))
 
 
 def native_linear(linear: nn.Linear) -> nn.Module:
