@@ -7,7 +7,7 @@ A small language model of each variant is trained with each of five seeds and as
 the test. As in the paper, all see through the same vision tower, which is trained already and frozen: that of the model
 in the package. Each run's scores are written when it ends, and a run that has scores is not repeated, so that the whole
 can be done in pieces, and by several processes at once: one for each core is best. A process draws a seed's pictures
-once for all its variants, and lets the tower see each once. All runs take some two hours of two cores. Needs what
+once for all its variants, and lets the tower see each once. All 35 runs take some two hours of two cores. Needs what
 `train_tiny.py` needs, and profits from the same allocator.
 """
 
@@ -44,7 +44,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "RWKV-7, sandwich, bidirectional": {},
     "scan: unidirectional": {"scan": "unidirectional"},
     "scan: multidirectional": {"scan": "multidirectional"},
-    "scan: snake": {"scan": "snake"},
     "prompt: picture first": {"image_position": "first"},
     "prompt: picture last": {"image_position": "last"},
     "generation: RWKV-6": {"rwkv_version": 6},
