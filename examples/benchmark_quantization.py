@@ -52,15 +52,24 @@ def torchao_int8(source: str) -> torch.nn.Module:
 ENGINES: dict[str, tuple[str | None, Callable[[str], torch.nn.Module]]] = {
     "float32": (None, load),
     "bfloat16": (None, lambda source: load(source, torch.bfloat16)),
+    "native float32": (None, lambda source: accelerate_on_cpu(load(source))),
+    "native bfloat16": (None, lambda source: accelerate_on_cpu(load(source, torch.bfloat16))),
     "native int8": (None, lambda source: accelerate_on_cpu(load(source), int8=True)),
     "torchao int8": ("torchao", torchao_int8),
     "bitsandbytes int8": (
         "bitsandbytes",
         lambda source: load(source, config=BitsAndBytesConfig(load_in_8bit=True)),
     ),
-    "quanto int8": ("optimum", lambda source: load(source, config=QuantoConfig(weights="int8"))),
+    "quanto int8": ("optimum.quanto", lambda source: load(source, config=QuantoConfig(weights="int8"))),
 }
 """Name -> the module that it needs, and how a model is loaded."""
+
+
+def is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -142,9 +151,7 @@ def main(
         torch.set_num_threads(threads)
     source = model or str(bundled_model())
     inputs = prompts(AutoProcessor.from_pretrained(source, trust_remote_code=False), pictures)
-    missing = [
-        name for name, (module, _) in ENGINES.items() if module and not importlib.util.find_spec(module)
-    ]
+    missing = [name for name, (module, _) in ENGINES.items() if module and not is_installed(module)]
     models = {name: engine(source) for name, (_, engine) in ENGINES.items() if name not in missing}
     times = interleaved({name: stepping(vlm, inputs[0]) for name, vlm in models.items()}, seconds=seconds)
     expected = answers(models["float32"], inputs)

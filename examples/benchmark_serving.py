@@ -163,7 +163,7 @@ def serving(server: str, folder: Path, clients: int, log: Path) -> Iterator[str]
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     if server == "visualrwkv":
-        command = ["visualrwkv_hf.cli", "serve", str(folder), "--port", port]
+        command = ["visualrwkv_hf.cli", "serve", str(folder), "--port", port, "--dtype", "float32"]
     else:
         command = [
             "vllm.entrypoints.openai.api_server",
@@ -219,16 +219,20 @@ def question(number: int, model: str, tokens: int) -> dict:
     }
 
 
+NUMBERS = itertools.count()
+"""Of the questions to a server, which keeps what it has read: no two are about one picture."""
+
+
 def rates(address: str, model: str, clients: int, seconds: float, tokens: int) -> Rates:
     """Let so many clients ask for so many seconds; answers that are under way then are waited for and counted."""
-    numbers, done, failures = itertools.count(), [], []
+    done, failures = [], []
     start = time.perf_counter()
 
     def ask() -> None:
         try:
             with httpx.Client(timeout=600) as client:
                 while time.perf_counter() < start + seconds:
-                    body = question(next(numbers), model, tokens)
+                    body = question(next(NUMBERS), model, tokens)
                     reply = client.post(f"{address}/v1/chat/completions", json=body)
                     reply.raise_for_status()
                     done.append(reply.json()["usage"]["completion_tokens"])

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -156,7 +157,9 @@ def original_weights(model: VisualRWKVForCausalLM) -> dict[str, torch.Tensor]:
 
 def rwkv_engines(model: VisualRWKVForCausalLM, device: str, precisions: Sequence[str]) -> Iterator[Engine]:
     """The package `rwkv` by the author of RWKV."""
-    os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1"}  # it looks there when it is imported
+    # It looks there when it is imported. Its CUDA kernels need a compiler.
+    has_nvcc = device == "cuda" and shutil.which("nvcc") is not None
+    os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "1" if has_nvcc else "0"}
     with contextlib.redirect_stdout(sys.stderr):
         try:
             import rwkv.model as peer
@@ -257,15 +260,9 @@ def compared(
     timings = interleaved(functions, device, seconds, least=5)
     bandwidth = copy_bandwidth(device, 2**20 if shape == "tiny" else 2**28)
     rows = [
-        row(
-            each,
-            timings[each],
-            timings.get(peer_of(each, engines, peers)),
-            errors[each],
-            tokens_timed,
-            bandwidth,
-        )
+        row(each, timings[each], peer, timings.get(peer), errors[each], tokens_timed, bandwidth)
         for each in engines
+        for peer in [peer_of(each, engines, peers)]
     ]
     about = machine(device) | {
         "shape": shape,
@@ -285,9 +282,10 @@ def compared(
 
 
 def peer_of(engine: Engine, engines: Sequence[Engine], peers: Sequence[Engine]) -> Engine | None:
-    """Return what an engine is compared with: llama.cpp in its precision, else the first peer, if it was right."""
-    same = (each for each in engines if each[:2] == (LLAMA_CPP, engine.precision))
-    return next(same, next((each for each in engines if each.name == peers[0].name), None))
+    """Return what an engine is compared with: llama.cpp in its precision, else another peer in it, else the first."""
+    names = [LLAMA_CPP, *(peer.name for peer in peers)]
+    same = [each for name in names for each in engines if each[:2] == (name, engine.precision)]
+    return next(iter([*same, *(each for each in engines if each.name == peers[0].name)]), None)
 
 
 def simd_flags(device: str) -> list[str]:
@@ -300,7 +298,13 @@ def simd_flags(device: str) -> list[str]:
 
 
 def row(
-    engine: Engine, timing: Timing, peer: Timing | None, error: float, tokens: int, bandwidth: float
+    engine: Engine,
+    timing: Timing,
+    peer: Engine | None,
+    peer_timing: Timing | None,
+    error: float,
+    tokens: int,
+    bandwidth: float,
 ) -> dict[str, Any]:
     return {
         "engine": engine.name,
@@ -310,7 +314,8 @@ def row(
         "high": timing.high,
         "count": timing.count,
         "tokens_per_second": tokens / timing.median,
-        "times_peer": peer and peer.median / timing.median,
+        "times_peer": peer_timing and peer_timing.median / timing.median,
+        "peer": peer and f"{peer.name}, {peer.precision}",
         # A copy reads and writes; weights are read only.
         "streaming_seconds": engine.weight_bytes / bandwidth if engine.weight_bytes and tokens == 1 else None,
         "error": error,
@@ -326,6 +331,7 @@ def readable_row(row: Mapping[str, Any]) -> dict[str, str | None]:
         "fifths": f"{readable(row['low'])} to {readable(row['high'])}",
         "tokens/s": f"{row['tokens_per_second']:,.0f}",
         "times the peer's speed": f"{row['times_peer']:.2f}" if row["times_peer"] else None,
+        "peer": row["peer"],
         "weights at the rate of a copy": readable(limit) if limit else None,
         "error": f"{row['error']:.1e}",
     }

@@ -48,6 +48,8 @@ class Settings:
     max_new_tokens: int
     dtype: str
     image_position: str | None
+    weights: list[list] | None = None
+    """Name, size and time of the model's files of weights; None for one that is not a folder."""
 
 
 class How(NamedTuple):
@@ -57,6 +59,12 @@ class How(NamedTuple):
     workers: int
     skip_bad_rows: bool
     device: torch.device
+
+
+def weights_of(folder: Path) -> list[list] | None:
+    """Return what tells a trained model from the one that was in its folder before."""
+    files = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    return [[name, found.st_size, found.st_mtime_ns] for name, found in files] or None
 
 
 # --- Answers on the disk ----------------------------------------------------------------------------------------------
@@ -342,6 +350,7 @@ def main(
             max_new_tokens or row.max_new_tokens,
             dtype,
             image_position,
+            weights_of(Path(model)),
         )
         parts = Parts(output_dir / "parts", settings, state.process_index)
         answer_all(state, asked, parts, How(batch_size, workers, skip_bad_rows, state.device))

@@ -58,16 +58,30 @@ STAGES = (
 
 
 class Record:
-    """What was found so far, in `results.json`, `summary.md` and `log.txt`, rewritten with each row."""
+    """What was found so far, in `results.json`, `summary.md` and `log.txt`, rewritten with each row.
 
-    def __init__(self, folder: Path):
+    Stages of an earlier run in the same folder stay until they run again.
+
+    Raises:
+        ValueError: that was a dry run and this is none, or the other way round.
+    """
+
+    def __init__(self, folder: Path, dry_run: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.stages: dict[str, dict[str, Any]] = {}
-        self.log = (folder / "log.txt").open("w", encoding="utf-8")
+        self.folder, earlier = folder, folder / "results.json"
+        self.stages: dict[str, dict[str, Any]] = (
+            json.loads(earlier.read_text("utf-8")) if earlier.exists() else {}
+        )
+        self.dry_run = dry_run
+        if any(stage.get("dry_run", False) != dry_run for stage in self.stages.values()):
+            kind = "a real run" if dry_run else "a dry run"
+            raise ValueError(f"{folder} holds the results of {kind}: name another folder with --out.")
+        self.log = (folder / "log.txt").open("a", encoding="utf-8")
 
     def begin(self, stage: Stage) -> None:
         self.stages[stage.name] = {"title": stage.title, "rows": [], "ended": "running", "seconds": None}
+        if self.dry_run:
+            self.stages[stage.name]["dry_run"] = True
         self.say(f"\n=== {stage.name}: {stage.title}")
         self.write()
 
@@ -161,11 +175,12 @@ def run_stage(
     try:
         for line in lines_of(process, start + limit):
             if line.startswith(MARK):
-                record.add(stage, json.loads(line.removeprefix(MARK)))
+                with contextlib.suppress(ValueError):  # another line came into it; it is in the log
+                    record.add(stage, json.loads(line.removeprefix(MARK)))
             record.say(line)
         code = process.wait(10)
         how = "done" if code == 0 else f"failed with exit status {code} (see log.txt)"
-    except TimeoutError:
+    except (TimeoutError, subprocess.TimeoutExpired):
         how = f"stopped at its limit of {limit:.0f} s"
     finally:
         end_group(process)
@@ -213,7 +228,7 @@ def run_all(
 ) -> Record:
     """Run the stages in order, none of them beyond what is left of `seconds`."""
     start = time.monotonic()
-    record = Record(out)
+    record = Record(out, dry_run)
     with tempfile.TemporaryDirectory() as scratch:
         environment = prepared(Path(scratch), dry_run)
         for stage in stages:
@@ -260,9 +275,12 @@ def main(
 
         build(CARRIED, python)
         return
-    record = run_all(out, dry_run, stage or [], 3600 if dry_run else seconds)
+    try:
+        record = run_all(out, dry_run, stage or [], 3600 if dry_run else seconds)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     print(f"\n{(out / 'summary.md').read_text('utf-8')}")
-    if any(each["ended"] != "done" for each in record.stages.values()):
+    if any(record.stages[name]["ended"] != "done" for name in stage or names):
         raise typer.Exit(1)
 
 

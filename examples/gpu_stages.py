@@ -41,7 +41,8 @@ FLA_CONFIGS = 2
 
 def emit(**row: Any) -> None:
     """Print a row of the stage's table."""
-    print("row: " + json.dumps(row), flush=True)
+    sys.stdout.write(f"row: {json.dumps(row)}\n")  # at once, with its end: print() writes that by itself
+    sys.stdout.flush()
 
 
 def first_line(error: Exception) -> str:

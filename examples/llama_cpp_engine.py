@@ -125,6 +125,10 @@ def add_sizes(writer: Any, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
+PIECE = 2048
+"""The most tokens that llama.cpp is given at once: it aborts the process if there are more than it has room for."""
+
+
 def reader(path: Path, vocab_size: int) -> Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]:
     """`read` of an `engines.Engine`: the context is the state, and starting a text clears it."""
     import llama_cpp as llama
@@ -137,7 +141,11 @@ def reader(path: Path, vocab_size: int) -> Callable[[torch.Tensor, Any], tuple[t
     llama.llama_backend_init()
     model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
     options = llama.llama_context_default_params()
-    options.n_ctx = options.n_batch = options.n_ubatch = 2048
+    options.n_ctx, options.n_batch, options.n_ubatch = (
+        2**20,
+        PIECE,
+        PIECE,
+    )  # a state takes no more for a longer text
     options.n_threads = options.n_threads_batch = torch.get_num_threads()
     context = llama.llama_init_from_model(model, options)
     if not context:
@@ -146,9 +154,10 @@ def reader(path: Path, vocab_size: int) -> Callable[[torch.Tensor, Any], tuple[t
     def read(tokens: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
         if state is None:
             llama.llama_memory_clear(llama.llama_get_memory(context), True)
-        ids = (llama.llama_token * len(tokens))(*tokens.tolist())
-        if failed := llama.llama_decode(context, llama.llama_batch_get_one(ids, len(tokens))):
-            raise RuntimeError(f"llama.cpp's llama_decode failed with {failed}.")
+        for piece in tokens.split(PIECE):
+            ids = (llama.llama_token * len(piece))(*piece.tolist())
+            if failed := llama.llama_decode(context, llama.llama_batch_get_one(ids, len(piece))):
+                raise RuntimeError(f"llama.cpp's llama_decode failed with {failed}.")
         logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(context, -1), shape=(vocab_size,))
         return torch.from_numpy(logits.copy()), silence  # which must live as long as it may be called
 

@@ -34,13 +34,18 @@ class VisualRWKVMultimodalLM(HFMultimodalLM):
         Raises:
             ValueError: a prompt or an answer is empty.
         """
-        if requests and len(requests[0].args) < 3:
-            return super().loglikelihood(requests, disable_tqdm)
-        questions: dict[tuple[str, int], list[int]] = {}
-        for number, request in enumerate(requests):
-            context, _, extra = request.args  # the harness gives all answers to a question the same object
-            questions.setdefault((context, id(extra)), []).append(number)
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        of_text = [number for number, request in enumerate(requests) if len(request.args) < 3]
+        if of_text:
+            scores = super().loglikelihood([requests[number] for number in of_text], disable_tqdm)
+            for number, score in zip(of_text, scores, strict=True):
+                found[number] = score
+        questions: dict[tuple[str, int], list[int]] = {}
+        for number in sorted({*range(len(requests))} - {*of_text}):
+            context, _, extra = requests[
+                number
+            ].args  # the harness gives all answers to a question the same object
+            questions.setdefault((context, id(extra)), []).append(number)
         progress = tqdm(questions.items(), desc="Scoring answers", disable=disable_tqdm or self.rank != 0)
         for (context, _), numbers in progress:
             answers = [requests[number].args[1] for number in numbers]

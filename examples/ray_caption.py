@@ -4,8 +4,9 @@
 
 The answers become a dataset of JSON Lines in the folder `captions`: {"picture": ..., "text": ...}. Every block of
 pictures is a file, which appears when the block is done. A second run reads these files and asks about what is missing,
-so a run that was killed loses the blocks under way and nothing else. Ray's workers import vLLM, and vLLM finds this
-package's plugin by itself.
+so a run that was killed loses the blocks under way and nothing else; with another question or model it is refused.
+Pictures that cannot be read have an empty text and an `error`. Ray's workers import vLLM, and vLLM finds this package's
+plugin by itself.
 """
 
 import json
@@ -19,6 +20,7 @@ from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from transformers import AutoProcessor
 
 import visualrwkv_hf  # noqa: F401  # tells AutoProcessor about our processor
+from visualrwkv_hf.pictures import open_picture
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 
@@ -28,6 +30,24 @@ def pictures_without_text(folder: Path, output: Path) -> list[str]:
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
     lines = (line for file in output.glob("*.json*") for line in file.read_text("utf-8").splitlines())
     return sorted(names - {json.loads(line)["picture"] for line in lines})
+
+
+def refuse_other_settings(output: Path, settings: dict[str, Any]) -> None:
+    """Exit if the dataset was begun with another question or model."""
+    file = output / "settings"  # none of the dataset's files
+    if not file.exists():
+        file.write_text(json.dumps(settings), "utf-8")
+    if (begun := json.loads(file.read_text("utf-8"))) != settings:
+        raise SystemExit(f"{output} was begun with {begun}, not with {settings}: name another folder.")
+
+
+def unreadable(path: Path) -> str:
+    """Return why a picture cannot be read; empty if it can."""
+    try:
+        open_picture(path)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def prompt_about_a_picture(model: str, question: str) -> str:
@@ -59,6 +79,7 @@ def main(
     """Caption a folder."""
     folder = folder.resolve()
     output.mkdir(parents=True, exist_ok=True)
+    refuse_other_settings(output, {"model": model, "question": question, "tokens": tokens, "dtype": dtype})
     names = pictures_without_text(folder, output)
     if not names:
         print("Every picture has its text.")
@@ -66,18 +87,23 @@ def main(
     prompt = prompt_about_a_picture(model, question)
 
     def ask(row: dict) -> dict:
-        with Image.open(folder / row["picture"]) as picture:
-            image = picture.convert("RGB")
+        image = Image.new("RGB", (8, 8)) if row["error"] else open_picture(folder / row["picture"])
         sampling = {"temperature": 0, "max_tokens": tokens}
         return {
             "picture": row["picture"],
+            "error": row["error"],
             "prompt": prompt,
             "multimodal_data": {"image": image},
             "sampling_params": sampling,
         }
 
     def keep(row: dict) -> dict:
-        return {"picture": row["picture"], "text": row["generated_text"].strip()}
+        error = row["error"]
+        return {
+            "picture": row["picture"],
+            "text": "" if error else row["generated_text"].strip(),
+            "error": error,
+        }
 
     config = vLLMEngineProcessorConfig(
         model_source=model,
@@ -90,6 +116,7 @@ def main(
     )
     rows = [{"picture": name} for name in names]
     dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // block))
+    dataset = dataset.map(lambda row: row | {"error": unreadable(folder / row["picture"])})
     captioned = build_processor(config, preprocess=ask, postprocess=keep)(dataset)
     captioned.write_json(str(output.resolve()), mode="append")
     print(f"{len(names)} pictures; {len(pictures_without_text(folder, output))} of them without text.")

@@ -18,12 +18,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import torch
 import typer
 from PIL import Image
 
 from visualrwkv_hf import FrameSampling, VisualRWKVCache, bundled_model
 from visualrwkv_hf.films import ALL_FRAMES, iterate_film
 from visualrwkv_hf.inference import load_model, load_processor
+from visualrwkv_hf.pictures import open_picture
 
 
 def frames_of(source: Path, fps: float | None = None) -> Iterator[Image.Image]:
@@ -43,8 +45,8 @@ def frames_of(source: Path, fps: float | None = None) -> Iterator[Image.Image]:
         return
     for path in sorted(source.iterdir()):
         try:
-            yield Image.open(path).convert("RGB")
-        except OSError:  # no picture, half of one, or a folder
+            yield open_picture(path)
+        except ValueError:  # no picture, half of one, or a folder
             typer.secho(f"Left out, for it is no picture: {path}", err=True, fg="yellow")
 
 
@@ -99,6 +101,8 @@ def watch(watcher: Watcher, frames: Iterator[Image.Image]) -> Iterator[Seen]:
     for frame in frames:
         start = time.perf_counter()
         watcher.see(frame)
+        if watcher.model.device.type != "cpu":
+            torch.accelerator.synchronize()
         elapsed = time.perf_counter() - start
         yield Seen(watcher.num_frames, elapsed, watcher.state.nbytes, highest_memory())
 
@@ -134,6 +138,9 @@ def main(
             if seen.number % every == 0:
                 print(seen._replace(seconds=statistics.median(times[-every:])))
                 print(f"  {question} {watcher.ask(question, max_new_tokens)}")
+        if len(times) % every:  # the last frames
+            print(seen._replace(seconds=statistics.median(times[-every:])))
+            print(f"  {question} {watcher.ask(question, max_new_tokens)}")
     except (ValueError, ImportError) as error:
         typer.secho(f"Error: {error}", err=True, fg="red")
         raise typer.Exit(1) from error

@@ -12,6 +12,8 @@ import html
 import inspect
 import os
 import queue
+import signal
+import sys
 import tempfile
 import threading
 import time
@@ -89,6 +91,8 @@ MAX_MESSAGES = 200
 MAX_WAITING = 32
 """How many questions may wait for the model."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+COMPUTING = threading.Lock()
+"""Is held by the question whose answer is computed: gradio counts questions of the page and of programs apart."""
 UPLOAD_HOURS = 6
 """How long an upload is kept."""
 
@@ -107,6 +111,7 @@ def main(
 ) -> None:
     """Serve the page until it is interrupted."""
     source = model or str(bundled_model())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the uploads are deleted then as well
     with tempfile.TemporaryDirectory() as scratch:
         uploads, examples = Path(scratch).resolve() / "uploads", Path(scratch).resolve() / "examples"
         uploads.mkdir()
@@ -223,8 +228,9 @@ def pieces_or_status(chat: Chat, question: str) -> Iterator[tuple[str, str]]:
 
     def run() -> None:
         try:
-            for piece in chat.ask(question, is_stopped.is_set, lambda words: doing.__setitem__(0, words)):
-                news.put(("piece", piece))
+            with COMPUTING:
+                for piece in chat.ask(question, is_stopped.is_set, lambda words: doing.__setitem__(0, words)):
+                    news.put(("piece", piece))
             news.put(("end", None))
         except Exception as error:
             news.put(("error", error))

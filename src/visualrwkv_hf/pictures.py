@@ -244,3 +244,6 @@ def array_to_rgb(array: np.ndarray, input_data_format: "str | ChannelDimension |
     if array.shape[-1] == 1:
         array = np.repeat(array, 3, axis=-1)
     return Image.fromarray(np.ascontiguousarray(array[..., :3]))
+
+
+__all__ = ["open_picture"]

@@ -103,6 +103,13 @@ def test_it_watches_a_folder(example, tmp_path, capsys):
     assert "notes.txt" in said.err
 
 
+def test_a_short_stream_is_asked_about_at_its_end(example, tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "model", **FIRST)
+    example.main(animation(tmp_path / "short.gif", 3), str(model), question="What is it?", max_new_tokens=3)
+    said = capsys.readouterr().out
+    assert said.count("What is it? ") == 1 and "frame 3: " in said
+
+
 @pytest.mark.parametrize(("name", "codec"), [("film.mp4", "libx264"), ("film.webm", "libvpx-vp9")])
 def test_frames_of_a_film_are_its_pictures(example, tmp_path, name, codec):
     frames = list(example.frames_of(film(tmp_path / name, 20, codec)))

@@ -524,6 +524,11 @@ def test_answers_of_other_settings_are_refused(evaluate, model, tmp_path, capsys
     assert "max_new_tokens was 4, now 5" in failure(
         capsys, evaluate, "docvqa", model, path, tmp_path / "out", max_new_tokens=5
     )
+    weights = Path(model) / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    os.utime(weights, ns=(before, before + 10**9))  # trained again
+    assert "weights was" in failure(capsys, evaluate, "docvqa", model, path, tmp_path / "out")
+    os.utime(weights, ns=(before, before))
     path.write_text(path.read_text() + "\n")
     assert "questions_sha256 was" in failure(capsys, evaluate, "docvqa", model, path, tmp_path / "out")
 

@@ -13,8 +13,10 @@ pytest.importorskip("easy_vqa", reason="the rows are those of easy-VQA: pip inst
 
 from easy_vqa_rows import exact_matches, messages, own_answers, rows, save_model_that_knows_half, save_rows
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from paths import EXAMPLES
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 TASKS = Path(__file__).parent / "eval" / "lm_eval"
@@ -74,6 +76,19 @@ def plain_log_prob(model, processor, row: dict, answer: str) -> tuple[float, boo
         logits = model(**whole).logits[0, -ids.shape[1] - 1 : -1].float()
     log_probs = logits.log_softmax(-1)
     return float(log_probs.gather(1, ids[0, :, None]).sum()), torch.equal(logits.argmax(-1), ids[0])
+
+
+def test_tasks_with_and_without_pictures_may_be_asked_at_once(model, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    module = importlib.import_module("lm_eval_model")
+    lm = module.VisualRWKVMultimodalLM(str(model), device="cpu", dtype="float32")
+    visual = {"visual": [Image.new("RGB", (64, 64), "red")]}
+    arguments = [("User: <image>\nWhich?\n\nAssistant:", " red", visual), ("The sky is", " blue")]
+    requests = [Instance("loglikelihood", {}, each, 0) for each in arguments]
+    together = lm.loglikelihood(requests, disable_tqdm=True)
+    apart = [lm.loglikelihood([request], disable_tqdm=True)[0] for request in requests]
+    assert [one[0] for one in together] == pytest.approx([one[0] for one in apart], abs=1e-5)
+    assert lm.loglikelihood(requests[::-1], disable_tqdm=True)[0][0] == pytest.approx(apart[1][0], abs=1e-5)
 
 
 def test_answers_are_compared_by_their_probabilities(model, tmp_path, monkeypatch):

@@ -54,6 +54,23 @@ def test_no_time_for_a_wrong_result(example, name, monkeypatch, capsys):
     assert "visualrwkv-hf, native, float32: error 1.0e-02" in said.err
 
 
+def test_an_engine_is_compared_in_its_own_precision(example):
+    engines = example("engines")
+    every = [
+        engines.Engine(name, precision, lambda tokens, state: None, 0)
+        for name in ("ours", "PyPI rwkv", engines.LLAMA_CPP)
+        for precision in ("float32", "bfloat16", "int8")
+        if (name, precision) != ("PyPI rwkv", "int8")
+    ]
+    ours, rwkv, llama = every[:3], every[3:5], every[5:]
+    assert [engines.peer_of(each, every, [*rwkv, *llama])[:2] for each in ours] == [
+        each[:2] for each in llama
+    ]
+    without = [*ours, *rwkv]
+    found = [engines.peer_of(each, without, rwkv)[:2] for each in ours]
+    assert found == [rwkv[0][:2], rwkv[1][:2], rwkv[0][:2]]
+
+
 def test_peer_that_is_wrong_is_left_out(example, capsys):
     engines = example("engines")
     right = engines.Engine("right", "float32", lambda tokens, state: (torch.ones(3), None), 0)

@@ -65,6 +65,22 @@ def test_a_stage_that_hangs_ends_with_all_that_it_started(ran, tmp_path):
         raise AssertionError("its child still runs")
 
 
+def test_a_stage_that_runs_again_leaves_the_others_as_they_were(example, ran, tmp_path):
+    ran("print('row: {\"a\": 1}')", name="one")
+    ran("print('row: {\"b\": 2}')", name="two")
+    record = ran("print('row: {\"b\": 3}')", name="two")
+    read = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
+    assert read["one"]["rows"] == [{"a": 1}] and read["two"]["rows"] == [{"b": 3}] and record.stages == read
+    assert '{"a": 1}' in (tmp_path / "out" / "log.txt").read_text("utf-8")
+    with pytest.raises(ValueError, match="holds the results of a real run"):
+        example("gpu_session").Record(tmp_path / "out", dry_run=True)
+
+
+def test_a_row_into_which_another_line_came_ends_nothing(ran):
+    record = ran("print('row: {\"a\": warning'); print('row: {\"a\": 1}')")
+    assert record.stages["one"]["ended"] == "done" and record.stages["one"]["rows"] == [{"a": 1}]
+
+
 def _status(pid: str) -> str:
     try:
         return Path(f"/proc/{pid}/status").read_text()

@@ -68,6 +68,7 @@ def test_a_folder_becomes_a_dataset_and_what_is_there_stays(tmp_path, expected):
     output.mkdir()
     for colour in COLOURS:
         (pictures / ("inner" if colour == "white" else "") / f"{colour}.png").write_bytes(circle_png(colour))
+    (pictures / "broken.png").write_bytes(circle_png("red")[:60])
     (output / "earlier.json").write_text(
         json.dumps({"picture": "red.png", "text": "from an earlier run"}) + "\n"
     )
@@ -89,12 +90,19 @@ def test_a_folder_becomes_a_dataset_and_what_is_there_stays(tmp_path, expected):
         timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "5 pictures; 0 of them without text." in done.stdout
+    assert "6 pictures; 0 of them without text." in done.stdout
     files = list(output.glob("*.json"))
     assert len(files) == 4, "three blocks of at most two pictures, and the earlier file"
     rows = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
     texts = {row["picture"].split("/")[-1].removesuffix(".png"): row["text"] for row in rows}
-    assert len(rows) == 6 and texts == expected | {"red": "from an earlier run"}
+    assert len(rows) == 7 and texts == expected | {"red": "from an earlier run", "broken": ""}
+    (broken,) = (row for row in rows if row["picture"] == "broken.png")
+    assert "cannot be read as a picture" in broken["error"]
+    command[command.index(SHAPE_QUESTION)] = "Another question?"
+    again = subprocess.run(
+        list(map(str, command)), env=os.environ | ENVIRONMENT, capture_output=True, text=True
+    )
+    assert again.returncode and "was begun with" in again.stderr
 
 
 def test_two_replicas_answer(tmp_path, expected):
