@@ -89,7 +89,7 @@ def quantize(folder: str | Path, output_dir: str | Path, *, weights: str, **opti
                         )
                     if write.progress is not None:
                         write.progress(VERIFYING, tensor.nbytes)
-            _write_companions(folder, unfinished, layers, dense, write, errors)
+            _write_companions(folder, unfinished, layers, dense, weights, errors, write.torch_dtype)
     return output_dir
 
 
@@ -217,8 +217,9 @@ def _write_companions(
     target: Path,
     layers: Mapping[str, str],
     names: Iterable[str],
-    write: WriteOptions,
+    weights: str,
     errors: RoundingErrors,
+    dtype: torch.dtype | None,
 ) -> None:
     """Copy what is beside the weights, and say in the configuration and the card how the weights are stored."""
     for path in sorted(folder.iterdir()):
@@ -227,12 +228,12 @@ def _write_companions(
             shutil.copyfile(path, target / path.name)
     fields = read_json(folder / "config.json")
     fields["quantization_config"] = quantization_of(layers, names)
-    if write.dtype is not None:
-        _set_dtype(fields, str(write.torch_dtype).removeprefix("torch."))
+    if dtype is not None:
+        _set_dtype(fields, str(dtype).removeprefix("torch."))
     write_json(target / "config.json", fields)
     card = folder / "README.md"
     text = card.read_text("utf-8").rstrip() + "\n\n" if card.is_file() else ""
-    (target / "README.md").write_text(text + quantization_section(write.weights, errors.relative()), "utf-8")
+    (target / "README.md").write_text(text + quantization_section(weights, errors.relative()), "utf-8")
 
 
 def _set_dtype(fields: dict[str, Any], dtype: str) -> None:

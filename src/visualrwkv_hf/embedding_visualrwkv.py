@@ -41,6 +41,7 @@ class VisualRWKVEmbeddingMixin:
 
     config: Any
     base_model: Any
+    training: bool
 
     def embed(
         self,
@@ -78,7 +79,7 @@ class VisualRWKVEmbeddingMixin:
             ValueError: an unknown pooling, no such layer, no `input_ids`, or a sample without tokens.
         """
         number = self._layer_number(layer, pooling)
-        device = compute_device(self)  # type: ignore[arg-type]
+        device = compute_device(self)
         tensors = {name: tensor.to(device) for name, tensor in inputs.items() if isinstance(tensor, Tensor)}
         mask = _real_tokens(tensors)
         if pooling == "state":

@@ -13,8 +13,8 @@ def text_model_of(model: Any) -> Any:
     return getattr(base, "language_model", base)
 
 
-def compute_device(module: nn.Module) -> torch.device:
-    """Return the device on which a module computes.
+def compute_device(module: Any) -> torch.device:
+    """Return the device on which a model or a module of it computes.
 
     That is where its first weight is. A weight that lies elsewhere meanwhile (accelerate's `device_map` with "disk", or
     with "cpu" beside a GPU) is on the meta device, and the hook that fetches it knows where it is needed.
