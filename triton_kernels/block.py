@@ -79,12 +79,15 @@ def _serves(block: Any, x: Tensor, state: Any) -> bool:
         and all(part.bias is None for part in parts if type(part) is nn.Linear)
         and all(type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype for t in (*parameters, *shifts))
         and all(t.is_contiguous() for t in (*parameters, *(x[:1] for x in (*shifts, wkv))))
+        and all(part.weight is not None and part.bias is not None for part in parts if type(part) in _NORMS)
+        and block.att.ln_x.num_groups == block.att.config.num_attention_heads
         and wkv.dtype == torch.float32
         and wkv.shape[-1] in HEAD_SIZES
     )
 
 
-_PARTS = (nn.LayerNorm, nn.GroupNorm, nn.Linear)
+_NORMS = (nn.LayerNorm, nn.GroupNorm)
+_PARTS = (*_NORMS, nn.Linear)
 """What a block is made of: anything else, such as an adapter, computes something else."""
 
 

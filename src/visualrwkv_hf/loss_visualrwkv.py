@@ -21,11 +21,16 @@ class L2Wrap(torch.autograd.Function):
     (RWKV-LM): positions without label are pulled as well. The original's strength is 1e-4 / (B T).
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, loss: torch.Tensor, logits: torch.Tensor, strength: float) -> torch.Tensor:
-        ctx.save_for_backward(logits)
-        ctx.strength = strength
+    def forward(loss: torch.Tensor, logits: torch.Tensor, strength: float) -> torch.Tensor:
         return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, torch.Tensor, float], output: torch.Tensor) -> None:
+        _, logits, ctx.strength = inputs
+        ctx.save_for_backward(logits)
 
     @staticmethod
     def backward(ctx, grad_loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -177,7 +182,7 @@ def mean_of_samples(
     else:
         count, before = len(cu_seq_lens) - 1, F.pad(valid[0].cumsum(0), (1, 0))[cu_seq_lens]
         labels = before.diff().repeat_interleave(cu_seq_lens.diff(), output_size=valid.shape[1])[None]
-    return valid / (labels.clamp(min=1) * count)
+    return valid.float() / (labels.clamp(min=1) * count)
 
 
 def mean_of_tokens(
@@ -188,7 +193,7 @@ def mean_of_tokens(
     Without any label they are 0.
     """
     count = valid.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-    return valid / count.to(valid.device).clamp(min=1)
+    return valid.float() / count.to(valid.device).clamp(min=1)
 
 
 REDUCTIONS = {"sample": mean_of_samples, "token": mean_of_tokens}

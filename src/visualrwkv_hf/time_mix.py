@@ -47,6 +47,12 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def norms_each_head(norm: Any, config: Any) -> bool:
+    """Return whether a block's `ln_x` is what kernels compute: a norm of each head, with weight and bias."""
+    is_whole = norm.weight is not None and norm.bias is not None
+    return is_whole and getattr(norm, "num_groups", None) == config.num_attention_heads
+
+
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """[B, T, A] -> [B, T, H, K]."""
     return x.unflatten(-1, (-1, head_dim))
@@ -211,6 +217,8 @@ class TimeMix(nn.Module):
         if hidden_states.shape[1] != 1 or torch.is_grad_enabled():
             return None
         wkv = state.tensors[WKV]
+        if state.indices is None and not norms_each_head(self.ln_x, self.config):
+            return None
         if state.indices is None:
             return kernel(self.decode_op, hidden_states, wkv)
         return kernel(self.decode_op, hidden_states, wkv, state.indices) or self.plain_decode

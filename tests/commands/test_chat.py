@@ -456,7 +456,7 @@ def test_the_model_inside_says_once_what_it_is(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stderr", shown)
     for _ in range(2):
         assert answering_source(None) == str(folder)
-    assert shown.getvalue().count("visualrwkv convert --list") == 1
+    assert shown.getvalue().count("visualrwkv models lists") == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     monkeypatch.setattr(sys, "stderr", quiet := io.StringIO())
     answering_source(None)
