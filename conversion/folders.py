@@ -28,7 +28,7 @@ EXTRAS_FILE = "original_extras.safetensors"
 
 INDEX_FILE = "model.safetensors.index.json"
 HUB_FOLDER = ".cache"
-"""Where `hf download --local-dir` notes what it has fetched."""
+"""`hf download --local-dir` notes in this folder what it has fetched."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
@@ -173,7 +173,7 @@ def real_target(output: Path) -> Path:
 
 
 def in_dtype(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    """Return what is known of a tensor once it is in `dtype`; integers, and None, leave it as it is."""
+    """Return the entry that a tensor has once it is cast to `dtype`. Integers are not cast, and None casts nothing."""
     return info._replace(dtype=dtype) if dtype is not None and info.dtype.is_floating_point else info
 
 

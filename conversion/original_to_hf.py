@@ -27,6 +27,7 @@ from .folders import (
     Config,
     Progress,
     WriteOptions,
+    in_dtype,
     locked,
     open_folder,
     refuse_target,
@@ -177,11 +178,10 @@ def _infos(
     """Yield what the tensors of `row` will be in our files."""
     if row.is_unused:
         return
-    info = infos[row.original]
-    kept = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
+    info = in_dtype(infos[row.original], dtype)
     parts = row.transform.to_ours(torch.empty(info.shape, device="meta"))
     for name, part in zip(row.ours, parts):
-        yield name, TensorInfo(kept, tuple(part.shape))
+        yield name, info._replace(shape=tuple(part.shape))
 
 
 def converted(

@@ -98,7 +98,7 @@ class Sight(nn.Module):
 
 
 class Shared(NamedTuple):
-    """What all variants of a seed have in common."""
+    """Holds what all variants of a seed have in common: their samples, and what the tower sees in them."""
 
     data: Kept
     sight: Sight

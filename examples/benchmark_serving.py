@@ -220,7 +220,7 @@ def question(number: int, model: str, tokens: int) -> dict:
 
 
 NUMBERS = itertools.count()
-"""Of the questions to a server, which keeps what it has read: no two are about one picture."""
+"""Numbers the questions to all servers: a server keeps what it has read, so no two may be about the same picture."""
 
 
 def rates(address: str, model: str, clients: int, seconds: float, tokens: int) -> Rates:

@@ -58,12 +58,12 @@ STAGES = (
 
 
 class Record:
-    """What was found so far, in `results.json`, `summary.md` and `log.txt`, rewritten with each row.
+    """Keeps what was found so far in `results.json`, `summary.md` and `log.txt`, and writes them with each row.
 
     Stages of an earlier run in the same folder stay until they run again.
 
     Raises:
-        ValueError: that was a dry run and this is none, or the other way round.
+        ValueError: the folder holds results of a dry run and this is a real one, or the other way round.
     """
 
     def __init__(self, folder: Path, dry_run: bool = False):

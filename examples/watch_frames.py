@@ -132,15 +132,18 @@ def main(
     processor = load_processor(folder)
     vlm = load_model(folder, device)
     watcher, times = Watcher(vlm, processor), []
+
+    def report(seen: Seen) -> None:
+        print(seen._replace(seconds=statistics.median(times[-every:])))
+        print(f"  {question} {watcher.ask(question, max_new_tokens)}")
+
     try:
         for seen in watch(watcher, islice(frames_of(source, fps), max_frames)):
             times.append(seen.seconds)
             if seen.number % every == 0:
-                print(seen._replace(seconds=statistics.median(times[-every:])))
-                print(f"  {question} {watcher.ask(question, max_new_tokens)}")
+                report(seen)
         if len(times) % every:  # the last frames
-            print(seen._replace(seconds=statistics.median(times[-every:])))
-            print(f"  {question} {watcher.ask(question, max_new_tokens)}")
+            report(seen)
     except (ValueError, ImportError) as error:
         typer.secho(f"Error: {error}", err=True, fg="red")
         raise typer.Exit(1) from error

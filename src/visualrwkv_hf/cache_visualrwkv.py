@@ -13,7 +13,7 @@ from .cache_layer import VisualRWKVCacheLayer
 from .layer_state import is_token
 
 Placement = torch.device | str | list[torch.device] | None
-"""Where states are put: on one device, or each layer's on its own; None leaves them where they are."""
+"""States go to one device, or each layer's to its own of a list of devices; None leaves them where they are."""
 
 if TYPE_CHECKING:
     from .kept_state import KeptState

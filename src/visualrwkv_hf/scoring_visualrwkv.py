@@ -187,9 +187,7 @@ class VisualRWKVScoringMixin:
         """Return for each rest of at least two tokens the log-probabilities [B, T - 1] after its first token."""
         batch = cache.batch_size
         rows = pad_sequence([torch.tensor(rest) for rest in rests], batch_first=True)  # [A, T]
-        rows = rows.to(compute_device(self)).repeat(
-            batch, 1
-        )  # [B * A, T]; nobody looks at what follows a pad
+        rows = rows.to(compute_device(self)).repeat(batch, 1)  # [B * A, T]; pads come last and are not scored
         branches = cache.copy()
         branches.batch_repeat_interleave(len(rests))
         outputs = self.model(input_ids=rows[:, :-1], past_key_values=branches, use_cache=True)

@@ -18,8 +18,7 @@ class StateStore:
     `generate()` then continues from the stored state that has read the longest beginning of its prompt, and stores the
     states after the last picture, after the prompt and after the answer. Threads may share a store. A store does not
     notice when the model's weights or its active adapters change: call `clear()` then. States of several models that
-    share a store are kept apart. A copy of a store, as `deepcopy(model)` makes one, is
-    empty.
+    share a store are kept apart. A copy of a store, as `deepcopy(model)` makes one, is empty.
 
     A server with several clients gives each its own part, so that no client can tell from the time of an answer
     whether another one has sent the same picture or text before:

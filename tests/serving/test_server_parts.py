@@ -67,7 +67,7 @@ def test_a_held_piece_is_not_sent_twice():
 # --- the start ------------------------------------------------------------------------------------------
 
 
-def test_a_start_that_fails_ends(monkeypatch):
+def test_a_start_that_fails_ends():
     """Another program may bind the same address while the model is loaded, and listen first."""
     from starlette.applications import Starlette
 
@@ -92,7 +92,8 @@ def test_a_start_that_fails_ends(monkeypatch):
     thread.join(PATIENCE)
     assert not thread.is_alive() and not app.state.line.thread.is_alive()
     assert raised[0].startswith(f"Cannot listen on 127.0.0.1 port {port}: ")
-    first.close(), second.close()
+    first.close()
+    second.close()
 
 
 # --- tokens ---------------------------------------------------------------------------------------------

@@ -85,6 +85,11 @@ def finetune_module() -> ModuleType:
     return module
 
 
+def lora_command(model: Path, data: Path) -> list[object]:
+    """Return the options of `examples/finetune.py` with which it trains adapters of a model on a CPU."""
+    return ["--model", model, "--data", data, "--preset", "lora", "--use-cpu", "--report-to", "none"]
+
+
 def finetune(*arguments: object) -> None:
     """Run `python examples/finetune.py ...` in this process."""
     finetune_module().main([str(argument) for argument in arguments])

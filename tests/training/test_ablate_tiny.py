@@ -58,13 +58,10 @@ def test_a_run_trains_each_variant_behind_the_same_tower(packages, tmp_path, mon
 
 
 def test_what_was_seen_is_what_the_tower_sees():
-    tower = AutoModelForImageTextToText.from_pretrained(
-        bundled_model(), dtype="float32"
-    ).model.vision_tower.eval()
-    sight, pictures = (
-        ablate_tiny.Sight(tower),
-        torch.rand(4, 3, 128, 128, generator=torch.Generator().manual_seed(0)),
-    )
+    bundled = AutoModelForImageTextToText.from_pretrained(bundled_model(), dtype="float32")
+    tower = bundled.model.vision_tower.eval()
+    sight = ablate_tiny.Sight(tower)
+    pictures = torch.rand(4, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = tower(pictures).last_hidden_state
         for order in ([0, 1], [3, 1, 0], [2, 2, 3]):

@@ -29,6 +29,7 @@ from tiny_training import (
     TEXT_SAMPLE,
     finetune,
     finetune_module,
+    lora_command,
     rows_with_pictures,
     save_tiny_model,
     tiny_model,
@@ -515,18 +516,7 @@ def test_a_merged_model_is_pushed_without_its_adapter(hub, tmp_path, data):
     """The last step is a checkpoint, whose adapter must not stay beside the model."""
     pytest.importorskip("peft")
     base = save_tiny_model(tmp_path / "base")
-    command = [
-        "--model",
-        base,
-        "--data",
-        data,
-        "--preset",
-        "lora",
-        "--merge-lora",
-        "--use-cpu",
-        "--report-to",
-        "none",
-    ]
+    command = [*lora_command(base, data), "--merge-lora"]
     push = ["--push-to-hub", "--hub-model-id", "ann/merged", "--output-dir", tmp_path / "out"]
     with client_process(hub.url, tmp_path / "cache") as client:
         client(tiny_training.finetune, *command, *push, "--max-steps", 1, token="hf_ann")

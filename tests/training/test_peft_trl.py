@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_training import (
     COLOURS,
     finetune,
+    lora_command,
     rows_with_pictures,
     save_tiny_model,
     tiny_model,
@@ -106,18 +107,7 @@ def test_a_compressor_is_trained_with_the_projector():
 def test_finetune_with_lora_saves_adapters_or_the_merged_model(data, tmp_path, capsys):
     base = save_tiny_model(tmp_path / "base")
     sizes = ["--max-steps", 2, "--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 1]
-    command = [
-        "--model",
-        base,
-        "--data",
-        data,
-        "--preset",
-        "lora",
-        "--use-cpu",
-        *sizes,
-        "--report-to",
-        "none",
-    ]
+    command = [*lora_command(base, data), *sizes]
     finetune(*command, "--output-dir", tmp_path / "adapter")
     script, *merge = shlex.split(capsys.readouterr().err.rpartition("Next: python ")[2])
     finetune(*command, "--output-dir", tmp_path / "merged", "--merge-lora")

@@ -19,6 +19,7 @@ from ..generations import GENERATIONS
 from ..layer_state import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, WKV, LayerState
 from ..modeling_rwkv import RwkvBlock
 from ..rwkv7_time_mix import DECAY_SCALE
+from ..time_mix import norms_each_head
 from ..token_order import TokenOrder
 from .formats import FLOAT_DTYPES, FORMAT_OF, FORMATS
 from .layers import NATIVE_LINEARS, serves
@@ -127,7 +128,7 @@ MIXES_BY_MAP = _versions_with("LOW_SHIFT")
 
 
 NOT_IN_LAYER_0 = (("att", "v0"), ("att", "v1"), ("att", "v2"))
-"""Paths of RWKV-7's gate between a layer's values and those of layer 0."""
+"""Layer 0 of RWKV-7 lacks these paths: they gate between a layer's own values and those of layer 0."""
 
 
 class _Weights(NamedTuple):
@@ -247,8 +248,11 @@ class ReadyBlock(NamedTuple):
         att: Any = block.att
         version = att.config.rwkv_version
         weights = _Weights.of(block, version)
-        heads = att.config.num_attention_heads
-        if weights.lacks(version) or block.ln1.eps != block.ln2.eps or att.ln_x.num_groups != heads:
+        if (
+            weights.lacks(version)
+            or block.ln1.eps != block.ln2.eps
+            or not norms_each_head(att.ln_x, att.config)
+        ):
             return None
         sizes = _sizes(att.config, weights, hidden_states)
         if not _suits(sizes, weights, hidden_states.dtype):

@@ -93,6 +93,7 @@ class NativeLinear(nn.Linear):
 
 
 def _is_like(bias: Tensor | None, weight: Tensor) -> bool:
+    """Return whether C can add the bias, if there is one: it reads it in the weight's dtype."""
     return bias is None or (is_plain(bias) and bias.dtype == weight.dtype)
 
 
@@ -193,9 +194,9 @@ class RoundedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if self.weight.is_cpu and serves(input):
+        if serves(input):
             return linear(input, self.weight, self.scale)
-        if self.weight.is_cpu and multiplies_in_int8(input):
+        if multiplies_in_int8(input):
             return linear_int8(input, self.weight, self.scale)
         return self.multiplied(input)
 
@@ -423,7 +424,7 @@ def may_replace(linear: Any) -> bool:
 
 
 def has_any_hook(layer: nn.Module) -> bool:
-    """Return whether somebody waits for gradients or state dicts of a layer, which another one would not have."""
+    """Return whether a layer has hooks, which another layer in its place would not have."""
     return any(held for name, held in layer.__dict__.items() if name.endswith("_hooks"))
 
 

@@ -52,7 +52,7 @@ ARGUMENTS = {
 
 
 FLOAT: dict[str, Any] = dict(dtype=torch.float32, device="cpu")
-"""What C writes, whatever torch's defaults are."""
+"""Options for tensors that C writes to: torch's own defaults can be changed by anyone."""
 
 
 class Library:
@@ -83,13 +83,20 @@ class Library:
         Raises:
             RuntimeError: if the function refuses its arguments, or a tensor is not on the CPU.
         """
-        if any(isinstance(x, Tensor) and not x.is_cpu for x in arguments):
-            raise RuntimeError(f"The native op {name} got a tensor that is not on the CPU.")
-        addresses = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
+        addresses = map(_as_argument, arguments)
         if error := getattr(self._library, f"visualrwkv_{name}")(torch.get_num_threads(), *addresses):
             raise RuntimeError(
                 f"The native op {name} refused its arguments: {self.contract['ERRORS'][error]}."
             )
+
+
+def _as_argument(value: Any) -> Any:
+    """Return a tensor's address, and anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_cpu:
+        raise RuntimeError(f"Native ops read tensors on the CPU, got one on {value.device}.")
+    return value.data_ptr()
 
 
 @functools.cache

@@ -41,8 +41,13 @@ def bound_socket(host: str, port: int) -> socket.socket:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
-        raise OSError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from error
+        raise cannot_listen(f"{host} port {port}", error) from error
     return bound
+
+
+def cannot_listen(where: str, error: OSError) -> OSError:
+    """Return the error that says where the server cannot listen, and why."""
+    return OSError(f"Cannot listen on {where}: {error.strerror or error}.")
 
 
 def addresses_of(sockets: list[socket.socket] | None) -> str:
@@ -81,9 +86,7 @@ def make_server(app: Any, limits: Limits, access: Access, on_start: Callable[[],
             try:
                 await super().startup(sockets=sockets)
             except OSError as error:  # another program has bound the address as well, and listens by now
-                raise OSError(
-                    f"Cannot listen on {addresses_of(sockets)}: {error.strerror or error}."
-                ) from error
+                raise cannot_listen(addresses_of(sockets), error) from error
             on_start()
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -98,14 +98,15 @@ def conversation_of(row: dict) -> tuple[list[dict], list]:
     """
     given: Any = next((row[name] for name in ("images", "image") if row.get(name) is not None), [])
     images = list(given) if isinstance(given, list | tuple) else [given]
-    given_turns = [row[name] for name in ("conversations", "messages") if row.get(name) is not None]
-    if not given_turns:
+    is_llava = row.get("conversations") is not None
+    turns = row["conversations"] if is_llava else row.get("messages")
+    if turns is None:
         raise ValueError(f"a sample needs conversations or messages, got {', '.join(row) or 'nothing'}.")
-    if not given_turns[0]:
+    if not turns:
         raise ValueError("a conversation needs turns.")
-    if row.get("conversations") is not None:
-        return row["conversations"], images
-    conversations, own_images = messages_to_conversation(row["messages"])
+    if is_llava:
+        return turns, images
+    conversations, own_images = messages_to_conversation(turns)
     if own_images and images:
         raise ValueError(f"{len(own_images)} pictures stand in the messages and {len(images)} beside them.")
     if images and conversations and not any(IMAGE in turn["value"] for turn in conversations):
