@@ -47,6 +47,9 @@ NESTED_UNDER = ("state_dict", "module", "model")
 DEEPEST = 8
 """How many such dicts may be nested."""
 
+SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
+"""A file that an index may name: one beside it, as in `inference.checks.refuse_strange_index`."""
+
 RELEASE_EVERY = 1 << 29
 """Bytes read from a mapped file before its pages are given back."""
 
@@ -95,6 +98,11 @@ class Checkpoint(Mapping[str, Tensor]):
             raise ConversionError(
                 f"{self.paths[index].name}: tensor {name} is stored as {info.dtype}. Tensors can be stored as "
                 f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPE_NAMES)}."
+            )
+        if 0 in info.shape:
+            raise ConversionError(
+                f"{self.paths[index].name}: tensor {name} is empty. DeepSpeed's ZeRO-3 writes such files: run its "
+                "zero_to_fp32.py, which puts the weights together, and give what that writes."
             )
         return info
 
@@ -263,6 +271,20 @@ def read_checkpoint(*paths: str | Path) -> Checkpoint:
 
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def files_of_index(index: Path) -> list[Path]:
+    """Return the files of shards that an index names. Raises `ConversionError` for any outside its folder."""
+    fields = read_json(index)
+    weight_map = fields.get("weight_map") if isinstance(fields, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{index} has no weight_map that names files.")
+    for name in weight_map.values():
+        if not (isinstance(name, str) and SHARD.fullmatch(name)):
+            raise ConversionError(
+                f"weight_map in {index} names {name!r}, which is no file of weights beside it."
+            )
+    return [index.with_name(name) for name in sorted(set(weight_map.values()))]
 
 
 @contextlib.contextmanager

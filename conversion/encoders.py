@@ -40,7 +40,7 @@ def dinov2_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
         raise ConversionError(
             f"DINOv2's MLP width ({intermediate_size}) must be a multiple of its width ({width})."
         )
-    num_registers = shape_of(shapes, "vit.dino_featurizer.reg_token")[1]
+    num_registers = shape_of(shapes, "vit.dino_featurizer.reg_token", 3)[1]
     return fields | {
         "mlp_ratio": intermediate_size // width,
         "num_register_tokens": num_registers,
@@ -52,11 +52,11 @@ def dinov2_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
 def sam_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of SAM's encoder: blocks with relative positions over the whole map are global."""
     prefix = "vit.sam_featurizer."
-    _, side, _, width = shape_of(shapes, f"{prefix}pos_embed")
-    patch_size = shape_of(shapes, f"{prefix}patch_embed.proj.weight")[-1]
+    _, side, _, width = shape_of(shapes, f"{prefix}pos_embed", 4)
+    patch_size = shape_of(shapes, f"{prefix}patch_embed.proj.weight", 4)[-1]
     depth = num_blocks(shapes, f"{prefix}blocks.")
-    mlp_dim = shape_of(shapes, f"{prefix}blocks.0.mlp.lin1.weight")[0]
-    positions = [shape_of(shapes, f"{prefix}blocks.{layer}.attn.rel_pos_h") for layer in range(depth)]
+    mlp_dim = shape_of(shapes, f"{prefix}blocks.0.mlp.lin1.weight", 2)[0]
+    positions = [shape_of(shapes, f"{prefix}blocks.{layer}.attn.rel_pos_h", 2) for layer in range(depth)]
     reach = [(length + 1) // 2 for length, _ in positions]  # 2 n - 1 differences between n rows
     windows = {n for n in reach if n != side}
     if len(windows) > 1:
@@ -71,7 +71,7 @@ def sam_fields(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": width // positions[0][1],
         "mlp_dim": mlp_dim,
         "mlp_ratio": mlp_dim / width,
-        "output_channels": shape_of(shapes, f"{prefix}neck.0.weight")[0],
+        "output_channels": shape_of(shapes, f"{prefix}neck.0.weight", 4)[0],
         "window_size": next(iter(windows), 0),
         "global_attn_indexes": [layer for layer, n in enumerate(reach) if n == side],
     }
@@ -81,28 +81,28 @@ def hf_vit_fields(
     shapes: Shapes, given: Mapping[str, Any], field: str, num_class_positions: int
 ) -> dict[str, Any]:
     prefix = "vit.vision_model."
-    width, _, patch_size, _ = shape_of(shapes, f"{prefix}embeddings.patch_embedding.weight")
+    width, _, patch_size, _ = shape_of(shapes, f"{prefix}embeddings.patch_embedding.weight", 4)
     position = f"{prefix}embeddings.position_embedding.weight"
     return {
         "hidden_size": width,
-        "image_size": side_of(shape_of(shapes, position)[0] - num_class_positions, position) * patch_size,
+        "image_size": side_of(shape_of(shapes, position, 2)[0] - num_class_positions, position) * patch_size,
         "patch_size": patch_size,
         "num_hidden_layers": num_blocks(shapes, f"{prefix}encoder.layers."),
         "num_attention_heads": num_heads_of(width, given, field),
-        "intermediate_size": shape_of(shapes, f"{prefix}encoder.layers.0.mlp.fc1.weight")[0],
+        "intermediate_size": shape_of(shapes, f"{prefix}encoder.layers.0.mlp.fc1.weight", 2)[0],
     }
 
 
 def timm_fields(shapes: Shapes, given: Mapping[str, Any], prefix: str, field: str) -> dict[str, Any]:
-    width, _, patch_size, _ = shape_of(shapes, f"{prefix}patch_embed.proj.weight")
+    width, _, patch_size, _ = shape_of(shapes, f"{prefix}patch_embed.proj.weight", 4)
     position = f"{prefix}pos_embed"
     return {
         "hidden_size": width,
-        "image_size": side_of(shape_of(shapes, position)[1], position) * patch_size,
+        "image_size": side_of(shape_of(shapes, position, 3)[1], position) * patch_size,
         "patch_size": patch_size,
         "num_hidden_layers": num_blocks(shapes, f"{prefix}blocks."),
         "num_attention_heads": num_heads_of(width, given, field),
-        "intermediate_size": shape_of(shapes, f"{prefix}blocks.0.mlp.fc1.weight")[0],
+        "intermediate_size": shape_of(shapes, f"{prefix}blocks.0.mlp.fc1.weight", 2)[0],
     }
 
 

@@ -5,19 +5,22 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from visualrwkv_hf.configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig
 from visualrwkv_hf.cpu.rounding import WEIGHTS
 
-from .checkpoint import Checkpoint, TensorInfo, read_json
+from .checkpoint import Checkpoint, TensorInfo, files_of_index, is_finite, read_json, same_bits
 from .errors import ConversionError
 
 Config = VisualRWKVConfig | VisualRWKVTextConfig
@@ -28,7 +31,18 @@ EXTRAS_FILE = "original_extras.safetensors"
 
 INDEX_FILE = "model.safetensors.index.json"
 HUB_FOLDER = ".cache"
-"""`hf download --local-dir` notes in this folder what it has fetched."""
+"""`hf download --local-dir` notes in this folder what it has fetched, below `huggingface`."""
+
+CONFIGS = {cls.model_type: cls for cls in (VisualRWKVConfig, VisualRWKVTextConfig)}
+"""`model_type` of a model folder -> its configuration."""
+
+MODEL_FILES = re.compile(
+    r"(|generation_|processor_|preprocessor_|tokenizer_)config\.json"
+    r"|(tokenizer|special_tokens_map|added_tokens|chat_template)\.json|chat_template\.jinja"
+    r"|(model(-\d{5}-of-\d{5})?|original_extras)\.safetensors|model\.safetensors\.index\.json"
+    r"|README\.md|(LICENSE|NOTICE)(\.\w+)?|\.gitattributes"
+)
+"""Names of the files that a model folder may hold beside its code; a folder with others is not overwritten."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
@@ -122,7 +136,7 @@ def open_folder(folder: Path) -> Checkpoint:
     index = folder / INDEX_FILE
     files = [folder / "model.safetensors"]
     if index.exists() and not files[0].exists():  # transformers leaves an old index in the folder
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        files = files_of_index(index)
     return Checkpoint(files, rename=str)
 
 
@@ -132,10 +146,9 @@ def read_config(folder: Path) -> Config:
     if not path.exists():
         raise ConversionError(f"{folder} is not a model folder: it has no config.json.")
     model_type = read_json(path).get("model_type")
-    classes = {cls.model_type: cls for cls in (VisualRWKVConfig, VisualRWKVTextConfig)}
-    if model_type not in classes:
-        raise ConversionError(f"{folder} holds a model of type {model_type!r}, not {' or '.join(classes)}.")
-    return classes[model_type].from_pretrained(folder)
+    if model_type not in CONFIGS:
+        raise ConversionError(f"{folder} holds a model of type {model_type!r}, not {' or '.join(CONFIGS)}.")
+    return CONFIGS[model_type].from_pretrained(folder)
 
 
 # Writing.
@@ -154,17 +167,46 @@ def refuse_target(output_dir: Path, sources: Sequence[Path], overwrite: bool) ->
         return
     if not overwrite:
         raise ConversionError(f"{output_dir} is not empty (overwrite).")
-    if not (output_dir / "config.json").exists():
-        raise ConversionError(f"{output_dir} is not a model folder, and is not overwritten.")
-    if others := sorted(
-        path.name for path in output_dir.iterdir() if path.is_dir() and path.name != HUB_FOLDER
-    ):
-        raise ConversionError(
-            f"{output_dir} holds the folder {others[0]} beside the model, and is not overwritten: remove it first."
-        )
+    if _model_type(output_dir) not in CONFIGS:
+        raise ConversionError(f"{output_dir} is not a model folder of VisualRWKV, and is not overwritten.")
     inside = [path for path in sources if output_dir.resolve() in path.resolve().parents]
     if inside:
         raise ConversionError(f"{inside[0]} is in {output_dir}, which would be overwritten.")
+    code = _code_of(output_dir)
+    if others := [path for path in sorted(output_dir.iterdir()) if not _is_of_a_model(path, code)]:
+        what = "the folder " if others[0].is_dir() else ""
+        raise ConversionError(
+            f"{output_dir} holds {what}{others[0].name} beside the model, and is not overwritten: remove it first."
+        )
+
+
+def _model_type(folder: Path) -> str | None:
+    """Return what `config.json` of a folder names as its model, None if it names nothing."""
+    try:
+        fields = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return None
+    return str(fields.get("model_type")) if isinstance(fields, dict) else None
+
+
+def _code_of(folder: Path) -> set[str]:
+    """Return the modules that the configurations of a folder, or its modules, name: also those of older versions."""
+    text = "\n".join(
+        path.read_text("utf-8", errors="replace")
+        for path in folder.iterdir()
+        if path.is_file() and path.name.endswith(("config.json", ".py"))
+    )
+    return {
+        "".join(names) for names in re.findall(r'"(\w+)\.VisualRWKV\w+"|^\s*from \.(\w+) import', text, re.M)
+    }
+
+
+def _is_of_a_model(path: Path, code: set[str]) -> bool:
+    """Return whether a path in a model folder belongs to it; `code`: the modules that it names."""
+    if path.is_dir():
+        return path.name == HUB_FOLDER and {inner.name for inner in path.iterdir()} <= {"huggingface"}
+    module = path.name.removesuffix(".old").removesuffix(".py")  # `copy_code` keeps replaced code as *.py.old
+    return bool(MODEL_FILES.fullmatch(path.name)) or (module != path.name and module in code)
 
 
 def real_target(output: Path) -> Path:
@@ -175,6 +217,38 @@ def real_target(output: Path) -> Path:
 def in_dtype(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
     """Return the entry that a tensor has once it is cast to `dtype`. Integers are not cast, and None casts nothing."""
     return info._replace(dtype=dtype) if dtype is not None and info.dtype.is_floating_point else info
+
+
+def cast(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the same tensors in the dtype that they are written in; see `in_dtype`."""
+    for name, tensor in tensors:
+        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def refusing_non_finite(
+    tensors: Iterable[tuple[str, Tensor]], known_as: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the same tensors; raise `ConversionError` at one that is not finite, with its name in `known_as`."""
+    for name, tensor in tensors:
+        if not is_finite(tensor):
+            name = known_as.get(name, name)
+            raise ConversionError(f"Tensor {name} holds NaN or infinite values in {tensor.dtype}.")
+        yield name, tensor
+
+
+def verify_model(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], progress: Progress | None = None
+) -> None:
+    """Read what was written and compare every tensor with what it was made of, bit for bit.
+
+    `progress` is called with `VERIFYING` in place of a file's name, and the bytes that are found to be right.
+    """
+    written = open_folder(folder)
+    for name, tensor in tensors:
+        if name not in written or not same_bits(written[name], tensor):
+            raise ConversionError(f"Tensor {name} was not written as it was read: is the disk in order?")
+        if progress is not None:
+            progress(VERIFYING, tensor.nbytes)
 
 
 def refuse_without_space(parent: Path, infos: Iterable[TensorInfo]) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class RankSource(NamedTuple):
-    """Where the rank of a low-rank map can be read: dimension `dim` of a block's tensor.
+    """Where the rank of a low-rank map can be read: dimension `dim` of a block's tensor, which has `dims`.
 
     `after_first`: the first block's tensor is not used, so that its rank says nothing.
     """
@@ -17,6 +17,7 @@ class RankSource(NamedTuple):
     tensor: str
     dim: int
     after_first: bool = False
+    dims: int = 2
 
 
 class OriginalGeneration(NamedTuple):
@@ -65,7 +66,7 @@ ORIGINAL_GENERATIONS = {
             "ffn.{receptance,key,value}.weight",
         ),
         ranks={
-            "mix_low_rank_dim": RankSource("att.time_maa_w2", 1),
+            "mix_low_rank_dim": RankSource("att.time_maa_w2", 1, dims=3),
             "decay_low_rank_dim": RankSource("att.time_decay_w1", 1),
         },
     ),

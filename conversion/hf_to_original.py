@@ -27,6 +27,7 @@ from .folders import (
 from .key_map import Row, key_rows, rows_to_original
 from .quantize import refuse_quantized
 from .state_dicts import holds_vision
+from .towers import Assembled, assembled, renamed
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,11 @@ def to_original(
         raise ConversionError(f"There is no folder {target.parent} to write into.")
     config = read_config(folder)
     refuse_quantized(config, folder)
-    ours = open_folder(folder)
+    ours: Checkpoint | Assembled = open_folder(folder)
     rows = key_rows(config, with_vision=holds_vision(ours))
+    if config.tie_word_embeddings and "lm_head.weight" not in ours:
+        (embedding,) = next(row.ours for row in rows if row.original == "rwkv.emb.weight")
+        ours = assembled(ours, renamed(ours, {"lm_head.weight": embedding}))  # the original ties nothing
     _check_ours(ours, rows)
     extras = _extras(folder, config)
     infos = [*ours.infos.values(), *(extras.infos.values() if extras else [])]
@@ -90,11 +94,10 @@ def _own(tensor: Tensor) -> Tensor:
 
 def _check_ours(ours: Mapping[str, Tensor], rows: Iterable[Row]) -> None:
     known = {name for row in rows for name in row.ours}
-    for kind, names in (("lacks", known - set(ours)), ("does not know", set(ours) - known)):
-        if names:
-            raise ConversionError(
-                f"The folder does not fit its configuration, which {kind} {sorted(names)[0]}."
-            )
+    if missing := sorted(known - set(ours)):
+        raise ConversionError(f"The folder lacks {missing[0]}, which its configuration asks for.")
+    if unknown := sorted(set(ours) - known):
+        raise ConversionError(f"The folder holds {unknown[0]}, which its configuration does not know.")
 
 
 def _extras(folder: Path, config: Config) -> Checkpoint | None:

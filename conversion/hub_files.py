@@ -10,8 +10,12 @@ from .hub_address import SCHEME, HubFile, parse_address
 from .hub_errors import hub_sentences
 from .releases import known_sha256
 
-STALE_FILES = ["*.safetensors", INDEX_FILE, EXTRAS_FILE]
-"""A push deletes the old ones of these: shards of another number would otherwise stay beside the new ones."""
+DIGITS = "[0-9]" * 5
+STALE_FILES = ["model.safetensors", f"model-{DIGITS}-of-{DIGITS}.safetensors", INDEX_FILE, EXTRAS_FILE]
+"""A push deletes the old ones of these: shards of another number would otherwise stay beside the new ones.
+
+The Hub's client matches them with paths, where `*` would match `/` as well: files in folders stay.
+"""
 
 
 def local_file(source: str, say: Callable[[str], None] = lambda sentence: None) -> Path:

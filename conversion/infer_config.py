@@ -6,7 +6,7 @@ heads of vision encoders. Both can be overridden field by field.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +53,11 @@ def text_fields(shapes: Shapes) -> dict[str, Any]:
     version = infer_rwkv_version(shapes)
     generation = ORIGINAL_GENERATIONS[version]
     num_layers = num_blocks(shapes, "rwkv.blocks.")
-    vocab_size, hidden_size = shape_of(shapes, "rwkv.emb.weight")
-    num_heads, head_dim = shape_of(shapes, f"rwkv.blocks.0.{generation.heads}")
+    vocab_size, hidden_size = shape_of(shapes, "rwkv.emb.weight", 2)
+    num_heads, head_dim = shape_of(shapes, f"rwkv.blocks.0.{generation.heads}", 2)
     last = f"rwkv.blocks.{num_layers - 1}."
     ranks = {
-        field: shape_of(shapes, last + source.tensor)[source.dim]
+        field: shape_of(shapes, last + source.tensor, source.dims)[source.dim]
         for field, source in generation.ranks.items()
         if num_layers > 1 or not source.after_first
     }
@@ -68,7 +68,7 @@ def text_fields(shapes: Shapes) -> dict[str, Any]:
         "num_hidden_layers": num_layers,
         "head_dim": head_dim,
         "attention_size": num_heads * head_dim,
-        "intermediate_size": shape_of(shapes, "rwkv.blocks.0.ffn.key.weight")[0],
+        "intermediate_size": shape_of(shapes, "rwkv.blocks.0.ffn.key.weight", 2)[0],
         **ranks,
     }
 
@@ -102,7 +102,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def projector_input_width(shapes: Shapes) -> int:
     for name in ("proj.weight", "proj.proj.weight", "proj.gate.weight"):
         if name in shapes:
-            return shape_of(shapes, name)[1]
+            return shape_of(shapes, name, 2)[1]
     raise ConversionError("There is no projector in the checkpoint: no tensor is named proj.*.")
 
 
@@ -158,7 +158,7 @@ def tower_width(vision: Mapping[str, Any]) -> int:
     return VisualRWKVVisionConfig(**(dict(vision) | {"tile_grid": 1, "class_token": "none"})).hidden_size
 
 
-def _projector_of(shapes: Shapes, family: str, gate_is_untrained: bool | None) -> str:
+def _projector_of(shapes: Shapes, family: str, gate_is_untrained: Callable[[], bool] | bool | None) -> str:
     usual = RELEASES[family].usual_projector
     if "proj.weight" in shapes:
         return usual if usual == "linear_flip" else "linear"
@@ -170,7 +170,8 @@ def _projector_of(shapes: Shapes, family: str, gate_is_untrained: bool | None) -
         raise ConversionError(
             f"Only its values tell whether the projector of {family} uses its gate: give projector='relu' or 'gated'."
         )
-    return "relu" if gate_is_untrained else "gated"
+    untrained = gate_is_untrained() if callable(gate_is_untrained) else gate_is_untrained
+    return "relu" if untrained else "gated"
 
 
 def gate_is_untrained(gate: Tensor, tolerance: float = 0.01) -> bool:
@@ -205,7 +206,7 @@ def infer(
     *,
     vision_config: VisualRWKVVisionConfig | Mapping[str, Any] | None = None,
     family: str | None = None,
-    gate_is_untrained: bool | None = None,
+    gate_is_untrained: Callable[[], bool] | bool | None = None,
     **overrides: Any,
 ) -> Inferred:
     """Return the family of an original checkpoint and the configuration of a model that holds its tensors.
@@ -215,7 +216,8 @@ def infer(
         vision_config: fields of the vision tower: all of them if the checkpoint holds none, else those to
             override, as in `{"clip_config": {"num_attention_heads": 4}}`.
         family: a name of `RELEASES`, for those that share their tensors' names and shapes.
-        gate_is_untrained: what `gate_is_untrained` says of `proj.gate.weight`; UHD needs it, or `projector`.
+        gate_is_untrained: what `gate_is_untrained` says of `proj.gate.weight`, or a function that returns it, which
+            is called only if it is needed; UHD needs it, or `projector`.
         **overrides: fields of [`VisualRWKVConfig`] to override, or of [`VisualRWKVTextConfig`] for a language
             model alone.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from visualrwkv_hf.configuration_visualrwkv import VisualRWKVConfig, VisualRWKVTextConfig
 
-from .releases import METRICS, ReleasedModel, released_model
+from .releases import METRICS, RELEASES, ReleasedModel, released_model
 
 IMAGE_USAGE = """\
 ```python
@@ -36,22 +36,58 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```"""
 
 
-def model_card(config: VisualRWKVConfig | VisualRWKVTextConfig) -> str:
-    """Return README.md with its metadata, from the configuration that the converter has written."""
+UNTRAINED = (
+    "The projector is untrained: train the model before you ask it. The language model and the vision tower are those "
+    "of the files below."
+)
+
+OTHER_TOKENIZER = (
+    "The folder holds no tokenizer, since the vocabulary is not RWKV World's: put the model's own into it."
+)
+
+
+def model_card(
+    config: VisualRWKVConfig | VisualRWKVTextConfig, *, is_trained: bool = True, has_tokenizer: bool = True
+) -> str:
+    """Return README.md with its metadata, from the configuration that the converter has written.
+
+    Args:
+        config: of the model.
+        is_trained: whether its projector is, in a model with a vision tower.
+        has_tokenizer: whether a tokenizer is in the folder.
+    """
     is_text = isinstance(config, VisualRWKVTextConfig)
     released = released_model(config)
-    version = config.rwkv_version if is_text else config.text_config.rwkv_version
-    title = released.title if released else f"{'RWKV' if is_text else 'VisualRWKV'}-{version}"
     parts = [
         _front_matter("text-generation" if is_text else "image-text-to-text"),
-        f"# {title}",
+        f"# {_title(config, released)}{'' if is_trained else ', untrained'}",
         "Converted to Hugging Face transformers by `visualrwkv-hf`; the folder holds the code that loads it.",
-        TEXT_USAGE if is_text else IMAGE_USAGE,
     ]
-    if released and released.scores:
+    if not is_trained:
+        parts.append(UNTRAINED)
+    if not has_tokenizer:
+        parts.append(OTHER_TOKENIZER)
+    parts.append(TEXT_USAGE if is_text else IMAGE_USAGE)
+    if is_trained and released and released.scores and _is_family_of(config, released):
         parts.append(_score_table(released))
     parts.append(_source_table(config.conversion))
     return "\n\n".join(parts) + "\n"
+
+
+def _title(config: VisualRWKVConfig | VisualRWKVTextConfig, released: ReleasedModel | None) -> str:
+    """Return a release's name if its files were converted, and what a model of the same shape is like otherwise."""
+    if released is None:
+        kind = "RWKV" if isinstance(config, VisualRWKVTextConfig) else "VisualRWKV"
+        return f"{kind}-{config.get_text_config(decoder=True).rwkv_version}"
+    files = sorted(source["name"] for source in config.conversion["sources"])
+    is_release = _is_family_of(config, released) and files == sorted(released.files)
+    return released.title if is_release else f"Shaped like {released.title}"
+
+
+def _is_family_of(config: VisualRWKVConfig | VisualRWKVTextConfig, released: ReleasedModel) -> bool:
+    """Return whether the converter has noted the release's family; others may have the same shape."""
+    family = RELEASES.get(config.conversion["family"])
+    return family is not None and released in family.models
 
 
 def _front_matter(task: str) -> str:
@@ -64,7 +100,8 @@ def _score_table(released: ReleasedModel) -> str:
     found += sorted(released.scores.keys() - set(METRICS))
     rows = "\n".join(f"| {name} | {released.scores[name]} |" for name in found)
     return (
-        f"## Published scores\n\nReported for {released.title} in {released.source}; a fine-tune has others.\n\n"
+        f"## Published scores\n\nReported for {released.title} in {released.source}; any other training of this shape "
+        f"has others.\n\n"
         f"| benchmark | score |\n|---|---|\n{rows}"
     )
 
@@ -100,7 +137,6 @@ def quantization_section(weights: str, errors: Mapping[str, float]) -> str:
         "transformers reads them everywhere with `pip install compressed-tensors`.\n\n"
         "What rounding changed, as the root of the sum of squares relative to the weights':\n\n"
         f"| weights | change |\n|---|---|\n{rows}\n\n"
-        "`examples/quantization_quality.py` of visualrwkv-hf measures on your own questions what that costs. The small "
-        "model inside visualrwkv-hf gives 98.2 % right answers to 1,000 questions of easy-VQA in float32, bfloat16 and "
-        "int8, and 97.9 % in int4.\n"
+        "`examples/quantization_quality.py` of visualrwkv-hf measures on your own questions what that costs; its page "
+        "docs/quantization.md has the figures of the small model inside it.\n"
     )

@@ -72,7 +72,7 @@ def assemble_vlm(
         inferred = inference.infer(
             shapes_of(checkpoint), vision_config=given, family=family, projector=projector, **overrides
         )
-        return write_folder(checkpoint, inferred, output_dir, write)
+        return write_folder(checkpoint, inferred, output_dir, write, is_trained=False)
 
 
 def read_language_model(path: str | Path) -> Checkpoint:

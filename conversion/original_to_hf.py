@@ -1,12 +1,11 @@
 """Original checkpoints to model folders, tensor by tensor."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from visualrwkv_hf.configuration_visualrwkv import VisualRWKVTextConfig
 
@@ -15,26 +14,26 @@ from .checkpoint import (
     Checkpoint,
     TensorInfo,
     hashed_meanwhile,
-    is_finite,
     read_checkpoint,
-    same_bits,
     write_safetensors,
 )
 from .errors import ConversionError
 from .folders import (
     EXTRAS_FILE,
-    VERIFYING,
     Config,
-    Progress,
     WriteOptions,
+    cast,
     in_dtype,
     locked,
-    open_folder,
+    real_target,
     refuse_target,
     refuse_without_space,
+    refusing_non_finite,
+    verify_model,
     whole_or_nothing,
 )
 from .key_map import Row, rows_to_ours
+from .model_card import model_card, quantization_section
 from .quantize import (
     RoundingErrors,
     quantization_of,
@@ -47,12 +46,12 @@ from .releases import RELEASES
 from .state_dicts import checked_rows, infer_from, model_class
 from .towers import Assembled, TowerSource, assembled, read_tower
 
+logger = logging.getLogger(__name__)
+
 SourceTensors = Checkpoint | Assembled
 """Tensors under canonical original names, with the `infos` and `paths` of their files."""
 
 CONVERTER_VERSION = 1
-STOP_TOKENS = [0, 261]
-"""Generation ends at the end of the text (0) and at the end of a turn, two line feeds (261)."""
 
 
 def to_hf(
@@ -91,9 +90,17 @@ def to_hf(
 
 
 def write_folder(
-    checkpoint: SourceTensors, inferred: inference.Inferred, output_dir: str | Path, options: WriteOptions
+    checkpoint: SourceTensors,
+    inferred: inference.Inferred,
+    output_dir: str | Path,
+    options: WriteOptions,
+    *,
+    is_trained: bool = True,
 ) -> Path:
-    """Write the model folder of tensors under the original's names, for the one that holds the target's lock."""
+    """Write the model folder of tensors under the original's names, for the one that holds the target's lock.
+
+    A card of a model that is not trained says so, and has no scores.
+    """
     output_dir = Path(output_dir).absolute()
     refuse_target(output_dir, checkpoint.paths, options.overwrite)
     family, config = inferred
@@ -104,27 +111,31 @@ def write_folder(
     layers = rounded_layers(dense, config, options.weights)
     infos, errors = stored_infos(dense, layers), RoundingErrors()
     unused = [row.original for row in rows if row.is_unused and row.original in checkpoint]
-    unused = unused if options.keep_unused else []
-    refuse_without_space(output_dir.parent, [*infos.values(), *(checkpoint.infos[name] for name in unused)])
+    extras = {name: checkpoint.infos[name] for name in unused} if options.keep_unused else {}
+    written = [*infos.values(), *extras.values()]
+    refuse_without_space(real_target(output_dir).parent, written)
     if options.expect is not None:
-        extra = sum(checkpoint.infos[name].num_bytes for name in unused)
-        options.expect(sum(info.num_bytes for info in infos.values()) + extra)
+        options.expect(sum(info.num_bytes for info in written))
     with (
         whole_or_nothing(output_dir, options.overwrite) as folder,
         hashed_meanwhile(checkpoint.paths) as digests,
     ):
-        tensors = refusing_non_finite(converted(checkpoint, rows, dtype), rows)
+        originals = {name: row.original for row in rows for name in row.ours}
+        tensors = refusing_non_finite(cast(rows_to_ours(checkpoint, rows), dtype), originals)
         write_shards(folder, infos, stored_tensors(tensors, layers, errors), options)
-        if unused:
-            extras = {name: checkpoint.infos[name] for name in unused}
-            tensors = ((name, checkpoint[name]) for name in unused)
+        if extras:
+            tensors = ((name, checkpoint[name]) for name in extras)
             write_safetensors(folder / EXTRAS_FILE, extras, tensors, options.progress)
         if options.verify:
-            verify_model(folder, stored_tensors(converted(checkpoint, rows, dtype), layers), options.progress)
-        describe(config, family, dense, dict(zip(checkpoint.paths, digests())), unused)
+            tensors = cast(rows_to_ours(checkpoint, rows), dtype)
+            verify_model(folder, stored_tensors(tensors, layers), options.progress)
+        describe(config, family, dense, dict(zip(checkpoint.paths, digests())), list(extras))
         if layers:
             config.quantization_config = quantization_of(layers, dense)
-        write_companions(folder, config, processor, errors.relative() if layers else {}, options.weights)
+        card = model_card(config, is_trained=is_trained, has_tokenizer=processor is not None)
+        if layers and options.weights:
+            card += "\n" + quantization_section(options.weights, errors.relative())
+        write_companions(folder, config, processor, card)
     return output_dir
 
 
@@ -184,40 +195,6 @@ def _infos(
         yield name, info._replace(shape=tuple(part.shape))
 
 
-def converted(
-    original: Mapping[str, Tensor], rows: Iterable[Row], dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield our tensors one by one, in the dtype that they are written in."""
-    for name, tensor in rows_to_ours(original, rows):
-        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
-def refusing_non_finite(
-    tensors: Iterable[tuple[str, Tensor]], rows: Iterable[Row]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the same tensors; raise `ConversionError`, with the original's name, at one that is not finite."""
-    originals = {name: row.original for row in rows for name in row.ours}
-    for name, tensor in tensors:
-        if not is_finite(tensor):
-            raise ConversionError(f"Tensor {originals[name]} holds NaN or infinite values in {tensor.dtype}.")
-        yield name, tensor
-
-
-def verify_model(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], progress: Progress | None = None
-) -> None:
-    """Read what was written and compare every tensor with the source's, bit for bit.
-
-    `progress` is called with `VERIFYING` in place of a file's name, and the bytes that are found to be right.
-    """
-    written = open_folder(folder)
-    for name, tensor in tensors:
-        if name not in written or not same_bits(written[name], tensor):
-            raise ConversionError(f"Tensor {name} was not written as it was read: is the disk in order?")
-        if progress is not None:
-            progress(VERIFYING, tensor.nbytes)
-
-
 def describe(
     config: Config,
     family: str | None,
@@ -240,11 +217,25 @@ def describe(
 
 
 def processor_of(config: Config, tiling: str = "none") -> Any:
-    """Return the processor of a model, or the tokenizer of a language model alone."""
-    from .world_tokenizer import build_world_tokenizer
+    """Return the processor of a model, or the tokenizer of a language model alone.
 
+    Fewer rows than RWKV World's tokenizer has ids are another vocabulary, of which nothing is known here: a language
+    model alone has no tokenizer then, None, and a warning says so.
+
+    Raises:
+        ConversionError: if a model with a vision tower has another vocabulary.
+    """
+    from .world_tokenizer import VOCAB_SIZE, build_world_tokenizer
+
+    rows, is_text = config.get_text_config(decoder=True).vocab_size, isinstance(config, VisualRWKVTextConfig)
+    if rows < VOCAB_SIZE:
+        told = f"The vocabulary has {rows:,} tokens and is not RWKV World's, which needs {VOCAB_SIZE:,}"
+        if not is_text:
+            raise ConversionError(f"{told}: there is no tokenizer for it.")
+        logger.warning("%s: no tokenizer is written. Put the model's own into its folder.", told)
+        return None
     tokenizer = build_world_tokenizer()
-    if isinstance(config, VisualRWKVTextConfig):
+    if is_text:
         return tokenizer
     from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
     from visualrwkv_hf.processing_visualrwkv import VisualRWKVProcessor
@@ -252,26 +243,18 @@ def processor_of(config: Config, tiling: str = "none") -> Any:
     return VisualRWKVProcessor.from_config(config, image_processor_for(config, tiling), tokenizer)
 
 
-def write_companions(
-    folder: Path,
-    config: Config,
-    processor: Any,
-    rounding_errors: Mapping[str, float] = MappingProxyType({}),
-    weights: str | None = None,
-) -> None:
-    """Write everything beside the tensors: configurations, processor or tokenizer, model card and code."""
+def write_companions(folder: Path, config: Config, processor: Any, card: str) -> None:
+    """Write everything beside the tensors: configurations, processor or tokenizer if any, model card and code."""
     from transformers import GenerationConfig
 
     from visualrwkv_hf.remote_code import ship_remote_code
 
-    from .model_card import model_card, quantization_section
-
     config.save_pretrained(folder)
-    GenerationConfig(bos_token_id=0, eos_token_id=STOP_TOKENS, pad_token_id=0).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    card = model_card(config)
-    if rounding_errors and weights:
-        card += "\n" + quantization_section(weights, rounding_errors)
+    text = config.get_text_config(decoder=True)
+    tokens = {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**tokens).save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
     ship_remote_code(folder)
 

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from visualrwkv_hf.cpu.packed import INTEGER_DTYPES, packed_shapes, packed_tensors, quantization_config
-from visualrwkv_hf.cpu.rounding import ROUNDINGS, WEIGHTS, Rounded, rounded, rounding_of
+from visualrwkv_hf.cpu.rounding import ROUNDINGS, WEIGHTS, Rounded, rounded, rounding_of, scale_dtype
+from visualrwkv_hf.remote_code import IMAGE_PROCESSOR_CODE, copy_code, ship_remote_code
 
 from .checkpoint import (
     Checkpoint,
     TensorInfo,
-    is_finite,
     read_json,
-    same_bits,
     shard_names,
     shards_of,
     write_safetensors,
@@ -24,15 +23,19 @@ from .checkpoint import (
 from .errors import ConversionError
 from .folders import (
     INDEX_FILE,
-    VERIFYING,
+    MODEL_FILES,
     Config,
     WriteOptions,
+    cast,
     in_dtype,
     locked,
     open_folder,
     read_config,
+    real_target,
     refuse_target,
     refuse_without_space,
+    refusing_non_finite,
+    verify_model,
     whole_or_nothing,
     write_json,
 )
@@ -68,27 +71,22 @@ def quantize(folder: str | Path, output_dir: str | Path, *, weights: str, **opti
         raise ConversionError(f"{folder} cannot be written into itself: name another folder.")
     refuse_target(output_dir, [folder], write.overwrite)
     with locked(output_dir):
+        refuse_target(output_dir, [folder], write.overwrite)  # the lock may have brought an older folder back
         source = open_folder(folder)
         _refuse_misfit(source, config, folder, weights)
         dense = {name: in_dtype(info, write.torch_dtype) for name, info in source.infos.items()}
         layers = rounded_layers(dense, config, weights)
         infos = stored_infos(dense, layers)
-        refuse_without_space(output_dir.absolute().parent, infos.values())
+        refuse_without_space(real_target(output_dir).parent, infos.values())
         if write.expect is not None:
             write.expect(sum(info.num_bytes for info in infos.values()))
         errors = RoundingErrors()
         with whole_or_nothing(output_dir, write.overwrite) as unfinished:
-            tensors = stored_tensors(_finite(_as_dtype(source, write.torch_dtype)), layers, errors)
-            write_shards(unfinished, infos, tensors, write)
+            tensors = refusing_non_finite(cast(source.items(), write.torch_dtype))
+            write_shards(unfinished, infos, stored_tensors(tensors, layers, errors), write)
             if write.verify:
-                written = open_folder(unfinished)
-                for name, tensor in stored_tensors(_as_dtype(source, write.torch_dtype), layers):
-                    if name not in written or not same_bits(written[name], tensor):
-                        raise ConversionError(
-                            f"Tensor {name} was not written as it was made: is the disk in order?"
-                        )
-                    if write.progress is not None:
-                        write.progress(VERIFYING, tensor.nbytes)
+                tensors = cast(source.items(), write.torch_dtype)
+                verify_model(unfinished, stored_tensors(tensors, layers), write.progress)
             _write_companions(folder, unfinished, layers, dense, weights, errors, write.torch_dtype)
     return output_dir
 
@@ -130,7 +128,7 @@ def stored_infos(dense: Mapping[str, TensorInfo], layers: Mapping[str, str]) -> 
         rounding, (rows, columns) = ROUNDINGS[layers[layer]], info.shape
         shapes = packed_shapes(rows, columns, rounding.bits, columns // (rounding.group or columns))
         for last, shape in shapes.items():
-            infos[f"{layer}.{last}"] = TensorInfo(INTEGER_DTYPES.get(last, info.dtype), shape)
+            infos[f"{layer}.{last}"] = TensorInfo(INTEGER_DTYPES.get(last, scale_dtype(info.dtype)), shape)
     return infos
 
 
@@ -221,16 +219,23 @@ def _write_companions(
     errors: RoundingErrors,
     dtype: torch.dtype | None,
 ) -> None:
-    """Copy what is beside the weights, and say in the configuration and the card how the weights are stored."""
+    """Copy a model's files beside the weights, and say in configuration and card how the weights are stored.
+
+    The code is this version's: an older one may not read such weights.
+    """
     for path in sorted(folder.iterdir()):
-        is_weights = path.suffix in (".safetensors", ".bin", ".pth", ".pt") or path.name == INDEX_FILE
-        if path.is_file() and not path.name.startswith(".") and not is_weights:
+        is_weights = path.suffix == ".safetensors" or path.name == INDEX_FILE
+        if path.is_file() and MODEL_FILES.fullmatch(path.name) and not is_weights:
             shutil.copyfile(path, target / path.name)
     fields = read_json(folder / "config.json")
     fields["quantization_config"] = quantization_of(layers, names)
     if dtype is not None:
         _set_dtype(fields, str(dtype).removeprefix("torch."))
     write_json(target / "config.json", fields)
+    ship_remote_code(target)
+    processor = target / "processor_config.json"
+    if processor.is_file() and IMAGE_PROCESSOR_CODE["AutoImageProcessor"] in processor.read_text("utf-8"):
+        copy_code(target, IMAGE_PROCESSOR_CODE)
     card = folder / "README.md"
     text = card.read_text("utf-8").rstrip() + "\n\n" if card.is_file() else ""
     (target / "README.md").write_text(text + quantization_section(weights, errors.relative()), "utf-8")
@@ -258,19 +263,6 @@ def _refuse_misfit(source: Checkpoint, config: Config, folder: Path, weights: st
         if found != tuple(shape) and not (name == "lm_head.weight" and config.tie_word_embeddings):
             what = "is missing" if found is None else f"has the shape {list(found)}, not {list(shape)}"
             raise ConversionError(f"Tensor {name} in {folder} {what}: the weights do not fit config.json.")
-
-
-def _as_dtype(source: Mapping[str, Tensor], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    for name in source:
-        tensor = source[name]
-        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
-def _finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        if not is_finite(tensor):
-            raise ConversionError(f"Tensor {name} holds NaN or infinite values in {tensor.dtype}.")
-        yield name, tensor
 
 
 __all__ = ["quantize"]

@@ -13,11 +13,14 @@ HEAD_DIMS = {1152: 72}
 """Size of a vision encoder's head by its width: 72 in the so400m shape, else 64."""
 
 
-def shape_of(shapes: Shapes, name: str) -> list[int]:
-    """Return the shape of a tensor. Raises `ConversionError` if there is no tensor of this name."""
+def shape_of(shapes: Shapes, name: str, dims: int) -> list[int]:
+    """Return the shape of a tensor of `dims` dimensions. Raises `ConversionError` if there is no such tensor."""
     if name not in shapes:
         raise ConversionError(f"Missing tensor {name}: the configuration cannot be told without it.")
-    return list(shapes[name])
+    shape = list(shapes[name])
+    if len(shape) != dims:
+        raise ConversionError(f"Tensor {name} has shape {shape}: it must have {dims} dimensions.")
+    return shape
 
 
 def num_blocks(shapes: Shapes, prefix: str) -> int:

@@ -1,6 +1,7 @@
 """State dicts in memory: from the original's names to ours and back, and the model of one."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,13 +34,13 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def infer_from(tensors: Mapping[str, Tensor], **overrides: Any) -> inference.Inferred:
-    """Call `infer` for tensors at hand: what only their values tell is read as well."""
+    """Call `infer` for tensors at hand: what only their values tell is read as well, where it is needed."""
     infos = getattr(tensors, "infos", tensors)
     shapes = {name: tuple(info.shape) for name, info in infos.items()}
     gate = next((name for name in shapes if name.endswith("proj.gate.weight")), None)
     untrained = None
     if gate is not None and not getattr(tensors[gate], "is_meta", False):
-        untrained = inference.gate_is_untrained(tensors[gate])
+        untrained = partial(inference.gate_is_untrained, tensors[gate])
     return inference.infer(shapes, gate_is_untrained=untrained, **overrides)
 
 

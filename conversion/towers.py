@@ -15,11 +15,12 @@ from torch import Tensor
 
 from visualrwkv_hf.modeling_vision import resample_position_embedding
 
-from .checkpoint import Checkpoint, TensorInfo, read_json
+from .checkpoint import Checkpoint, TensorInfo, files_of_index, read_json
 from .encoders import ORIGINAL_ENCODERS, encoders_alone, encoders_together
 from .errors import ConversionError
 from .hub_errors import hub_sentences
 from .key_map import unwrapped_name
+from .shapes import shape_of
 
 TowerSource = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
@@ -179,7 +180,7 @@ def _file_groups(path: Path) -> list[list[Path]]:
         return [[path]]
     for index in INDEX_FILES:
         if (path / index).exists():
-            return [[path / name for name in sorted(set(read_json(path / index)["weight_map"].values()))]]
+            return [files_of_index(path / index)]
     found = [sorted(path.glob(pattern)) for pattern in WEIGHT_PATTERNS]
     if not any(found):
         raise ConversionError(f"{path} holds no {', '.join(WEIGHT_PATTERNS)}.")
@@ -277,7 +278,8 @@ def _sam_side(layout: Layout, checkpoint: Checkpoint) -> int:
     name = f"{layout.prefix}pos_embed"
     if name not in checkpoint:
         raise ConversionError(f"{checkpoint.paths[0].name} lacks {name}.")
-    return checkpoint.infos[name].shape[1] // 2  # [1, 2 h, 2 h, D]
+    _, side, _, _ = shape_of({name: checkpoint.infos[name].shape}, name, 4)  # [1, 2 h, 2 h, D]
+    return side // 2
 
 
 def _entries_of(

@@ -1,5 +1,6 @@
-"""Where a conversion writes: links, other conversions, kills."""
+"""Where a conversion writes: links, other conversions, other people's files, kills."""
 
+import json
 import os
 import random
 import signal
@@ -9,10 +10,12 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_checkpoint import write_checkpoint
 
-from visualrwkv_hf.conversion import ConversionError, to_hf, to_original
+from visualrwkv_hf.conversion import ConversionError, quantize, to_hf, to_original
 from visualrwkv_hf.conversion.folders import locked
+from visualrwkv_hf.conversion.towers import read_tower
 
 CONVERT = """
 import sys
@@ -40,14 +43,82 @@ def names_in(folder) -> set[str]:
 def test_overwrite_through_a_link_replaces_what_it_points_to(checkpoint, tmp_path):
     (tmp_path / "disk").mkdir()
     to_hf(checkpoint, tmp_path / "disk" / "model")
-    (tmp_path / "disk" / "model" / "old").touch()
+    (tmp_path / "disk" / "model" / "LICENSE").touch()
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
     with pytest.raises(ConversionError, match="is not empty"):
         to_hf(checkpoint, tmp_path / "link")
     to_hf(checkpoint, tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink() and (tmp_path / "link" / "config.json").exists()
-    assert not (tmp_path / "disk" / "model" / "old").exists()
+    assert not (tmp_path / "disk" / "model" / "LICENSE").exists()
     assert names_in(tmp_path) == {"disk", "link"} and names_in(tmp_path / "disk") == {"model"}
+
+
+@pytest.mark.parametrize(
+    "content", ['{"name": "project"}', '{"model_type": "llama"}', "[]", "no json", "\xff"]
+)
+def test_a_folder_with_another_programs_configuration_is_kept(content, checkpoint, tmp_path):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.json").write_text(content, "latin-1")
+    with pytest.raises(ConversionError, match="project is not a model folder of VisualRWKV"):
+        to_hf(checkpoint, tmp_path / "project", overwrite=True)
+    assert names_in(tmp_path / "project") == {"config.json"}
+
+
+@pytest.mark.parametrize(
+    "name", ["data.csv", "train.py", "notes/1.txt", ".env", "optimizer.pt", ".cache/pip/x"]
+)
+def test_a_model_folder_with_other_peoples_files_is_kept(name, checkpoint, tmp_path):
+    folder = to_hf(checkpoint, tmp_path / "model")
+    (folder / name).parent.mkdir(exist_ok=True, parents=True)
+    (folder / name).write_text("import modeling_visualrwkv")
+    first = name.partition("/")[0]
+    with pytest.raises(ConversionError, match=f"model holds (the folder )?{first} beside the model"):
+        to_hf(checkpoint, folder, overwrite=True)
+    assert (folder / name).exists()
+
+
+def test_what_belongs_to_a_model_folder_is_replaced(checkpoint, tmp_path):
+    """Also what downloading leaves, more shards, and code that an older version shipped."""
+    folder = to_hf(checkpoint, tmp_path / "model", max_shard_size="9MB")
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / "older_part.py").touch()
+    with open(folder / "modeling_visualrwkv.py", "a") as older:
+        older.write("from .older_part import x")
+    for name in (".gitattributes", "LICENSE.txt", "special_tokens_map.json", "modeling_visualrwkv.py.old"):
+        (folder / name).touch()
+    to_hf(checkpoint, folder, overwrite=True)
+    assert names_in(folder) == names_in(to_hf(checkpoint, tmp_path / "fresh"))
+
+
+def test_a_quantization_after_a_kill_between_two_renames_is_refused_at_once(checkpoint, tmp_path):
+    source, old = (to_hf(checkpoint, tmp_path / name) for name in ("source", "model"))
+    old.rename(tmp_path / ".model.unfinished-abc.old")
+    reads = []
+    with pytest.raises(ConversionError, match="is not empty"):
+        quantize(source, old, weights="int8", progress=lambda *args: reads.append(args))
+    assert not reads and names_in(tmp_path) == {"source", "model"}
+
+
+@pytest.mark.parametrize(
+    "weight_map", [{"x": "{elsewhere}"}, {"x": "../private.safetensors"}, {"x": 1}, [], None]
+)
+def test_an_index_names_files_beside_it_only(weight_map, checkpoint, tmp_path):
+    """Otherwise `quantize` would copy tensors of this machine into a folder that may be pushed."""
+    folder = to_hf(checkpoint, tmp_path / "model")
+    elsewhere = tmp_path / "private.safetensors"
+    save_file(load_file(folder / "model.safetensors"), elsewhere)
+    (folder / "model.safetensors").unlink()
+    index = {} if weight_map is None else {"weight_map": weight_map}
+    text = json.dumps(index).replace("{elsewhere}", str(elsewhere))
+    (folder / "model.safetensors.index.json").write_text(text)
+    for read in (
+        lambda: quantize(folder, tmp_path / "small", weights="int8"),
+        lambda: to_original(folder, tmp_path / "back.pth"),
+        lambda: read_tower(folder, torch.float32),
+    ):
+        with pytest.raises(ConversionError, match=r"no file of weights beside it|has no weight_map"):
+            read()
+    assert names_in(tmp_path) == {"model", "private.safetensors"}
 
 
 def test_a_misspelt_option_is_refused(checkpoint, tmp_path):

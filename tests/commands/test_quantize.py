@@ -157,3 +157,13 @@ def test_the_bars_end_at_their_totals(dense, tmp_path):
         expect=lambda n: counts.update(expected=n),
     )
     assert counts["model.safetensors"] == counts["verifying"] == counts["expected"] > 0
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_of_float64_are_rounded_to_scales_that_can_be_read(weights, checkpoint, picture, tmp_path):
+    doubles = {name: tensor.double() for name, tensor in torch.load(checkpoint).items()}
+    torch.save(doubles, tmp_path / "doubles.pth")
+    assert run("convert", tmp_path / "doubles.pth", tmp_path / "small", "--weights", weights).exit_code == 0
+    scales = {t.dtype for n, t in load_file(tmp_path / "small" / "model.safetensors").items() if "scale" in n}
+    assert scales == {torch.float32}
+    assert ask(picture, "--model", tmp_path / "small")

@@ -19,6 +19,7 @@ from visualrwkv_hf.conversion import (
     convert_state_dict,
     expected_shapes,
     load_original,
+    quantize,
     restore_state_dict,
     to_hf,
     to_original,
@@ -267,6 +268,15 @@ def test_values_of_the_gate_decide_how_uhd_reads_it(flat, projector):
     assert infer_from(original, **overrides).config.projector == projector
 
 
+@pytest.mark.parametrize(
+    ("name", "given"), [("hd", {}), ("v7.00 with towers", {}), ("uhd", {"projector": "relu"})]
+)
+def test_values_of_the_gate_are_read_only_where_they_decide(name, given, monkeypatch):
+    original, overrides = golden(name)
+    monkeypatch.setattr("visualrwkv_hf.conversion.infer_config.gate_is_untrained", pytest.fail)
+    assert infer_from(original, **overrides | given).family
+
+
 # Files
 
 
@@ -339,6 +349,65 @@ def test_language_model_alone_goes_back_under_its_own_names(tmp_path):
     assert VisualRWKVForCausalLM.from_pretrained(folder).config.rwkv_version == 7
     to_original(folder, tmp_path / "back.pth")
     assert same_tensors(torch.load(tmp_path / "back.pth"), world)
+
+
+@pytest.mark.parametrize("rows", [50304, 65536])
+def test_another_vocabulary_gets_no_tokenizer_of_rwkv_world(rows, tmp_path, caplog):
+    """RWKV-x070-Pile has 50,304 rows: World's tokenizer would give it wrong ids, and ids that it does not have."""
+    original, _ = golden("RWKV-7")
+    for name in ("rwkv.emb.weight", "rwkv.head.weight"):
+        original[name] = torch.zeros(rows, original[name].shape[1])
+    torch.save(original, tmp_path / "x.pth")
+    folder = to_hf(tmp_path / "x.pth", tmp_path / "model")
+    stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    is_world = rows == 65536
+    assert (folder / "tokenizer.json").exists() == (folder / "tokenizer_config.json").exists() == is_world
+    assert stops == ([0, 261] if is_world else 0)
+    assert ("The folder holds no tokenizer" in (folder / "README.md").read_text()) != is_world
+    assert ("The vocabulary has 50,304 tokens" in caplog.text) != is_world
+
+
+def test_a_vision_model_of_another_vocabulary_is_refused(tmp_path):
+    original, overrides = golden("v6.0")
+    torch.save(original, tmp_path / "x.pth")
+    with pytest.raises(
+        ConversionError, match="The vocabulary has 320 tokens and is not RWKV World's, which needs"
+    ):
+        to_hf(tmp_path / "x.pth", tmp_path / "model", **overrides)
+    assert no_leftovers(tmp_path, "x.pth")
+
+
+@pytest.mark.parametrize("name", ["RWKV-6", "v6.0"])
+def test_a_tied_head_goes_back_as_the_embedding(name, tmp_path):
+    original, overrides = golden_file(name) if name == "v6.0" else golden(name)
+    original["rwkv.head.weight"] = original["rwkv.emb.weight"].clone()
+    torch.save(original, tmp_path / "x.pth")
+    folder = to_hf(tmp_path / "x.pth", tmp_path / "model", **overrides)
+    load = VisualRWKVForConditionalGeneration if name == "v6.0" else VisualRWKVForCausalLM
+    load.from_pretrained(folder, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    back = torch.load(to_original(tmp_path / "tied", tmp_path / "back.pth"))
+    prefix = "" if name == "RWKV-6" else "rwkv."
+    assert torch.equal(back[f"{prefix}head.weight"], back[f"{prefix}emb.weight"])
+    back = {name if prefix else f"rwkv.{name}": tensor for name, tensor in back.items()}
+    assert same_tensors(back, {name: original[name] for name in back})
+
+
+def test_the_way_back_names_what_the_folder_lacks_or_holds(tmp_path):
+    torch.save(golden("RWKV-7")[0], tmp_path / "x.pth")
+    folder = to_hf(tmp_path / "x.pth", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors.pop("lm_head.weight")
+    for changed, sentence in (
+        (tensors, r"The folder lacks lm_head\.weight, which its configuration asks for\."),
+        (
+            tensors | {"lm_head.weight": head, "model.more": head.clone()},
+            r"The folder holds model\.more, which its configuration does not know\.",
+        ),
+    ):
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ConversionError, match=sentence):
+            to_original(folder, tmp_path / "back.pth")
 
 
 def test_fine_tune_without_the_unused_tensors_goes_back_with_a_word(checkpoint, tmp_path, caplog):
@@ -465,6 +534,15 @@ def spoil_inf(path, original):
     torch.save(original, path)
 
 
+def spoil_zero3(path, original):
+    """DeepSpeed's ZeRO-3 without gathering: every parameter is empty in `mp_rank_00_model_states.pt`."""
+    torch.save({"module": {name: torch.empty(0) for name in original}, "dp_world_size": 8}, path)
+
+
+def spoil_dims(path, original):
+    torch.save(original | {"rwkv.emb.weight": torch.ones(8)}, path)
+
+
 def spoil_generations(path, original):
     other, _ = golden("RWKV-6")
     name = "rwkv.blocks.1.att.time_maa_x"
@@ -493,6 +571,8 @@ REFUSALS = {
     spoil_shape: r"rwkv\.blocks\.1\.ln2\.bias has shape \[100\], .* asks for \[128\]",
     spoil_nan: r"Tensor rwkv\.blocks\.1\.ln2\.bias holds NaN",
     spoil_inf: r"Tensor vit\.sam_featurizer\.neck\.1\.bias holds NaN or inf",
+    spoil_zero3: r"checkpoint\.pth: tensor \S+ is empty\. DeepSpeed's ZeRO-3 .* zero_to_fp32\.py",
+    spoil_dims: r"rwkv\.emb\.weight has shape \[8\]: it must have 2 dimensions",
     spoil_generations: "mixes generations: it has blocks of RWKV-6 and RWKV-7",
     spoil_no_vision: "no vision tower",
     spoil_no_language: "no language model",
@@ -565,20 +645,24 @@ def test_target_with_something_in_it_is_kept(checkpoint, tmp_path):
     (target / "thesis.tex").write_text("years of work")
     with pytest.raises(ConversionError, match="is not empty"):
         to_hf(path, target, **overrides)
-    with pytest.raises(ConversionError, match="is not a model folder, and is not overwritten"):
+    with pytest.raises(ConversionError, match="is not a model folder of VisualRWKV, and is not overwritten"):
         to_hf(path, target, overwrite=True, **overrides)
-    (target / "config.json").write_text("{}")
+    (target / "config.json").write_text('{"model_type": "visualrwkv"}')
+    with pytest.raises(ConversionError, match=r"holds thesis\.tex beside the model, and is not overwritten"):
+        to_hf(path, target, overwrite=True, **overrides)
+    (target / "thesis.tex").rename(tmp_path / "thesis.tex")
     inside = shutil.copy(path, target / "checkpoint.pth")
     with pytest.raises(ConversionError, match="which would be overwritten"):
         to_hf(inside, target, overwrite=True, **overrides)
+    (target / "checkpoint.pth").unlink()
     (target / "checkpoint-500").mkdir()
     with pytest.raises(ConversionError, match="holds the folder checkpoint-500 beside the model"):
         to_hf(path, target, overwrite=True, **overrides)
     (target / "checkpoint-500").rmdir()
-    assert no_leftovers(target, "thesis.tex", "config.json", "checkpoint.pth")
+    assert no_leftovers(target, "config.json")
     to_hf(path, target, overwrite=True, **overrides)
-    assert (target / "model.safetensors").exists() and not (target / "thesis.tex").exists()
-    assert no_leftovers(tmp_path, "checkpoint.pth", "model")
+    assert (target / "model.safetensors").exists()
+    assert no_leftovers(tmp_path, "checkpoint.pth", "model", "thesis.tex")
 
 
 def test_full_disk_is_told_before_it_starts(checkpoint, tmp_path, monkeypatch):
@@ -590,6 +674,19 @@ def test_full_disk_is_told_before_it_starts(checkpoint, tmp_path, monkeypatch):
     ):
         to_hf(path, tmp_path / "model", **overrides)
     assert no_leftovers(tmp_path, "checkpoint.pth")
+
+
+def test_space_is_counted_on_the_disk_that_a_link_leads_to(checkpoint, tmp_path, monkeypatch):
+    path, _, overrides = checkpoint
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    usage, asked = shutil.disk_usage(tmp_path), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: asked.append(folder) or usage)
+    folder = to_hf(path, tmp_path / "link", **overrides)
+    quantize(folder, tmp_path / "small", weights="int8")
+    (tmp_path / "other").symlink_to(tmp_path / "disk" / "small")
+    quantize(folder, tmp_path / "other", weights="int8")
+    assert asked == [tmp_path / "disk", tmp_path, tmp_path / "disk"]
 
 
 SHARD_WRITER = importlib.import_module(

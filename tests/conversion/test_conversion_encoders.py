@@ -14,7 +14,7 @@ from visualrwkv_hf.encoders import ENCODERS
 
 
 def mean_fields(shapes, given):
-    width, num_channels = shape_of(shapes, "vit.mean.color.weight")
+    width, num_channels = shape_of(shapes, "vit.mean.color.weight", 2)
     return {"model_type": MeanColorConfig.model_type, "width": width, "num_channels": num_channels}
 
 

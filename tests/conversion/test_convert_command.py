@@ -26,7 +26,9 @@ from visualrwkv_hf.conversion import ConversionError
 from visualrwkv_hf.conversion.checkpoint import sha256_of
 from visualrwkv_hf.conversion.folders import EXTRAS_FILE
 from visualrwkv_hf.conversion.hub_address import HubFile, parse_address
-from visualrwkv_hf.conversion.infer_config import infer_config
+from visualrwkv_hf.conversion.hub_files import STALE_FILES
+from visualrwkv_hf.conversion.infer_config import infer, infer_config
+from visualrwkv_hf.conversion.model_card import model_card, quantization_section
 from visualrwkv_hf.conversion.releases import RELEASES, Release, ReleasedModel, release_table, released_model
 from visualrwkv_hf.encoders import ENCODERS
 from visualrwkv_hf.image_processing_visualrwkv import TILINGS
@@ -108,6 +110,24 @@ def test_world_model_and_vision_tower_start_a_vlm(checkpoint, tmp_path):
     assert answer.code == 0, answer.err
     embedding = load_file(tmp_path / "start" / "model.safetensors")["lm_head.weight"]
     assert torch.equal(embedding, tensors["rwkv.head.weight"])
+
+
+def write_start(checkpoint, folder):
+    """Write the language model and the tower of a checkpoint, with a tensor that nothing computes with."""
+    tensors = torch.load(checkpoint)
+    language = {n.removeprefix("rwkv."): t for n, t in tensors.items() if n.startswith("rwkv.")}
+    tower = {n.removeprefix("vit."): t for n, t in tensors.items() if n.startswith("vit.")}
+    tower["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    torch.save(language, folder / "lm.pth")
+    torch.save(tower, folder / "clip.pth")
+    return ["--world", folder / "lm.pth", "--vision-tower", folder / "clip.pth"]
+
+
+@pytest.mark.parametrize("options", [[], ["--no-extras"]])
+def test_a_start_keeps_unused_tensors_unless_told(options, checkpoint, tmp_path):
+    answer = convert(*write_start(checkpoint, tmp_path), *options, tmp_path / "start")
+    assert answer.code == 0, answer.err
+    assert (tmp_path / "start" / EXTRAS_FILE).exists() == (not options)
 
 
 def test_checkpoint_without_vision_takes_the_tower_named(checkpoint, tmp_path):
@@ -233,10 +253,71 @@ def test_a_release_is_one_row(checkpoint, tmp_path, monkeypatch):
     assert (config.scan, config.image_position, config.class_token) == ("multidirectional", "last", "first")
     assert config.conversion["family"] == "dummy"
     card = (tmp_path / "model" / "README.md").read_text("utf-8")
-    assert "# Dummy 0B0" in card and "| VQAv2 | 12.5 |" in card and "a test" in card
+    assert "# Shaped like Dummy 0B0" in card and "| VQAv2 | 12.5 |" in card and "a test" in card
     listed = convert("--list").out
     assert "Dummy 0B0  (family dummy, 0.01 GB)\n  hf://ann/dummy/dummy.pth\n  expected: VQAv2 12.5" in listed
     assert "| `dummy` | 0B0 | RWKV-6 | clip | linear | multidirectional | last | none |" in release_table()
+
+
+def test_an_untrained_model_has_a_card_without_scores(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(RELEASES, "v6.0", dataclasses.replace(RELEASES["v6.0"], models=DUMMY.models))
+    answer = convert(*write_start(checkpoint, tmp_path), tmp_path / "start")
+    assert answer.code == 0, answer.err
+    card = (tmp_path / "start" / "README.md").read_text("utf-8")
+    assert "# Shaped like Dummy 0B0, untrained\n" in card and "The projector is untrained" in card
+    assert "scores" not in card and "12.5" not in card
+
+
+def card_of(shapes, names=("finetune.pth",), **given):
+    """The card of files with these shapes, as the converter would write it."""
+    family, config = infer(shapes, **given)
+    sources = [{"name": name, "size": 1, "sha256": "0"} for name in names]
+    config.conversion = {"converter_version": 1, "family": family, "sources": sources}
+    return model_card(config)
+
+
+@pytest.mark.parametrize(("shape", "other", "views"), [("v5.0 1B5", "v5.1", 1), ("v6.0 1B6", "v6.01", 2)])
+def test_scores_are_those_of_the_family(shape, other, views):
+    """v5.1 and v6.01 have language models and encoders of the shapes of v5.0 and v6.0, and no published scores."""
+    shapes = RELEASED_SHAPES[shape]()
+    title = re.search("# Shaped like (.*)\n", card_of(shapes))[1]
+    assert "## Published scores" in card_of(shapes)
+    rows, columns = shapes["proj.weight"]
+    card = card_of(shapes | {"proj.weight": (rows, views * columns)}, family=other)
+    assert f"# Shaped like {title}\n" in card and "scores" not in card
+
+
+@pytest.mark.parametrize("released, shapes", list(zip(MODELS, RELEASED_SHAPES.values())), ids=RELEASED_SHAPES)
+def test_a_released_file_has_its_name_on_the_card(released, shapes):
+    family, model = released
+    card = card_of(shapes(), model.files, **({"projector": "relu"} if family == "uhd" else {}))
+    assert f"# {model.title}\n" in card and f"Reported for {model.title} in {model.source}" in card
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_card_of_few_bits_states_what_was_measured_of_this_model_only(weights):
+    """Percentages of another model would be read as this one's."""
+    section = quantization_section(weights, {weights: 0.0123})
+    assert section.count("%") == 1 and "| 1.23 % |" in section and "docs/quantization.md" in section
+
+
+@pytest.mark.parametrize(
+    "path, goes",
+    [
+        ("model.safetensors", True),
+        ("model-00003-of-00003.safetensors", True),
+        ("model.safetensors.index.json", True),
+        ("original_extras.safetensors", True),
+        ("adapter/model.safetensors", False),
+        ("model-a/x-of-y.safetensors", False),
+        ("model-00001/z-of-00003.safetensors", False),
+        ("adapter_model.safetensors", False),
+    ],
+)
+def test_a_push_replaces_weights_of_the_top_folder_only(path, goes):
+    """As the Hub's client matches `delete_patterns`, where a star matches a slash as well."""
+    found = list(huggingface_hub.utils.filter_repo_objects([path], allow_patterns=STALE_FILES))
+    assert found == [path] * goes
 
 
 @pytest.mark.parametrize("is_same", [True, False])
@@ -286,6 +367,8 @@ def test_other_addresses_are_refused(address):
         (["--private", "a.pth", "out"], "--private has no effect without --push-to-hub"),
         (["--revision", "v1", "a.pth", "out"], "--revision has no effect without --push-to-hub"),
         (["--to-original", "--no-extras", "a", "b"], "--no-extras has no effect with --to-original"),
+        (["--to-original", "--max-shard-size", "1GB", "a", "b"], "--max-shard-size has no effect with"),
+        (["--to-original", "--no-verify", "a", "b"], "--no-verify has no effect with --to-original"),
         (["--to-original", "--push-to-hub", "u/n", "a", "b"], "--push-to-hub has no effect with"),
         (["missing.pth", "out"], "There is no file missing.pth"),
         (["hf://ann/model", "out"], "hf://ann/model is not of the form hf://owner/repo/file"),

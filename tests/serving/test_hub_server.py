@@ -89,6 +89,19 @@ def test_convert_and_push_puts_the_folder_on_the_hub(hub, client, checkpoint, tm
     assert not hub.repos["ann/pushed"].private
 
 
+def test_a_quantised_model_of_the_hub_has_its_code_and_card(hub, client, checkpoint, tmp_path):
+    """Of the model on the Hub only data is fetched; the code is this package's."""
+    answer = client(hub_client.convert, checkpoint, tmp_path / "m", "--push-to-hub", "ann/whole", token=ANN)
+    assert answer.code == 0, answer.err
+    answer = client(hub_client.run, "quantize", "ann/whole", tmp_path / "few")
+    assert answer.code == 0, answer.err
+    whole, few = files_of(tmp_path / "m"), files_of(tmp_path / "few")
+    code = {name for name in whole if name.endswith(".py")}
+    assert code and {name: few.get(name) for name in code} == {name: whole[name] for name in code}
+    assert few["README.md"].startswith(whole["README.md"].rstrip() + b"\n\n## Weights in int8")
+    assert whole.keys() - few.keys() <= {"original_extras.safetensors"}
+
+
 def test_push_to_a_branch_leaves_main_alone(hub, client, checkpoint, tmp_path):
     options = ["--push-to-hub", "ann/branched", "--revision", "half", "--dtype", "float16"]
     answer = client(hub_client.convert, checkpoint, tmp_path / "m", *options, token=ANN)

@@ -73,6 +73,11 @@ def with_token(token: str | None, function: Callable, args: tuple, kwargs: dict)
 
 def convert(*arguments: str | Path) -> Answer:
     """Run `visualrwkv convert` with these arguments."""
+    return run("convert", *arguments)
+
+
+def run(*arguments: str | Path) -> Answer:
+    """Run `visualrwkv` with these arguments."""
     # Import these before the runner replaces stderr: they keep the stream that they find.
     import huggingface_hub.utils  # noqa: F401
     import transformers.utils  # noqa: F401
@@ -80,7 +85,7 @@ def convert(*arguments: str | Path) -> Answer:
 
     from visualrwkv_hf.cli.app import app
 
-    result = CliRunner().invoke(app, ["convert", *map(str, arguments)])
+    result = CliRunner().invoke(app, [*map(str, arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Answer(result.exit_code, result.stdout, result.stderr)

@@ -19,6 +19,8 @@ from .options import (
 )
 from .steps import say
 
+DEFAULT_SHARD_SIZE = "5GB"
+
 
 def convert(
     paths: Annotated[
@@ -54,7 +56,7 @@ def convert(
             help="int8 or int4 rounds the weights; see `visualrwkv quantize`. Default: as they are."
         ),
     ] = None,
-    max_shard_size: MaxShardSizeOption = "5GB",
+    max_shard_size: MaxShardSizeOption = DEFAULT_SHARD_SIZE,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in OUTPUT.")] = False,
     family: Annotated[
         str | None,
@@ -93,6 +95,8 @@ def convert(
                 "--tiling": to_original and tiling,
                 "--no-extras": to_original and not extras,
                 "--weights": to_original and weights,
+                "--max-shard-size": to_original and max_shard_size != DEFAULT_SHARD_SIZE,
+                "--no-verify": to_original and not verify,
             },
             because="with --to-original" if to_original else "without --push-to-hub",
         )
@@ -108,6 +112,7 @@ def convert(
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             verify=verify,
+            keep_unused=extras,
             tiling=tiling,
             family=family,
             weights=weights,
@@ -116,7 +121,7 @@ def convert(
         if world:
             folder = assemble(world, vision_tower, output, **options)
         else:
-            folder = convert_sources(sources, output, vision_tower, keep_unused=extras, **options)
+            folder = convert_sources(sources, output, vision_tower, **options)
         address = push(folder, push_to_hub, private=private, revision=revision) if push_to_hub else None
         typer.echo(folder)
         if address:

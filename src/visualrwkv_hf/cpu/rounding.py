@@ -21,7 +21,7 @@ class Rounded(NamedTuple):
 
     Attributes:
         integers: Q, int8 [out, in].
-        scale: [out, in / group] in the dtype of the weight; `group` neighbours of a row share one.
+        scale: [out, in / group] in `scale_dtype` of the weight's; `group` neighbours of a row share one.
         bits: how many bits an integer takes: -2^(bits - 1) <= Q < 2^(bits - 1).
     """
 
@@ -81,10 +81,15 @@ def rounding_of(module: str, columns: int, weights: str | None) -> str | None:
     return next((name for name in names if ROUNDINGS[name].suits(columns)), None)
 
 
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the scales of a weight: the weight's, or float32 for float64, which no reader takes."""
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
 def rounded(weight: Tensor, name: str) -> Rounded:
     """Round a weight [out, in] of any float dtype; rows are brought to float32 a few at a time.
 
-    The scales are rounded to what the weight's dtype holds before the weights are divided by them. int4's are rounded
+    The scales are rounded to what their dtype holds before the weights are divided by them. int4's are rounded
     to bfloat16 as well, which is what the native ops read: so a file and the memory hold the same numbers.
 
     Raises:
@@ -94,7 +99,7 @@ def rounded(weight: Tensor, name: str) -> Rounded:
     rows, columns = weight.shape
     groups = columns // (rounding.group or columns)
     integers = torch.empty(rows, columns, dtype=torch.int8)
-    scale = torch.empty(rows, groups, dtype=weight.dtype)
+    scale = torch.empty(rows, groups, dtype=scale_dtype(weight.dtype))
     step = max(1, PANEL_WEIGHTS // columns)
     for start in range(0, rows, step):
         panel = (
@@ -102,7 +107,7 @@ def rounded(weight: Tensor, name: str) -> Rounded:
         )  # [rows, groups, group]
         some = slice(start, start + len(panel))
         scale[some] = (
-            _int8_scale(panel, weight.dtype) if rounding.bits == 8 else _int4_scale(panel, weight.dtype)
+            _int8_scale(panel, scale.dtype) if rounding.bits == 8 else _int4_scale(panel, scale.dtype)
         )
         divisor = torch.where(scale[some] == 0, 1, scale[some]).float()[..., None]
         low, high = (-127, 127) if rounding.bits == 8 else (-8, 7)

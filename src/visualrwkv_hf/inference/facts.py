@@ -7,7 +7,7 @@ other is read by the classes that load it, which say what is wrong with it.
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,9 @@ PARTS = {
 
 TILINGS_OF_FIXED_LENGTH = ("none", "views")
 """Tilings of the image processor with which every picture takes the same number of tokens."""
+
+PACKED, SCALE, SHAPE, WORD_BITS = "weight_packed", "weight_scale", "weight_shape", 32
+"""The tensors of a layer of few bits, and the bits of a word, as `cpu.packed` knows them, which imports torch."""
 
 STATE_ITEM_BYTES = 4
 """Size of a number in the recurrent state, which is float32 in every model."""
@@ -120,6 +123,7 @@ def _facts_from(
     config: Any = plain_config(folder) or load_config(str(folder), may_load=False)
     tensors = read_tensors()
     text = config.get_text_config(decoder=True)
+    counts = parameter_counts(tensors, read_json(folder / "config.json").get("quantization_config"))
     facts = {
         "model": title_of(config),
         "language_model": f"RWKV-{text.rwkv_version}",
@@ -128,8 +132,8 @@ def _facts_from(
         "heads": text.num_attention_heads,
         "head_dim": text.head_dim,
         "vocab_size": text.vocab_size,
-        "parameters": parameters_by_part(tensors),
-        "num_parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        "parameters": parameters_by_part(counts),
+        "num_parameters": sum(counts.values()),
         "num_bytes": sum(tensor.num_bytes for tensor in tensors.values()),
         "dtypes": dtypes_of(tensors),
         "state_bytes": state_bytes(text, tensors),
@@ -149,13 +153,56 @@ def title_of(config: "VisualRWKVConfig | VisualRWKVTextConfig") -> str:
     return f"{title}, converted from {family}" if family else title
 
 
-def parameters_by_part(tensors: Mapping[str, "TensorInfo | StoredTensor"]) -> dict[str, int]:
+def parameter_counts(
+    tensors: Mapping[str, "TensorInfo | StoredTensor"], quantization: Any = None
+) -> dict[str, int]:
+    """Return the number of parameters of each tensor.
+
+    Weights of few bits count as many as the words hold of them, and their scales and shapes not at all.
+
+    Args:
+        tensors: from the headers of the files.
+        quantization: the entry `quantization_config` of `config.json`.
+    """
+    formats = _formats(quantization)
+    packed = {name.removesuffix(PACKED) for name in tensors if name.endswith(f".{PACKED}")}
+    beside = {f"{layer}{name}" for layer in packed for name in (SCALE, SHAPE)}
+    counts = {name: math.prod(tensor.shape) for name, tensor in tensors.items() if name not in beside}
+    for layer in packed:
+        words, scale = (tensors.get(f"{layer}{name}") for name in (PACKED, SCALE))
+        if words and scale and len(words.shape) == len(scale.shape) == 2:
+            counts[f"{layer}{PACKED}"] *= _numbers_per_word(words.shape[1], scale.shape[1], formats)
+    return counts
+
+
+def _formats(quantization: Any) -> list[tuple[int, int]]:
+    """Return bits of a weight and neighbours that share a scale, 0 for a whole row, of each kind of layers."""
+    found = []
+    groups = quantization.get("config_groups") if isinstance(quantization, dict) else None
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        bits, size = (weights.get(key) for key in ("num_bits", "group_size")) if weights else (None, None)
+        if bits in (4, 8):
+            found.append((bits, size if isinstance(size, int) and size > 0 else 0))
+    return sorted(found, key=lambda bits_and_group: not bits_and_group[1])
+
+
+def _numbers_per_word(words: int, scales: int, formats: Iterable[tuple[int, int]]) -> int:
+    """Return how many weights a word of a row holds: of the format in which so many words have so many scales."""
+    for bits, group in formats:
+        columns = words * WORD_BITS // bits
+        if scales == (columns // group if group else 1):
+            return WORD_BITS // bits
+    return 1
+
+
+def parameters_by_part(counts: Mapping[str, int]) -> dict[str, int]:
     """Return the number of parameters of each part, in the order of `PARTS`."""
-    counts: Counter[str] = Counter()
-    for name, tensor in tensors.items():
+    found: Counter[str] = Counter()
+    for name, count in counts.items():
         part = next((part for prefix, part in PARTS.items() if name.startswith(prefix)), "other")
-        counts[part] += math.prod(tensor.shape)
-    return {part: counts[part] for part in dict.fromkeys([*PARTS.values(), "other"]) if part in counts}
+        found[part] += count
+    return {part: found[part] for part in dict.fromkeys([*PARTS.values(), "other"]) if part in found}
 
 
 def dtypes_of(tensors: Mapping[str, "TensorInfo | StoredTensor"]) -> dict[str, int]:

@@ -57,8 +57,9 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "README.md",
 )
-"""What is fetched of a model on the Hub: data, no code, and no tensors that only the way back needs."""
+"""What is fetched of a model on the Hub: data and the card, no code, and no tensors that only the way back needs."""
 
 Result = TypeVar("Result")
 
