@@ -10,37 +10,39 @@ from torch import Tensor
 
 from .block import decode_block
 from .decode import rwkv6_decode, rwkv7_decode
-from .launches import DTYPES, HEAD_SIZES, has_matrix_units, interpreted
+from .launches import DTYPES, HEAD_SIZES, has_matrix_units, has_rows_apart, interpreted
 from .low_rank import low_rank
 from .token_shift import token_shift
 from .wkv6 import wkv6
 from .wkv7 import wkv7
 
 
-def _why_not_dtype(x: Tensor, *_: Tensor, gradient: bool = False) -> str:
-    return "" if x.dtype in DTYPES else f"{x.dtype} is not served"
+def _why_not_tensor(x: Tensor, *_: Tensor, gradient: bool = False) -> str:
+    if x.dtype not in DTYPES:
+        return f"{x.dtype} is not served"
+    return "" if x.device.type == "cuda" or interpreted() else f"Triton does not run on {x.device.type}"
 
 
 def _why_not_decode(x: Tensor, state: Tensor, *_: Tensor, gradient: bool = False) -> str:
     if state.shape[-1] not in HEAD_SIZES:
         return f"head sizes K = V in {HEAD_SIZES} are served, not {state.shape[-1]}"
-    return _why_not_dtype(x)
+    if not has_rows_apart(state):
+        return f"each state must be contiguous and apart from the others, not of strides {state.stride()}"
+    return _why_not_tensor(x)
 
 
 def _why_not_block(x: Tensor, *_: Tensor, gradient: bool = False) -> str:
     if not has_matrix_units(x):
         return "a GPU of compute capability 8.0 or higher is needed"
-    return _why_not_dtype(x)
+    return _why_not_tensor(x)
 
 
 def _why_not_recurrence(r: Tensor, v: Tensor, gradient: bool = False) -> str:
     K, V = r.shape[-1], v.shape[-1]
     if K != V or K not in HEAD_SIZES:
         return f"head sizes K = V in {HEAD_SIZES} are served, not K = {K} and V = {V}"
-    if reason := _why_not_dtype(r):
+    if reason := _why_not_tensor(r):
         return reason
-    if r.device.type != "cuda":
-        return "" if interpreted() else f"Triton does not run on {r.device.type}"
     if gradient and not has_matrix_units(r):
         return "gradients need a GPU of compute capability 8.0 or higher"
     return ""
@@ -62,8 +64,8 @@ class Op(NamedTuple):
 KERNELS: dict[str, Op] = {
     "wkv6": Op(wkv6, _why_not_recurrence),
     "wkv7": Op(wkv7, _why_not_recurrence),
-    "token_shift": Op(token_shift, _why_not_dtype),
-    "low_rank": Op(low_rank, _why_not_dtype),
+    "token_shift": Op(token_shift, _why_not_tensor),
+    "low_rank": Op(low_rank, _why_not_tensor),
     "rwkv6_decode": Op(rwkv6_decode, _why_not_decode),
     "rwkv7_decode": Op(rwkv7_decode, _why_not_decode),
     "block_decode": Op(decode_block, _why_not_block),

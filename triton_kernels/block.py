@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .decode import rwkv6_decode, rwkv7_decode_low_rank
-from .launches import HEAD_SIZES, call
+from .launches import HEAD_SIZES, call, has_rows_apart
 from .norm_shift import norm_shift
 from .products import MAX_ROWS, products
 from .token_shift import token_shift
@@ -39,15 +39,17 @@ def decode_block(
     Returns:
         The hidden states [B, 1, C] and `v_first`, or None where the block's parts have to compute it one by one:
         because they have been replaced (LoRA, quantized weights) or have hooks, because there are more than 64
-        sequences, or because a weight or a state is not as the kernels read it.
+        sequences, or because a weight or a state is not as the kernels read it, such as states of another number of
+        sequences.
     """
     att, ffn = block.att, block.ffn
     version = att.config.rwkv_version
     mix_time = _TIME_MIXES.get(version)
-    if mix_time is None or not _serves(block, hidden_states, state):
+    if mix_time is None or not _serves(block, hidden_states, v_first, state):
         return None
-    mask = None if token_order.order is None else token_order.order >= 0
-    rows = {"mask": mask, "state_indices": state.indices}
+    mask = None if token_order.order is None else (token_order.order >= 0).contiguous()
+    indices = None if state.indices is None else state.indices.contiguous()
+    rows = {"mask": mask, "state_indices": indices}
     shifts = (state.tensors[TIME_MIX_SHIFT], state.tensors[CHANNEL_MIX_SHIFT])
     out, v_first = mix_time(att, block.ln1, hidden_states, v_first, shifts[0], state.tensors[WKV], rows)
     hidden_states = _linear(att.output, out, residual=hidden_states)
@@ -66,29 +68,54 @@ _CHANNEL_MIX = {5: ("time_mix_k", "time_mix_r"), 6: ("time_maa_k", "time_maa_r")
 """Mix weights of a channel mix, of its key first. RWKV-5's are of the current token."""
 
 
-def _serves(block: Any, x: Tensor, state: Any) -> bool:
+def _serves(block: Any, x: Tensor, v_first: Tensor | None, state: Any) -> bool:
     """Return whether the kernels compute what the block's parts would, one by one, and read what they would."""
-    parts = [block.ln1, block.ln2, *block.att.children(), *block.ffn.children(), block.att, block.ffn]
+    return _serves_rows(block.att.config, x, v_first, state) and _serves_parts(block, x.dtype)
+
+
+def _serves_rows(config: Any, x: Tensor, v_first: Tensor | None, state: Any) -> bool:
+    """Return whether there is a state for each row of x, and the states and v_first are laid out as kernels read them.
+
+    Only the plain ops refuse what does not fit; kernels would read and write past the end.
+    """
+    B, _, C = x.shape
+    H, K = config.num_attention_heads, config.head_dim
     shifts, wkv = [state.tensors[TIME_MIX_SHIFT], state.tensors[CHANNEL_MIX_SHIFT]], state.tensors[WKV]
-    parameters = list(block.parameters())
+    states = [*shifts, wkv]
     return (
-        x.shape[0] <= MAX_ROWS
-        and not _has_any_global_hook()
-        and not any(p._forward_hooks or p._forward_pre_hooks or "forward" in p.__dict__ for p in parts)
-        and all(type(part) in _PARTS for part in parts[:-2])
-        and all(part.bias is None for part in parts if type(part) is nn.Linear)
-        and all(type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype for t in (*parameters, *shifts))
-        and all(t.is_contiguous() for t in (*parameters, *(x[:1] for x in (*shifts, wkv))))
-        and all(part.weight is not None and part.bias is not None for part in parts if type(part) in _NORMS)
-        and block.att.ln_x.num_groups == block.att.config.num_attention_heads
+        B <= MAX_ROWS
+        and all(rows.shape[0] == B for rows in (states if state.indices is None else [state.indices]))
+        and all(type(t) in _TENSORS and t.dtype == x.dtype and t.shape[1:] == (C,) for t in shifts)
         and wkv.dtype == torch.float32
-        and wkv.shape[-1] in HEAD_SIZES
+        and wkv.shape[1:] == (H, K, K)
+        and K in HEAD_SIZES
+        and all(has_rows_apart(t) for t in states)
+        and (v_first is None or (v_first.shape[0] == B and v_first.is_contiguous()))
     )
 
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm)
-_PARTS = (*_NORMS, nn.Linear)
-"""What a block is made of: anything else, such as an adapter, computes something else."""
+def _serves_parts(block: Any, dtype: torch.dtype) -> bool:
+    """Return whether a block is made of what the model makes it of: an adapter, say, computes something else."""
+    att, norms = block.att, [block.ln1, block.ln2, block.att.ln_x]
+    linear = [part for part in (*att.children(), *block.ffn.children()) if part is not att.ln_x]
+    parameters = list(block.parameters())
+    return (
+        not _has_any_global_hook()
+        and not any(
+            part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+            for part in (*norms, *linear, att, block.ffn)
+        )
+        and all(type(part) is nn.Linear and part.bias is None for part in linear)
+        and [type(norm) for norm in norms] == [nn.LayerNorm, nn.LayerNorm, nn.GroupNorm]
+        and all(norm.weight is not None and norm.bias is not None for norm in norms)
+        and att.ln_x.num_groups == att.config.num_attention_heads
+        and all(type(p) in _TENSORS and p.dtype == dtype for p in parameters)
+        and all(p.is_contiguous() for p in parameters)
+    )
+
+
+_TENSORS = (Tensor, nn.Parameter)
+"""Types of tensors that kernels read: a subclass, such as quantized weights, keeps its values in a way of its own."""
 
 
 def _linear(layer: nn.Linear, x: Tensor, **added: Tensor | None) -> Tensor:
@@ -139,7 +166,7 @@ def _rwkv7(att, norm, x, v_first, carried, wkv, rows):
 def _rwkv6(att, norm, x, v_first, carried, wkv, rows):
     x_x, now, before = _shifted(norm, x, carried, att, ("time_maa_x",), rows, ends=True)
     (low,) = products([x_x], [att.time_maa_w1], ["tanh"], [False])
-    low = low.view(-1, 5, att.time_maa_w2.shape[1]).transpose(0, 1)  # [5, B, D]
+    low = low.view(len(low), 5, att.time_maa_w2.shape[1]).transpose(0, 1)  # [5, B, D]
     dynamic = torch.bmm(low, att.time_maa_w2)[:, :, None]  # [5, B, 1, C]
     mix = [getattr(att, f"time_maa_{name}") for name in "wkvrg"]
     x_w, x_k, x_v, x_r, x_g = token_shift(now, before[:, 0], mix, dynamic=dynamic)

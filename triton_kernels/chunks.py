@@ -4,7 +4,7 @@ Letters as in `visualrwkv_hf.wkv`: B batch, T time, H heads, K = V key and value
 S [K, V] the state. D(s, t) is exp(w_{s+1} + ... + w_{t-1}), the decay of what token s wrote until token t reads it.
 
 Kernels hold a chunk with its tokens as columns, [K, BT], so that a product has K rows: the tensor cores of recent GPUs
-take 64 rows at a time, and a chunk has only 16 or 32 tokens. Matrices over pairs of tokens are [s, t], where s writes
+take 64 rows at a time, and a chunk has only 16 to 64 tokens. Matrices over pairs of tokens are [s, t], where s writes
 and t reads, so they are upper triangular. Local names: i_ indices, o_ offsets, m_ masks, p_ pointers, b_ blocks in
 registers.
 """
@@ -22,6 +22,15 @@ LOWEST_LOG_DECAY = tl.constexpr(-88.0)
 def most_chunks(T: int, sequences: int, BT: int) -> int:
     """Return the largest number of chunks that `sequences` sequences of T tokens in all can have."""
     return (T + sequences * (BT - 1)) // BT
+
+
+def count(r: Tensor, cu_seqlens: Tensor | None, BT: int) -> tuple[int, int]:
+    """Return how many sequences there are, and how many chunks there may be."""
+    B, T = r.shape[:2]
+    if cu_seqlens is None:
+        return B, B * most_chunks(T, 1, BT)
+    sequences = cu_seqlens.shape[0] - 1
+    return sequences, most_chunks(T, sequences, BT)
 
 
 def chunk_table(cu_seqlens: Tensor | None, T: int, BT: int) -> tuple[Tensor | None, Tensor | None]:

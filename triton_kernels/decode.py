@@ -21,6 +21,7 @@ from .launches import (
     HEAD_SIZES,
     NAMESPACE,
     call,
+    has_rows_apart,
     needs_gradient,
     on_device_of,
     product_precision,
@@ -171,9 +172,10 @@ def _check(
             f"state must be [B, H, K, K] (or [N, H, K, K]) with K one of {', '.join(map(str, HEAD_SIZES))}, "
             f"got {list(state.shape)}."
         )
-    if state.dtype != torch.float32 or not state[:1].is_contiguous():
+    if state.dtype != torch.float32 or not has_rows_apart(state):
         raise ValueError(
-            f"state must be float32 and each [H, K, V] contiguous, got {state.dtype} of strides {state.stride()}."
+            f"state must be float32 and each [H, K, V] contiguous and apart from the others, "
+            f"got {state.dtype} of strides {state.stride()}."
         )
     N, H, K, _ = state.shape
     B = N if state_indices is None else state_indices.numel()
@@ -445,12 +447,13 @@ def rwkv7_decode_low_rank(
 ) -> Tensor:
     """Compute `rwkv7_decode` of B sequences, and before it the products W2 of its low-rank maps.
 
-    Args: as in [`rwkv7_decode`], contiguous and not checked, but for `low`, the maps' inner values f(x W1)
-    [B, D], and `up`, their W2 [D, A]: of decay, rate, gate and, except in the first layer, value gate.
+    Arguments are as in [`rwkv7_decode`], but contiguous and unchecked. In place of decay, rate, gate and value_gate:
+    `low`, the maps' inner values f(x W1), [B, D] each, and `up`, their W2, [D, A]. In the first layer there is no value
+    gate.
     """
     B, (_, H, K, _) = r.shape[0], state.shape
     out = torch.empty_like(r)
-    G = triton.cdiv(B, DECODE_GROUPS)
+    G = max(1, triton.cdiv(B, DECODE_GROUPS))
     with on_device_of(r):
         rwkv7_decode_low_rank_fwd_kernel[(H * triton.cdiv(B, G),)](
             r, k, v, v_first, tuple(low), tuple(up), w0, a0, v0, k_k, k_a, r_k, norm_weight, norm_bias, state,

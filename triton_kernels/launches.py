@@ -4,7 +4,7 @@ Every entry was chosen from compiled code (registers, spills, shared memory, ins
 prints these. Nothing is tuned at first use.
 """
 
-import os
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -66,9 +66,10 @@ def product_precision(x: Tensor) -> str:
 # --- devices ------------------------------------------------------------------------------------------
 
 
+@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Return whether Triton interprets kernels on the CPU in place of compiling them."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return bool(triton.knobs.runtime.interpret)
 
 
 def has_matrix_units(r: Tensor) -> bool:
@@ -90,18 +91,39 @@ def needs_gradient(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
-def call(op: Any, *arguments: Any, **named: Any) -> Any:
-    """Call a custom op; past torch's dispatcher, which takes longer than a launch, where nobody looks on there.
+def has_rows_apart(x: Tensor) -> bool:
+    """Return whether every x[i] is contiguous and shares no memory with another, so that a kernel may write them."""
+    return x[:1].is_contiguous() and (x.shape[0] <= 1 or x.stride(0) * x.shape[0] >= x.numel())
 
-    Those who do are torch.compile, function transforms, and modes such as fake tensors. The caller makes sure that no
-    gradient is needed.
+
+def call(op: Any, *arguments: Any, **named: Any) -> Any:
+    """Call a custom op, past torch's dispatcher where possible, because that takes longer than a launch.
+
+    Its function is called directly unless something must see the call: torch.compile, a function transform, or a
+    dispatch mode such as fake tensors. A tensor subclass is not detected. The caller makes sure that no gradient is
+    needed. As the dispatcher does, this counts a new version of each tensor that the op writes, so that a backward
+    that has saved it raises an error.
     """
-    is_watched = (
+    must_be_seen = (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
-    return op(*arguments, **named) if is_watched else op._init_fn(*arguments, **named)
+    if must_be_seen:
+        return op(*arguments, **named)
+    result = op._init_fn(*arguments, **named)
+    for place, name in _written_arguments(op):
+        written = arguments[place] if place < len(arguments) else named[name]
+        if not written.is_inference():  # which has no version
+            torch.autograd.graph.increment_version(written)
+    return result
+
+
+@functools.cache
+def _written_arguments(op: Any) -> tuple[tuple[int, str], ...]:
+    """Return the places and names of the arguments that a custom op writes (its `mutates_args`)."""
+    arguments = op._opoverload._schema.arguments
+    return tuple((i, a.name) for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write)
 
 
 def serial() -> dict[str, int]:

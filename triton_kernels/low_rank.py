@@ -23,9 +23,7 @@ from .launches import (
     needs_gradient,
     on_device_of,
 )
-
-FUNCTIONS = ("identity", "tanh", "sigmoid")
-"""The functions f that a map may have between its two products."""
+from .products import FUNCTIONS, applied
 
 MAX_ROWS = 65_535
 """The largest B: a row is a program along the grid's third axis, which CUDA limits to this."""
@@ -43,7 +41,7 @@ def low_rank(
         x: M tensors [B, C] or [B, 1, C], bfloat16, float16 or float32, B <= 65,535.
         down: W1, M tensors [C, D_m].
         up: W2, M tensors [D_m, A].
-        functions: f, M names out of `FUNCTIONS`.
+        functions: f, M names out of `products.FUNCTIONS`.
 
     Returns:
         y, [M, B, A] or [M, B, 1, A] in the dtype of x.
@@ -67,10 +65,10 @@ def _check(
     if unknown := set(functions) - set(FUNCTIONS):
         raise ValueError(f"functions must be of {', '.join(FUNCTIONS)}, got {', '.join(sorted(unknown))}.")
     shape, A = list(x[0].shape), up[0].shape[-1]
-    if shape[0] > MAX_ROWS:
-        raise ValueError(f"x must have at most {MAX_ROWS:,} rows, got {shape[0]:,}: use matrix products.")
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[1] != 1):
         raise ValueError(f"x must be [B, C] or [B, 1, C], got {shape}.")
+    if shape[0] > MAX_ROWS:
+        raise ValueError(f"x must have at most {MAX_ROWS:,} rows, got {shape[0]:,}: use matrix products.")
     for x_m, w1, w2 in zip(x, down, up):
         D = w1.shape[-1]
         if [list(x_m.shape), list(w1.shape), list(w2.shape)] != [shape, [shape[-1], D], [D, A]]:
@@ -129,23 +127,13 @@ def low_rank_down_fwd_kernel(
     BC: tl.constexpr,
     BD: tl.constexpr,
 ):
-    i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_d, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     p_partial = partial + (i_s * B + i_b) * RANKS
     for m in tl.static_range(M):
         if (i_d >= 0) & (i_d < tl.cdiv(D[m], BD)):
             _down(x[m] + i_b * C, down[m], p_partial, i_d, i_s, C, D[m], CS, BC, BD)
         i_d -= tl.cdiv(D[m], BD)
         p_partial += D[m]
-
-
-@triton.jit
-def _applied(b_x, function: tl.constexpr):
-    if function == 1:
-        return 2 * tl.sigmoid(2 * b_x) - 1
-    elif function == 2:
-        return tl.sigmoid(b_x)
-    else:
-        return b_x
 
 
 @triton.jit
@@ -170,7 +158,7 @@ def _up(
             b_low += tl.load(partial + s * step + o_d, mask=o_d < D, other=0)
         p_w = w + o_d[:, None] * A + o_a[None, :]
         b_w = tl.load(p_w, mask=(o_d[:, None] < D) & (o_a[None, :] < A), other=0).to(tl.float32)
-        b_y += tl.sum(_applied(b_low, function)[:, None] * b_w, 0)
+        b_y += tl.sum(applied(b_low, function)[:, None] * b_w, 0)
     return b_y
 
 
@@ -189,13 +177,13 @@ def low_rank_up_fwd_kernel(
     BD: tl.constexpr,
     BA: tl.constexpr,
 ):
-    i_a, i_m, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_a, i_m, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_a = i_a * BA + tl.arange(0, BA)
     p_partial = partial + i_b * RANKS
     p_y = y + (i_m * B + i_b) * A + o_a
     for m in tl.static_range(M):
         if i_m == m:
-            b_y = _up(p_partial, up[m], FUNCTION[m], B * RANKS, o_a, A, D[m], S, BD, BA)
+            b_y = _up(p_partial, up[m], FUNCTION[m], tl.cast(B, tl.int64) * RANKS, o_a, A, D[m], S, BD, BA)
             tl.store(p_y, b_y.to(y.dtype.element_ty), mask=o_a < A)
         p_partial += D[m]
 

@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import DTYPES, NAMESPACE, NORM_CHANNELS, NORM_WARPS, call, needs_gradient, on_device_of
+from .launches import (
+    DTYPES,
+    NAMESPACE,
+    NORM_CHANNELS,
+    NORM_WARPS,
+    call,
+    has_rows_apart,
+    needs_gradient,
+    on_device_of,
+)
 
 
 def norm_shift(
@@ -38,10 +47,11 @@ def norm_shift(
         norm_bias: likewise.
         eps: of the layer norm.
         carried: n of the last step in the dtype of x, updated in place: [B, C], or a pool [N, C] with state_indices. A
-            row's elements are next to one another.
+            row's elements are next to one another, and no two rows share memory.
         mix: weights of the previous token, M tensors of C elements.
         mask: bool [B] or [B, 1], False at pads, which are their own predecessor and are not kept.
-        state_indices: int [B], distinct: the slot of each sequence; negative for none.
+        state_indices: int32 or int64 [B], distinct: the slot of each sequence; negative for none. The device does not
+            check that they are below N.
         of_current: whether mix weighs the current token (RWKV-5).
         ends: whether to return n and the token before it as well (RWKV-6 mixes them again).
 
@@ -49,25 +59,52 @@ def norm_shift(
         M tensors, or M + 2, shaped and typed like x.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes or dtypes do not fit, or a row of carried is not contiguous or shares memory with another.
         RuntimeError: an input requires a gradient.
     """
-    C = x.shape[-1]
+    _check(x, norm_weight, norm_bias, carried, mix, mask, state_indices)
+    if needs_gradient(x, norm_weight, norm_bias, carried, *mix):
+        raise RuntimeError("norm_shift has no gradient: call it under torch.no_grad().")
+    mix = [m.contiguous() for m in mix]
+    x, norm_weight, norm_bias = (t.contiguous() for t in (x, norm_weight, norm_bias))
+    indices = (None if t is None else t.contiguous() for t in (mask, state_indices))
+    mixed = call(_norm_shift, x, norm_weight, norm_bias, eps, carried, mix, *indices, of_current, ends)
+    return tuple(mixed.unbind())
+
+
+def _check(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    carried: Tensor,
+    mix: Sequence[Tensor],
+    mask: Tensor | None,
+    state_indices: Tensor | None,
+) -> None:
+    if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[1] != 1):
+        raise ValueError(f"x must be [B, C] or [B, 1, C], got {list(x.shape)}.")
+    B, C = x.shape[0], x.shape[-1]
     if x.dtype not in DTYPES or carried.dtype != x.dtype:
         raise ValueError(
             f"x and carried must be bfloat16, float16 or float32, got {x.dtype}, {carried.dtype}."
         )
     if any(w.numel() != C for w in (norm_weight, norm_bias, *mix)) or carried.shape[1:] != (C,):
         raise ValueError(f"norm_weight, norm_bias, mix and rows of carried must have C = {C} elements.")
-    if carried.stride(1) != 1:
-        raise ValueError(f"rows of carried must be contiguous, got strides {carried.stride()}.")
-    if needs_gradient(x, norm_weight, norm_bias, carried, *mix):
-        raise RuntimeError("norm_shift has no gradient: call it under torch.no_grad().")
-    mix = [m.contiguous() for m in mix]
-    x = x.contiguous()
-    indices = (mask, state_indices)
-    mixed = call(_norm_shift, x, norm_weight, norm_bias, eps, carried, mix, *indices, of_current, ends)
-    return tuple(mixed.unbind())
+    if not has_rows_apart(carried):
+        raise ValueError(f"rows of carried must be contiguous and apart, got strides {carried.stride()}.")
+    if state_indices is None and carried.shape[0] != B:
+        raise ValueError(
+            f"carried must be [B, C] = {[B, C]} without state_indices, got {list(carried.shape)}."
+        )
+    if state_indices is not None and (
+        list(state_indices.shape) != [B] or state_indices.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(
+            f"state_indices must be int32 or int64 [B] = [{B}], "
+            f"got {state_indices.dtype} {list(state_indices.shape)}."
+        )
+    if mask is not None and (list(mask.shape) not in ([B], [B, 1]) or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be bool [B] = [{B}] or [B, 1], got {mask.dtype} {list(mask.shape)}.")
 
 
 @triton.jit

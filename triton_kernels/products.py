@@ -33,31 +33,21 @@ def products(
     Operands are of the inputs' dtype (float32 is not rounded to tf32); sums, f, gate and residual are float32.
 
     Args:
-        x: M tensors [B, C] or [B, 1, C], bfloat16, float16 or float32, B <= 64.
+        x: M >= 1 tensors [B, C] or [B, 1, C], bfloat16, float16 or float32, B <= 64.
         weights: W_m of the dtype of x, contiguous: [N_m, C] as a linear layer keeps it, or [C, N_m].
         functions: f, M names out of `FUNCTIONS`.
         by_output: M times whether W_m is [N_m, C].
-        residual: [B, N] or [B, 1, N], added to each; None adds nothing.
+        residual: [B, N] or [B, 1, N], added to each, so that every N_m must be N; None adds nothing.
         gate: likewise, multiplied with each.
 
     Returns:
         M tensors [B, N_m] or [B, 1, N_m] of the dtype of x.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or B > 64.
+        ValueError: shapes or dtypes do not fit, a function is unknown, or B > 64.
         RuntimeError: an input requires a gradient.
     """
-    *batch, C = x[0].shape
-    if (B := x[0].numel() // C) > MAX_ROWS:
-        raise ValueError(f"products takes at most {MAX_ROWS} rows, got {B}.")
-    if len({len(x), len(weights), len(functions), len(by_output)}) != 1:
-        raise ValueError("x, weights, functions and by_output must be of one length.")
-    dtypes = {t.dtype for t in (*x, *weights)}
-    if len(dtypes) != 1 or x[0].dtype not in DTYPES:
-        raise ValueError(f"x and weights must be of one dtype out of {DTYPES}, got {dtypes}.")
-    for x_m, w, rows in zip(x, weights, by_output):
-        if list(x_m.shape) != [*batch, C] or w.dim() != 2 or w.shape[1 if rows else 0] != C:
-            raise ValueError(f"C = {C} inputs of x {list(x_m.shape)} do not fit a weight {list(w.shape)}.")
+    _check(x, weights, functions, by_output, residual, gate)
     if needs_gradient(*x, *weights, residual, gate):
         raise RuntimeError("products has no gradient: call it under torch.no_grad().")
     names = [FUNCTIONS.index(name) for name in functions]
@@ -66,14 +56,49 @@ def products(
     return tuple(call(_products, x, weights, names, list(by_output), residual, gate))
 
 
+def _check(
+    x: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    functions: Sequence[str],
+    by_output: Sequence[bool],
+    residual: Tensor | None,
+    gate: Tensor | None,
+) -> None:
+    lengths = len(x), len(weights), len(functions), len(by_output)
+    if not x or len(set(lengths)) != 1:
+        raise ValueError(f"x, weights, functions and by_output must be of one length >= 1, got {lengths}.")
+    if unknown := set(functions) - set(FUNCTIONS):
+        raise ValueError(f"functions must be of {', '.join(FUNCTIONS)}, got {', '.join(sorted(unknown))}.")
+    *batch, C = x[0].shape
+    if len(batch) not in (1, 2) or batch[1:] not in ([], [1]):
+        raise ValueError(f"x must be [B, C] or [B, 1, C], got {list(x[0].shape)}.")
+    if batch[0] > MAX_ROWS:
+        raise ValueError(f"products takes at most {MAX_ROWS} rows, got {batch[0]}.")
+    dtypes = {t.dtype for t in (*x, *weights)}
+    if len(dtypes) != 1 or x[0].dtype not in DTYPES:
+        raise ValueError(f"x and weights must be of one dtype out of {DTYPES}, got {dtypes}.")
+    for x_m, w, rows in zip(x, weights, by_output):
+        if list(x_m.shape) != [*batch, C] or w.dim() != 2 or w.shape[1 if rows else 0] != C:
+            raise ValueError(f"C = {C} inputs of x {list(x_m.shape)} do not fit a weight {list(w.shape)}.")
+    if residual is None and gate is None:
+        return
+    B, widths = batch[0], [w.shape[0 if rows else 1] for w, rows in zip(weights, by_output)]
+    for name, added in (("residual", residual), ("gate", gate)):
+        for N in widths if added is not None else ():
+            if list(added.shape) not in ([B, N], [B, 1, N]):
+                raise ValueError(f"{name} must be [B, N] = {[B, N]} or [B, 1, N], got {list(added.shape)}.")
+
+
 @triton.jit
-def _applied(b_x, function: tl.constexpr):
+def applied(b_x, function: tl.constexpr):
+    """Return f(b_x), where f is the one of FUNCTIONS at index `function`."""
     if function == 1:
         return 2 * tl.sigmoid(2 * b_x) - 1
     elif function == 2:
         return tl.sigmoid(b_x)
     elif function == 3:
-        return tl.maximum(b_x, 0.0) * tl.maximum(b_x, 0.0)
+        b_x = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return b_x * b_x
     else:
         return b_x
 
@@ -94,7 +119,7 @@ def _product(
             x + o_b[None, :] * C + o_c[:, None], mask=(o_b[None, :] < B) & (o_c[:, None] < C), other=0
         )
         b_y = tl.dot(b_w, b_x, b_y, input_precision=PRECISION)
-    b_y = _applied(b_y, FUNCTION)
+    b_y = applied(b_y, FUNCTION)
     o_y, m_y = o_b[None, :] * N + o_n[:, None], (o_b[None, :] < B) & (o_n[:, None] < N)
     if gate is not None:
         b_y *= tl.load(gate + o_y, mask=m_y, other=0).to(tl.float32)

@@ -86,6 +86,11 @@ def following_of(previous: Tensor, n: int = 1) -> Tensor:
     return previous.new_full((B, n + T), -1).scatter(1, previous, tokens)
 
 
+def carried_per_row(x: Tensor, carried: Tensor) -> int:
+    """Return n, the sequences of a row of x [B, T, C] by their carried tokens [n B, C]; 1 in an empty batch."""
+    return carried.shape[0] // x.shape[0] if x.shape[0] else 1
+
+
 def _check(
     x: Tensor,
     carried: Tensor,
@@ -101,12 +106,12 @@ def _check(
     B, T, C = x.shape
     if not mix or any(m.numel() != C for m in mix):
         raise ValueError(f"mix must be weights of C = {C} elements each, got {[list(m.shape) for m in mix]}.")
-    if carried.dim() != 2 or carried.shape[1] != C or not carried.shape[0] or carried.shape[0] % B:
+    n = carried_per_row(x, carried) if carried.dim() == 2 else 0
+    if not n or list(carried.shape) != [n * B, C]:
         raise ValueError(
             f"carried must be [S, {C}] with S = {B} sequences, or a multiple where they are packed, "
             f"got {list(carried.shape)}."
         )
-    n = carried.shape[0] // B
     if n > 1 and previous is None:
         raise ValueError(f"carried has {n} tokens for each row: previous must say which token follows which.")
     wanted = {
@@ -280,7 +285,7 @@ def token_shift_forward(
             tuple(mixed),
             B,
             T,
-            carried.shape[0] // B,
+            carried_per_row(x, carried),
             C=C,
             M=len(mix),
             BT=BT,
@@ -322,7 +327,7 @@ def token_shift_backward(
             None if dynamic is None else ddynamic,
             B,
             T,
-            carried.shape[0] // B,
+            carried_per_row(x, carried),
             C=C,
             M=M,
             BT=BT,
@@ -380,7 +385,7 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, dmixed):
     x, carried, previous, following, dynamic, *mix = ctx.saved_tensors
     if previous is not None and following is None:
-        following = following_of(previous, carried.shape[0] // x.shape[0])
+        following = following_of(previous, carried_per_row(x, carried))
     dmixed = [d.contiguous() for d in dmixed]
     dx, dcarried, dmix, ddynamic = _token_shift_backward(
         x, carried, mix, previous, following, dynamic, dmixed

@@ -15,6 +15,7 @@ from .chunks import (
     chunk_decays,
     chunk_rows,
     chunk_table,
+    count,
     exp,
     level_decays,
     load_columns,
@@ -26,7 +27,7 @@ from .chunks import (
     store_columns,
 )
 from .launches import NAMESPACE, on_device_of, precision_of, serial
-from .wkv6_fwd import config_of, count, load_log_decays, with_heads_together
+from .wkv6_fwd import config_of, load_log_decays, with_heads_together
 
 # --- kernels ------------------------------------------------------------------------------------------
 
@@ -98,7 +99,7 @@ def wkv6_bwd_gradients_kernel(
         b_dy = load_columns(dy, rows, m_read, i_h, H, K, o_v)
         p_S = (i_ch * K + o_k)[:, None] * K + o_v[None, :]
         b_S, b_dS = tl.load(states + p_S), tl.load(dstates + p_S)
-        b_dG += tl.sum((b_S * b_dS).to(tl.float32), 1)
+        b_dG += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
         b_dv = tl.dot(operand(b_dy, DOT, PRECISION), b_A, input_precision=PRECISION)
         for i_k in range(0, K if BK == K else width, BK):
             dS_part = b_dS if BK == K else rows_of(b_dS, i_k, BK)

@@ -17,11 +17,11 @@ from .chunks import (
     chunk_decays,
     chunk_rows,
     chunk_table,
+    count,
     exp,
     finite_log_decay,
     level_decays,
     load_columns,
-    most_chunks,
     operand,
     rows_of_chunk,
     sequence_of_chunk,
@@ -176,15 +176,6 @@ def config_of(r: Tensor) -> tuple[Config, int]:
             }
         )
     return config, config.BT.bit_length() - 1
-
-
-def count(r: Tensor, cu_seqlens: Tensor | None, BT: int) -> tuple[int, int]:
-    """Return how many sequences there are, and how many chunks there may be."""
-    B, T = r.shape[:2]
-    if cu_seqlens is None:
-        return B, B * most_chunks(T, 1, BT)
-    sequences = cu_seqlens.shape[0] - 1
-    return sequences, most_chunks(T, sequences, BT)
 
 
 def with_heads_together(w: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from .chunks import (
     chunk_decays,
     chunk_rows,
     chunk_table,
+    count,
     exp,
     finite_log_decay,
     level_decays,
@@ -35,10 +36,7 @@ from .chunks import (
     sums_of,
 )
 from .launches import NAMESPACE, on_device_of, precision_of, serial
-from .wkv7_fwd import (
-    config_of,
-    count,
-)
+from .wkv7_fwd import config_of
 
 # --- kernels ------------------------------------------------------------------------------------------
 
@@ -353,7 +351,7 @@ def wkv7_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of r, w, k, v, a, b and the initial state (empty if there is none)."""
     (_, T, H, K), PRECISION = r.shape, precision_of(r).dots
-    *gradients, dinitial_state = _gradients(r, w, k, v, a, b, initial_state)
+    dr, dw, dk, dv, da, db, dinitial_state = _gradients(r, w, k, v, a, b, initial_state)
     config, LEVELS = config_of(r, min_log_decay)
     BT, (sequences, chunks) = config.BT, count(r, cu_seqlens, config.BT)
     chunk_starts, sequence_of = chunk_table(cu_seqlens, T, BT)
@@ -366,7 +364,6 @@ def wkv7_backward(
             None if initial_state is None else dinitial_state, T, K, H=H, K=K, BT=BT, BK=config.part or K, BV=BV,
             CENTRED=LEVELS == 0, PRECISION=PRECISION, num_warps=num_warps, num_stages=num_stages, **serial(),
         )  # fmt: skip
-        dr, dw, dk, dv, da, db = gradients
         u, dz = torch.empty_like(q), torch.empty_like(q)
         BV, num_warps, num_stages = config.gradients
         wkv7_bwd_values_kernel[(chunks * H,)](
@@ -380,7 +377,6 @@ def wkv7_backward(
             dr, dw, dk, da, db, T, sequences, K, H=H, K=K, BT=BT, BK=BK, BV=config.turn or K, LEVELS=LEVELS,
             PRECISION=PRECISION, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
-    dr, dw, dk, dv, da, db = gradients
     return dr, dw, dk, dv, da, db, dinitial_state
 
 

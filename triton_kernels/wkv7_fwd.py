@@ -30,12 +30,12 @@ from .chunks import (
     chunk_decays,
     chunk_rows,
     chunk_table,
+    count,
     exp,
     finite_log_decay,
     inverse_of_one_minus,
     level_decays,
     load_columns,
-    most_chunks,
     operand,
     rows_of,
     rows_of_chunk,
@@ -407,15 +407,6 @@ def tokens_of_chunk(config: Config, tokens: int, min_log_decay: float, save: boo
     bounded = -min_log_decay * config.long / 2 <= 40
     is_longer = config.long and tokens >= launches.LONG and bounded and not save and torch.version.hip is None
     return config.long if is_longer else config.BT
-
-
-def count(r: Tensor, cu_seqlens: Tensor | None, BT: int) -> tuple[int, int]:
-    """Return how many sequences there are, and how many chunks there may be."""
-    B, T = r.shape[:2]
-    if cu_seqlens is None:
-        return B, B * most_chunks(T, 1, BT)
-    sequences = cu_seqlens.shape[0] - 1
-    return sequences, most_chunks(T, sequences, BT)
 
 
 def _outputs(
