@@ -20,7 +20,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .configuration_visualrwkv import VisualRWKVConfig
 from .encoders import ENCODERS, pixel_inputs
-from .pictures import open_picture
+from .pictures import MAX_PIXELS, open_picture
 from .remote_code import IMAGE_PROCESSOR_CODE, copy_code
 
 Size = tuple[int, int]
@@ -38,16 +38,17 @@ def _flat(images) -> Iterator:
         yield images
 
 
-def _open_all(images, input_data_format: str | ChannelDimension | None) -> list[Image.Image]:
-    pictures = []
-    for number, source in enumerate(_flat(images), start=1):
+def _of_each(items: Iterable, function: Callable) -> list:
+    """Return what `function` gives for each picture; an error says which one it is about."""
+    results = []
+    for number, item in enumerate(items, start=1):
         try:
-            pictures.append(open_picture(source, input_data_format))
+            results.append(function(item))
         except ValueError as error:
             raise ValueError(f"Picture {number}: {error}") from error
-    if not pictures:
+    if not results:
         raise ValueError("No pictures given.")
-    return pictures
+    return results
 
 
 # Tiling: from the size of a picture to what is cut out of it.
@@ -132,6 +133,11 @@ def _lay_out_700(size: Size, side: int, tile_grid: int) -> Layout:
 def _lay_out_regions(size: Size, side: int, closest: bool) -> Layout:
     columns, rows = region_grid(size, side, closest)
     canvas = (columns * side, rows * side)
+    if canvas[0] * canvas[1] > MAX_PIXELS:
+        raise ValueError(
+            f"Its {size[0]} x {size[1]} pixels would be resized to {canvas[0]} x {canvas[1]}; at most {MAX_PIXELS:,} "
+            "are cut into tiles."
+        )
     return Layout(canvas, grid_boxes(canvas, columns, rows))
 
 
@@ -243,12 +249,14 @@ class VisualRWKVImageProcessor(PilBackend):
             have tokens.
 
         Raises:
-            ValueError: if a picture cannot be read (it says which one), or an option has no meaning here.
+            ValueError: if a picture cannot be read or becomes too large (it says which one), or an option has no
+                meaning here.
         """
         _refuse_options(kwargs)
         encoders, tiling, tile_grid = self._fields(kwargs)
-        pictures = _open_all(images, kwargs.get("input_data_format"))
-        pieces = [_cut(picture, _lay_out(picture.size, encoders, tiling, tile_grid)) for picture in pictures]
+        pictures = _of_each(_flat(images), lambda one: open_picture(one, kwargs.get("input_data_format")))
+        layouts = _of_each(pictures, lambda one: _lay_out(one.size, encoders, tiling, tile_grid))
+        pieces = [_cut(picture, layout) for picture, layout in zip(pictures, layouts)]
         data = {
             argument: np.stack([squash(piece, **encoders[name]) for cut in pieces for piece in cut])
             for name, argument in pixel_inputs(encoders).items()
@@ -273,10 +281,23 @@ class VisualRWKVImageProcessor(PilBackend):
     def get_number_of_image_patches(
         self, height: int, width: int, images_kwargs: Mapping | None = None
     ) -> int:
-        """Return how many tiles with tokens of their own a picture of this size is cut into."""
+        """Return how many tiles with tokens of their own a picture of this size is cut into.
+
+        Raises:
+            ValueError: too many to be made.
+        """
         encoders, tiling, tile_grid = self._fields(images_kwargs or {})
         boxes = _lay_out((width, height), encoders, tiling, tile_grid).boxes
         return len(boxes) if TILINGS[tiling].has_tokens else 1
+
+    def get_resized_pixels(self, height: int, width: int) -> int:
+        """Return how many pixels a picture of this size has after the resizing that comes before cutting, if any.
+
+        Raises:
+            ValueError: too many.
+        """
+        resized = _lay_out((width, height), *self._fields({})).resize or (width, height)
+        return resized[0] * resized[1]
 
     def _fields(self, kwargs: Mapping) -> tuple[dict[str, dict], str, int]:
         """Return the processor's fields, or those of a call."""

@@ -33,7 +33,8 @@ class StateStore:
         max_bytes: how many bytes the states may take together; None means no limit.
 
     Attributes:
-        scope: which states `find` sees and as whose `add` stores; empty for a store that was made directly.
+        scope: the part of the store in which `find` looks and `add` stores: the names given to `scoped`, and what tells
+            apart several models and beginnings; empty for a store that was made directly.
         hits: how often `find` found a state, in all scopes together.
         misses: how often it found none.
     """
@@ -41,21 +42,24 @@ class StateStore:
     def __init__(self, max_states: int = 16, max_bytes: int | None = None):
         if max_states < 1:
             raise ValueError(f"max_states must be at least 1, got {max_states}.")
-        self.scope = ""
+        self.scope: Scope = ()
         self._shelf = _Shelf(max_states, max_bytes)
 
     def scoped(self, scope: str) -> "StateStore":
         """Return a view of this store that finds only what was added under the same `scope`, e.g. a client's key.
 
-        The views share the limits: the least recently used state of all scopes is dropped first.
+        A view of a view is a part of it. All share the limits: the least recently used state is dropped first.
 
         Raises:
             ValueError: `scope` is empty.
         """
         if not scope:
             raise ValueError("scoped() needs a name that is not empty, for example the key of a client.")
+        return self._part(scope)
+
+    def _part(self, name: "str | int | bytes") -> "StateStore":
         view = type(self).__new__(type(self))
-        view.scope, view._shelf = scope, self._shelf
+        view.scope, view._shelf = (*self.scope, name), self._shelf
         return view
 
     def __reduce__(self):
@@ -69,7 +73,11 @@ class StateStore:
         with self._shelf.lock:
             if (number := self._shelf.models.get(model)) is None:
                 number = self._shelf.models[model] = next(self._shelf.numbers)
-        return self.scoped(f"{self.scope} model {number}") if number else self
+        return self._part(number) if number else self
+
+    def of_beginning(self, identity: str) -> "StateStore":
+        """Return the part of this store for states that began with the tuned states of this identity."""
+        return self._part(identity.encode())
 
     @property
     def max_states(self) -> int:
@@ -125,13 +133,17 @@ class StateStore:
             return None
 
     def clear(self) -> None:
-        """Drop all states; a view drops those of its scope."""
+        """Drop all states; a view drops those of its scope, of all models and beginnings."""
         with self._shelf.lock:
-            for key in [key for key in self._shelf.states if self.scope in ("", key[0])]:
+            for key in [key for key in self._shelf.states if key[0][: len(self.scope)] == self.scope]:
                 del self._shelf.states[key]
 
 
-Key = tuple[str, int, bytes]
+Scope = tuple[str | int | bytes, ...]
+"""Parts of parts of a store: names from `scoped`, numbers of models, and identities of beginnings in bytes. Their types
+differ, so that no name that a client chooses is another part's."""
+
+Key = tuple[Scope, int, bytes]
 """Scope, number of tokens read, and SHA-256 of what was read: all token ids and the full hashes of all pictures."""
 
 

@@ -323,9 +323,7 @@ def store_of_beginning(
     if store is None:
         return None
     store, begun = store.of_model(model), _beginning(model, initial)
-    if begun is None:
-        return store
-    return store.scoped(f"{store.scope} {identity_of(begun)}")  # a client's part stays the client's
+    return store if begun is None else store.of_beginning(identity_of(begun))
 
 
 def identity_of_beginning(model: Any, initial: TunedState | None) -> str | None:

@@ -8,9 +8,11 @@ from hostile_folders import HOSTILE, MARKER, make_hostile
 from patience import PATIENCE
 from PIL import Image
 from tiny_training import save_tiny_model
+from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from visualrwkv_hf.cli.app import app
+from visualrwkv_hf.inference.checks import refuse_strange_generation
 from visualrwkv_hf.inference.loading import model_source
 
 
@@ -98,3 +100,22 @@ def test_hostile_folders_are_refused_before_torch_is_needed(whole, tmp_path, mon
     folder = make_hostile("code-of-another-type", whole, tmp_path / "sent")
     with pytest.raises(ValueError, match="holds a model of type 'stranger', not visualrwkv"):
         model_source(str(folder))
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("penalty_alpha", 0.6),
+        ("dola_layers", "low"),
+        ("constraints", [[1]]),
+        ("force_words_ids", [[1]]),
+        ("num_beam_groups", 2),
+    ],
+)
+def test_ways_to_generate_whose_code_is_on_the_hub_are_refused(option, value, tmp_path):
+    config = GenerationConfig()
+    setattr(config, option, value)
+    with pytest.raises(
+        ValueError, match=f"{option} in .* asks for a way to generate whose code is on the Hub"
+    ):
+        refuse_strange_generation(config, tmp_path)

@@ -79,7 +79,7 @@ def test_scan_order_outside_the_prompt_is_refused_by_an_accelerated_model(entry,
     model = accelerate_on_cpu(awake(VisualRWKVForCausalLM(text_config(7))))
     order = torch.arange(17)[None]
     order[0, 5] = entry
-    with pytest.raises((ValueError, IndexError, RuntimeError)):
+    with pytest.raises(ValueError, match="scan_orders"):
         model(torch.ones(1, 17, dtype=torch.long), scan_orders=[order])
 
 
@@ -97,7 +97,6 @@ def wkv_arguments(**changes) -> list:
 @pytest.mark.parametrize(
     "changes, error",
     [
-        ({}, None),
         ({"order": [0, 1, 2, 4]}, "ORDER_OUT_OF_RANGE"),
         ({"order": [0, 1, 2, -6]}, "ORDER_OUT_OF_RANGE"),
         ({"begin": [0, 5]}, "ORDER_OUT_OF_RANGE"),
@@ -110,10 +109,15 @@ def wkv_arguments(**changes) -> list:
     ],
 )
 def test_c_is_a_second_fence(changes, error, built):
-    if error is None:
-        return ops.library().call("wkv", *wkv_arguments())
     with pytest.raises(RuntimeError, match=f"The native op wkv refused its arguments: {error}"):
         ops.library().call("wkv", *wkv_arguments(**changes))
+
+
+def test_c_computes_what_is_in_range(built):
+    """The outputs of its 4 tokens are written, and nothing after them."""
+    *arguments, out = wkv_arguments()
+    ops.library().call("wkv", *arguments, out.fill_(float("nan")))
+    assert not out[: 4 * 8].any() and out[4 * 8 :].isnan().all()
 
 
 @pytest.mark.parametrize("columns, tag, error", [(24, 0, "SIZE_OUT_OF_RANGE"), (16, 4, "FORMAT_UNKNOWN")])
@@ -153,7 +157,7 @@ def tokens_of(model, ids: torch.Tensor, state=None) -> tuple[torch.Tensor, objec
 def test_heads_that_are_too_large_are_computed_by_torch(version, built):
     """Also after a state that was read before the model was accelerated."""
     model = awake(VisualRWKVForCausalLM(text_config(version, hidden_size=320, head_dim=320)))
-    ids = torch.randint(1, 320, (1, 6))
+    ids = torch.randint(1, 320, (1, 6), generator=torch.Generator().manual_seed(0))
     state = model(ids[:, :3], use_cache=True).past_key_values
     expected, _ = tokens_of(model, ids[:, 3:], state.copy())
     accelerate_on_cpu(model)
@@ -188,7 +192,7 @@ def test_int8_model_saves_a_folder_that_loads(tmp_path, built):
     model = accelerate_on_cpu(tiny_vlm(version=7), int8=True)
     model.save_pretrained(tmp_path)
     again = VisualRWKVForConditionalGeneration.from_pretrained(tmp_path)
-    ids = torch.randint(1, 300, (1, 5))
+    ids = torch.randint(1, 300, (1, 5), generator=torch.Generator().manual_seed(0))
     expected = model(ids).logits
     # The native ops round what a layer of few rows reads to 16 bits.
     assert (again(ids).logits - expected).norm() < 5e-4 * expected.norm()
@@ -284,7 +288,8 @@ def no_execution(monkeypatch) -> None:
 @pytest.mark.parametrize("lack", [no_place_to_write, no_compiler, no_execution])
 @torch.no_grad()
 def test_without_a_library_plain_torch_computes_after_one_warning(lack, cache, monkeypatch, recwarn):
-    plain, ids = awake(VisualRWKVForCausalLM(text_config(7))), torch.randint(1, 320, (1, 6))
+    plain = awake(VisualRWKVForCausalLM(text_config(7)))
+    ids = torch.randint(1, 320, (1, 6), generator=torch.Generator().manual_seed(0))
     expected, _ = tokens_of(plain, ids)
     lack(monkeypatch)
     recwarn.clear()

@@ -9,12 +9,18 @@ import zlib
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import psutil
 import pytest
 from patience import PATIENCE
 from serving import png
 
-from visualrwkv_hf.inference.server_fetch import MAX_FETCHES_OF_A_CLIENT, Fetcher, is_public
+from visualrwkv_hf.inference.server_fetch import (
+    MAX_FETCHES_OF_A_CLIENT,
+    Fetcher,
+    Unfetchable,
+    _decompressed,
+    _Response,
+    is_public,
+)
 from visualrwkv_hf.inference.server_limits import Access, Limits, Refusal
 from visualrwkv_hf.inference.server_messages import Medium
 
@@ -53,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
             body = b"x" * 3 * MEBI
         elif kind in ("gzip", "bomb"):
             headers["content-encoding"] = "gzip"
-            body = gzip.compress(png("red") if kind == "gzip" else bytes(400 * MEBI), 1)
+            body = gzip.compress(png("red") if kind == "gzip" else bytes(16 * MEBI), 1)
         elif kind == "deflate":
             headers["content-encoding"], body = "deflate", zlib.compress(png("red"))
         elif kind in ("br", "zstd"):
@@ -321,12 +327,27 @@ def test_a_picture_arrives(address, path):
 
 
 def test_a_compressed_body_is_counted_as_it_unfolds(address):
-    process = psutil.Process()
-    bomb = gzip.compress(bytes(400 * MEBI), 1)  # the server's own part of the memory
-    del bomb
-    before = process.memory_info().rss
+    """16 kB arrive that become 16 MB: at most the limit is unfolded at once, and nothing after it."""
+    bomb, arrived = gzip.compress(bytes(16 * MEBI)), []
+
+    class Answer:
+        status_code, headers = 200, {"content-encoding": "gzip"}
+
+        async def aiter_raw(self):
+            for start in range(0, len(bomb), 8000):
+                arrived.append(start)
+                yield bomb[start : start + 8000]
+
+    async def sizes():
+        return [len(piece) async for piece in _decompressed(_Response(Answer(), None), MEBI)]
+
+    unfolded = asyncio.run(sizes())
+    assert sum(unfolded) == 16 * MEBI and max(unfolded) == MEBI
+    arrived.clear()
+    with pytest.raises(Unfetchable, match="too large"):
+        asyncio.run(Fetcher(LIMITS, OPEN)._read(_Response(Answer(), None), 3 * MEBI))
+    assert len(arrived) == 1, "its 8000 bytes are 8 MB: the rest is not asked for"
     assert sentence_of(f"{address}/bomb") == SENTENCE
-    assert process.memory_info().rss - before < 450 * MEBI
 
 
 @pytest.mark.parametrize("path", ["nothing", "large", "bomb", "to=file:||etc|passwd"])

@@ -8,7 +8,7 @@ import sys
 import httpx
 import psutil
 import pytest
-from film_files import NUMBER, about_film, film_url, gif, mp4
+from film_files import NO_FILMS, NUMBER, about_film, film_url, gif, mp4
 from patience import PATIENCE, wait_until
 from serving import data_url, running
 from tiny_training import save_tiny_model
@@ -60,18 +60,6 @@ def refused(client, *urls, status=400, **fields):
         client.post(CHAT, json=asked(data_url("red"))).status_code == 200
     )  # a picture is a film of one frame
     return message
-
-
-PLAYLIST = b"#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
-NO_FILMS = {
-    "nothing": b"",
-    "text": b"no film",
-    "playlist": PLAYLIST,
-    "concat": b"ffconcat version 1.0\nfile /etc/passwd\n",
-    "vector": b"<svg/>",
-    "head alone": bytes(4) + b"ftyp" + bytes(100),
-    "a transport stream of nothing": b"G" * 999,
-}
 
 
 @pytest.mark.parametrize("content", NO_FILMS.values(), ids=NO_FILMS)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from patience import PATIENCE
 from PIL import Image
 from serving import data_url, running, user
-from tiny_training import save_tiny_model
+from tiny_training import save_tiny_model, tiny_model, tiny_processor
 
+from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
 from visualrwkv_hf.inference.server import Access, Limits, build_app
 from visualrwkv_hf.inference.server_decisions import decision_config
 from visualrwkv_hf.inference.server_limits import Refusal
@@ -190,6 +191,38 @@ def test_pictures_of_a_request_together_have_a_limit(client):
     picture = as_url(bomb(1900, 1900))
     refused(client.post(CHAT, json=chat(user("?", *[picture] * 5))), "Picture 5: ")
     refused(client.post(CHAT, json=chat(user("?", *[data_url("red")] * 17))), "at most 16 pictures")
+
+
+@pytest.fixture(scope="module")
+def tiled_client(tmp_path_factory):
+    """Of a model whose pictures are enlarged to whole tiles of 56 x 56 pixels, 16 tokens each."""
+    siglip = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    tower = siglip | dict(image_size=56, patch_size=14)
+    model = tiny_model(7, vision_config={"siglip_config": tower}, scan="unidirectional")
+    processor = tiny_processor(model)
+    processor.image_processor = image_processor_for(model.config, "closest")
+    folder = tmp_path_factory.mktemp("tiled")
+    for part in (model, processor):
+        part.save_pretrained(folder)
+    with (
+        running(build_app(folder, limits=LIMITS)) as url,
+        httpx.Client(base_url=url, timeout=PATIENCE) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize(
+    "size, sentence",
+    [
+        ((4_000_000, 1), "would be resized to 4000024 x 56; at most 178,956,970 are cut into tiles"),
+        ((1, 700_000), "tiles have 39,200,000 pixels, they can have 32,000,000"),
+        ((1900, 1900), "The pictures have 18496 tokens, a prompt can have 2000"),
+    ],
+)
+def test_a_picture_that_becomes_large_is_refused_before_it_does(tiled_client, size, sentence, monkeypatch):
+    """A row of 4,000,000 pixels, 4 kB as a file, would become 224 million pixels, and 2.7 GB of numbers."""
+    monkeypatch.setattr("visualrwkv_hf.image_processing_visualrwkv.squash", None)
+    refused(tiled_client.post(CHAT, json=chat(user("?", as_url(bomb(*size))))), sentence)
 
 
 @pytest.mark.parametrize("kind", ["PPM", "EPS", "PDF", "ICO", "TGA", "PCX", "SGI"])

@@ -12,6 +12,7 @@ from golden_cases import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import one_encoder, picture
 from tiny_training import tiny_model, tiny_processor
 from transformers import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -59,15 +60,6 @@ def model_config(**vision) -> VisualRWKVConfig:
         text_config=dict(TEXT),
         vision_config={k: dict(v) if isinstance(v, dict) else v for k, v in vision.items()},
     )
-
-
-def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def one_encoder(size: int = 16, **fields) -> VisualRWKVImageProcessor:
-    return VisualRWKVImageProcessor(encoders={"siglip": {"size": size, **HALF}}, **fields)
 
 
 def digest(array: np.ndarray) -> str:
@@ -199,6 +191,21 @@ def test_tiles_are_counted_without_pixels(width, height, tiling):
     count = processor.get_number_of_image_patches(height, width)
     assert len(batch["pixel_values"]) == count
     assert batch.get("num_tiles", [1]) == [count]
+
+
+@pytest.mark.parametrize("tiling", ["smallest", "closest"])
+def test_a_picture_that_would_become_large_is_refused(tiling):
+    """20,000,000 x 1 pixels would become 320 million of them."""
+    processor, row = one_encoder(16, tiling=tiling), Image.new("RGB", (20_000_000, 1))
+    sentence = (
+        "Its 20000000 x 1 pixels would be resized to 20000000 x 16; at most 178,956,970 are cut into tiles."
+    )
+    with pytest.raises(ValueError, match=f"^Picture 2: {sentence}"):
+        processor([picture(), row])
+    with pytest.raises(ValueError, match=sentence):
+        processor.get_number_of_image_patches(1, 20_000_000)
+    assert processor.get_resized_pixels(30, 40) == 16 * 16 * processor.get_number_of_image_patches(30, 40)
+    assert one_encoder(16, tiling="none").get_resized_pixels(30, 40) == 30 * 40
 
 
 def test_a_call_may_choose_another_tiling():

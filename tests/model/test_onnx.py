@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -356,6 +357,26 @@ def test_chat_refuses_reserved_text(exported):
     chat = example_module("onnx_chat").Chat(exported.folder)
     with pytest.raises(ValueError, match="'<image>', which is reserved"):
         next(chat.ask("What is <image>?"))
+
+
+@pytest.mark.parametrize("exported", ["v5.0"], indirect=True)
+def test_an_export_is_replaced_and_nothing_else(exported, tmp_path):
+    from visualrwkv_hf import export_onnx
+
+    folder = tmp_path / "onnx"
+    shutil.copytree(exported.folder, folder)
+    model, names = tiny_model(), {path.name for path in folder.iterdir()}
+    (folder / "chat.json").write_text("old")
+    assert export_onnx(model, tiny_processor(model), folder) == folder
+    assert {path.name for path in folder.iterdir()} == names and json.loads(
+        (folder / "chat.json").read_text()
+    )
+    assert [*tmp_path.iterdir()] == [folder]
+    (folder / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"holds thesis\.tex, which is no part of an export"):
+        export_onnx(model, tiny_processor(model), folder)
+    with pytest.raises(ValueError, match="is a file"):
+        export_onnx(model, tiny_processor(model), folder / "thesis.tex")
 
 
 def test_another_dtype_is_refused(tmp_path):

@@ -16,8 +16,10 @@ from chats import (
     inputs_of,
     user,
 )
+from patience import PATIENCE
 from tiny import awake, text_config
 from tiny_training import tiny_model, tiny_processor
+from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from visualrwkv_hf import KeptState, StateStore, VisualRWKVCache, VisualRWKVForCausalLM
@@ -167,7 +169,8 @@ def test_threads_share_a_store():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in threads)
     assert not errors and len(store) <= 4
 
 
@@ -190,6 +193,21 @@ def test_a_scope_finds_only_its_own_states():
     assert not len(one)
     with pytest.raises(ValueError, match="needs a name that is not empty"):
         store.scoped("")
+
+
+def test_a_scope_is_cleared_with_all_its_parts():
+    """No name that a client chooses leads to another's part, nor to that of a model or a beginning."""
+    store, read, models = StateStore(), torch.tensor([1, 2, 3]), [nn.Identity(), nn.Identity()]
+    client, others = store.scoped("client"), [store.scoped("other"), store.scoped("client 1")]
+    assert client.of_model(models[0]).scope == client.scope
+    parts = [client, client.of_model(models[1]), client.scoped("1")]
+    parts += [part.of_beginning("1") for part in parts]
+    for part in (*parts, *others):
+        assert part.find(read) is None
+        part.add(state_of(1, 2))
+    client.clear()
+    assert not any(part.find(read) for part in parts)
+    assert len(store) == 2 and all(part.find(read) for part in others)
 
 
 # --- generate() over a store --------------------------------------------------------------------------
@@ -348,7 +366,7 @@ def test_pads_before_a_text_alone_are_no_part_of_it_either(pads, model, processo
     assert actual.tolist() == without_store(model, input_ids=longer, **GREEDY).tolist()
 
 
-def test_models_that_share_a_store_keep_their_states_apart(processor):
+def test_models_that_share_a_store_keep_their_states_apart():
     store, models = StateStore(), [tiny_model(7), tiny_model(7)]
     models[1].lm_head.weight.data.neg_()
     models[1].model.language_model.layers[0].ffn.value.weight.data.neg_()
@@ -462,22 +480,3 @@ def test_a_text_model_has_a_store_too():
     first = model.generate(ids[:, :12], **options)
     assert model.generate(ids, **options).tolist() == expected.tolist()
     assert model.state_store.hits == 1 and first.shape[1] == 18
-
-
-def test_two_threads_over_one_store_give_what_one_gives(model, processor):
-    chats = [[*CHAT, user(f"Is it {number}?")] for number in range(6)]
-    inputs = [inputs_of(processor, *chat) for chat in chats]
-    expected = [without_store(model, **each, **GREEDY).tolist() for each in inputs]
-    model.state_store = StateStore(max_states=2)  # so that they push one another's states out
-    found: dict[int, list] = {}
-
-    def ask(numbers: range) -> None:
-        for number in numbers:
-            found[number] = model.generate(**inputs[number], **GREEDY).tolist()
-
-    threads = [threading.Thread(target=ask, args=[range(start, 6, 2)]) for start in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found.get(number) for number in range(6)] == expected

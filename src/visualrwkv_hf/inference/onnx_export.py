@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from visualrwkv_hf.conversion.folders import locked, whole_or_nothing
+
 from ..chat_template import TURN_END
 from ..configuration_visualrwkv import VisualRWKVTextConfig
 from ..dispatch import kernel_backend
@@ -153,26 +155,39 @@ def export_onnx(
     Args:
         model: in float32.
         processor: the model's.
-        folder: to write to; it is created if it does not exist.
+        folder: to write to. An earlier export is replaced, once the new one is whole.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the model is not in float32.
+        ValueError: the model is not in float32, the folder holds something else, or cannot be written.
         ImportError: onnx or onnxscript is not installed.
     """
     folder = Path(folder)
     if model.dtype != torch.float32:
         raise ValueError(f"The model must be loaded with dtype=torch.float32 for ONNX, got {model.dtype}.")
+    refuse_other_files(folder)
     chat = chat_description(model, processor)
     with torch.no_grad(), kernel_backend("torch"):
         graphs = {name: trace(model) for name, trace in GRAPHS.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_graphs(graphs, folder)
-    processor.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat.json").write_text(json.dumps(chat, indent=2) + "\n", encoding="utf-8")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder), whole_or_nothing(folder, overwrite=True) as unfinished:
+        save_graphs(graphs, unfinished)
+        processor.tokenizer.backend_tokenizer.save(str(unfinished / "tokenizer.json"))
+        (unfinished / "chat.json").write_text(json.dumps(chat, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raise `ValueError` if `folder` is a file, or holds what is no part of an export."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file.")
+    others = sorted({path.name for path in folder.iterdir()} - FILES) if folder.exists() else []
+    if others:
+        raise ValueError(
+            f"{folder} holds {others[0]}, which is no part of an export, and is not overwritten."
+        )
 
 
 def pixel_names(config: Any) -> list[str]:
@@ -222,6 +237,7 @@ def trace_step(model: VisualRWKVForConditionalGeneration) -> Any:
 
 
 GRAPHS = {"vision": trace_vision, "read": trace_read, "step": trace_step}
+FILES = {*(f"{name}.onnx" for name in GRAPHS), WEIGHTS, "tokenizer.json", "chat.json"}
 
 
 def traced(

@@ -18,6 +18,7 @@ from PIL import Image
 from ..state_store import StateStore
 from .progress import Left
 from .server_limits import Limits, Refusal, sentence_of, shown
+from .server_media import refuse_many_tiles
 from .server_messages import Medium, refuse_long_text
 
 MAX_QUESTIONS = 64
@@ -166,6 +167,9 @@ class Decider:
             raise Refusal(
                 f"Question {shown(question.name)} names {count} pictures, at most {self.limits.pictures} can be read."
             )
+        refuse_many_tiles(
+            [part["image"] for part in content if part["type"] == "image"], self.processor, self.limits
+        )
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,

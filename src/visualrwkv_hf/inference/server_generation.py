@@ -9,6 +9,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from ..state_store import StateStore
 from .progress import Left, Watch
 from .server_decisions import Decider, Decision
 from .server_limits import Access, Limits, Refusal, sentence_of
-from .server_media import open_media, with_pictures
+from .server_media import open_media, refuse_many_tiles, with_pictures
 from .server_messages import Medium
 from .server_requests import Asked
 from .structured import Grammar, StructuredOutput
@@ -423,6 +424,7 @@ class Answerer:
         if asked.messages is None:
             return self.processor.tokenizer(asked.prompt, return_tensors="pt").to(self.model.device)
         opened = open_media(job.files, asked.sampling, self.limits, job.cancelled.is_set)
+        refuse_many_tiles([*chain(*opened)], self.processor, self.limits)
         inputs = self.processor.apply_chat_template(
             with_pictures(asked.messages, opened),
             add_generation_prompt=True,

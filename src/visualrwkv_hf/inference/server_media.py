@@ -62,6 +62,24 @@ def open_media(
     return opened
 
 
+def refuse_many_tiles(pictures: Sequence[Image.Image], processor: Any, limits: Limits) -> None:
+    """Refuse pictures of which the processor would make too many tokens or tiles, before it makes one.
+
+    Raises:
+        Refusal: they have more tokens than a prompt may have, or their tiles more pixels than pictures may have.
+        ValueError: one cannot be cut.
+    """
+    sizes = [(picture.height, picture.width) for picture in pictures]
+    # Enlarging a large picture of a usual shape makes less than twice as many pixels of it.
+    most = 2 * PICTURES_IN_FULL * limits.picture_pixels
+    resized = getattr(processor.image_processor, "get_resized_pixels", lambda height, width: height * width)
+    if (pixels := sum(resized(*size) for size in sizes)) > most:
+        raise Refusal(f"The pictures' tiles have {pixels:,} pixels, they can have {most:,}.")
+    length = sum(processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
+    if length > limits.prompt_tokens:
+        raise Refusal(f"The pictures have {length} tokens, a prompt can have {limits.prompt_tokens}.")
+
+
 def with_pictures(
     messages: Sequence[Mapping[str, Any]], opened: Sequence[Sequence[Image.Image]]
 ) -> list[dict[str, Any]]:
@@ -85,4 +103,4 @@ def with_pictures(
     ]
 
 
-__all__ = ["open_media", "with_pictures"]
+__all__ = ["open_media", "refuse_many_tiles", "with_pictures"]
