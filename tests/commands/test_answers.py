@@ -143,18 +143,33 @@ def test_options_that_do_not_fit_are_refused(folder, red, options, sentence):
     assert_refused(run("ask", "--model", folder, red, QUESTION, *options), sentence)
 
 
-@pytest.mark.parametrize("options", [["--regex", "(a"], ["--regex", ""], ["--grammar", "{}"]])
-def test_a_form_that_is_wrong_is_refused_before_the_weights_are_read(folder, red, tmp_path, options):
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Whoever loads the model fails."""
     pytest.importorskip("llguidance", reason="needs the extra structured")
+    monkeypatch.setattr("visualrwkv_hf.cli.ask.load_model", None)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--regex", "(a"], "regex parse error: unclosed group"),
+        (["--regex", ""], "A regular expression can have 1 to 65536 characters, got 0."),
+        (["--grammar", "{}"], 'unknown name: "other"'),
+    ],
+)
+def test_a_form_that_is_wrong_is_refused_before_the_weights_are_read(
+    folder, red, tmp_path, options, sentence, no_weights
+):
     (tmp_path / "wrong").write_bytes(b"start: other")
-    result = run(
-        "ask", "--model", folder, red, QUESTION, *[option.format(tmp_path / "wrong") for option in options]
-    )
-    assert_refused(result, "")
+    options = [option.format(tmp_path / "wrong") for option in options]
+    assert_refused(run("ask", "--model", folder, red, QUESTION, *options), sentence)
+
+
+def test_a_grammar_that_is_no_text_is_refused_before_the_weights_are_read(folder, red, tmp_path, no_weights):
     (tmp_path / "wrong").write_bytes(b"\xff\xfe")
-    assert_refused(
-        run("ask", "--model", folder, red, QUESTION, "--grammar", tmp_path / "wrong"), "is no text in UTF-8"
-    )
+    result = run("ask", "--model", folder, red, QUESTION, "--grammar", tmp_path / "wrong")
+    assert_refused(result, "is no text in UTF-8")
 
 
 @pytest.mark.parametrize(
@@ -167,9 +182,8 @@ def test_a_form_that_is_wrong_is_refused_before_the_weights_are_read(folder, red
     ],
 )
 def test_a_schema_that_no_answer_fits_is_refused_before_the_weights_are_read(
-    folder, red, schema, text, sentence
+    folder, red, schema, text, sentence, no_weights
 ):
-    pytest.importorskip("llguidance", reason="needs the extra structured")
     schema.write_text(text)
     assert_refused(run("ask", "--model", folder, red, QUESTION, "--json-schema", schema), sentence)
 

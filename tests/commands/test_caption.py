@@ -341,9 +341,23 @@ def size_of(path):
     return path.stat().st_size if path.exists() else 0
 
 
+def lines_in(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def killed_after(command, output, lines: int) -> bool:
+    """Run the command until it has written more than so many lines; return whether it was killed then."""
+    process = start(*command)
+    wait_until(lambda: lines_in(output) > lines or process.poll() is not None, "a further line", 0.001)
+    if is_running := process.poll() is None:
+        process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return is_running
+
+
 @pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.soak)])
 def test_killed_at_any_moment_every_picture_is_written_once(rounds, folder, model_folder, tmp_path):
-    """SIGKILL after a random while of writing, several times; then to the end."""
+    """SIGKILL after a random number of lines, several times; then to the end."""
     count = 20 * rounds
     for number in range(9, count):
         draw(folder / f"more/{number}.png", number)
@@ -351,14 +365,7 @@ def test_killed_at_any_moment_every_picture_is_written_once(rounds, folder, mode
     command = arguments(folder, output, model_folder, "--batch-size", 1)
     kills = 0
     for _ in range(rounds):
-        process, size = start(*command), size_of(output)
-        while size_of(output) == size and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(chance.random() * 0.3)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.communicate()
+        kills += killed_after(command, output, lines_in(output) + chance.randrange(12))
         whole = output.read_bytes().rpartition(b"\n")[0].split(b"\n")
         names = [json.loads(line)["picture"] for line in whole if line]
         assert len(names) == len(set(names))  # nothing twice, nothing half but the last line
@@ -372,8 +379,7 @@ def test_killed_at_any_moment_every_picture_is_written_once(rounds, folder, mode
 def test_control_c_says_how_to_go_on(folder, model_folder, tmp_path):
     output = tmp_path / "out.jsonl"
     process = start(*arguments(folder, output, model_folder, "--batch-size", 1, "--max-new-tokens", 400))
-    while not size_of(output):
-        time.sleep(0.01)
+    wait_until(lambda: size_of(output) or process.poll() is not None, "a line, or the end of the command")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in errors, errors

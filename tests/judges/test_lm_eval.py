@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 
+import add_examples  # noqa: F401
 import pytest
 import torch
 
@@ -15,7 +16,6 @@ from easy_vqa_rows import exact_matches, messages, own_answers, rows, save_model
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
-from paths import EXAMPLES
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -78,8 +78,7 @@ def plain_log_prob(model, processor, row: dict, answer: str) -> tuple[float, boo
     return float(log_probs.gather(1, ids[0, :, None]).sum()), torch.equal(logits.argmax(-1), ids[0])
 
 
-def test_tasks_with_and_without_pictures_may_be_asked_at_once(model, monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
+def test_tasks_with_and_without_pictures_may_be_asked_at_once(model):
     module = importlib.import_module("lm_eval_model")
     lm = module.VisualRWKVMultimodalLM(str(model), device="cpu", dtype="float32")
     visual = {"visual": [Image.new("RGB", (64, 64), "red")]}
@@ -93,7 +92,6 @@ def test_tasks_with_and_without_pictures_may_be_asked_at_once(model, monkeypatch
 
 def test_answers_are_compared_by_their_probabilities(model, tmp_path, monkeypatch):
     """The picture is encoded once for the thirteen answers to a question."""
-    monkeypatch.syspath_prepend(EXAMPLES)
     module = importlib.import_module("lm_eval_model")
     save_rows(tmp_path / "easy_vqa")
     monkeypatch.chdir(tmp_path)

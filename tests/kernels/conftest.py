@@ -1,6 +1,7 @@
-"""Fixtures that tests of the CPU ops share."""
+"""Fixtures that tests of kernels share: of Triton's, and of the CPU ops."""
 
 import pytest
+import torch
 
 from visualrwkv_hf.cpu import ops as native
 
@@ -17,3 +18,18 @@ def built(cache, monkeypatch):
     monkeypatch.setattr(native, "_library", None)
     monkeypatch.setattr(native, "_failure", "")
     native.build_native_ops()
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fill every new tensor of floats with NaN, so that an element that a kernel does not write is seen."""
+
+    def poisoned(empty):
+        def fill(*args, **kwargs):
+            tensor = empty(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return fill
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

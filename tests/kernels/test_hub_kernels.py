@@ -6,9 +6,9 @@ import shutil
 import subprocess
 import sys
 
+import add_examples  # noqa: F401
 import pytest
 import torch
-from paths import EXAMPLES
 from tiny import awake, text_config
 
 pytest.importorskip("triton")
@@ -18,22 +18,18 @@ pytest.importorskip("rwkv7_hf")
 import kernels
 import rwkv7_hf
 from judges import rwkv7_hf_model
-from triton_interpreter import INTERPRETED, launches
+from triton_interpreter import NEEDS_INTERPRETER, launches
 
 from visualrwkv_hf import VisualRWKVForCausalLM
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here: TRITON_INTERPRET is 0")
+pytestmark = NEEDS_INTERPRETER
 
 MIN_LOG_DECAY = -0.6065306597126334
 
 
 @pytest.fixture(scope="module")
 def export():
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        return importlib.import_module("export_kernels").export
-    finally:
-        sys.path.remove(str(EXAMPLES))
+    return importlib.import_module("export_kernels").export
 
 
 @pytest.fixture(scope="module")

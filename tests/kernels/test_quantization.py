@@ -3,12 +3,13 @@
 import importlib.util
 import json
 
+import add_examples  # noqa: F401
 import pytest
 import torch
-from paths import EXAMPLES
 from tiny import pixels, prompt, text_config, tiny_vlm
 from tiny_training import save_tiny_model
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+from triton_interpreter import NEEDS_INTERPRETER, launches
 
 from visualrwkv_hf import kernel_backend
 
@@ -137,14 +138,11 @@ def test_int4_weights_load_and_answer(tmp_path, version):
 
 @needs("torchao")
 @needs("triton")
+@NEEDS_INTERPRETER
 @pytest.mark.parametrize("config", [torchao_config, torchao_int4_config])
 @torch.no_grad()
 def test_kernels_of_a_token_leave_quantized_products_to_torchao(tmp_path, config):
     """They read plain weights only: a quantized layer is computed part by part."""
-    from triton_interpreter import INTERPRETED, launches
-
-    if not INTERPRETED:
-        pytest.skip("Triton compiles here: TRITON_INTERPRET is 0")
     text = dict(text_config=text_config(7, head_dim=32).to_dict())
     tiny_vlm(version=7, **text).save_pretrained(tmp_path)
     outputs, seen = {}, {}
@@ -206,7 +204,6 @@ def test_int8_weights_of_quanto_are_saved_by_quanto(tmp_path, version):
 
 @pytest.fixture
 def benchmark(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return importlib.import_module("benchmark_quantization")
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from paths import ROOT, TESTS
 from patience import PATIENCE
+from triton_interpreter import NEEDS_INTERPRETER
 
 pytest.importorskip("triton")
 
@@ -47,6 +48,7 @@ def test_kernels_compile(target, tmp_path):
     assert all(row["registers"] > 0 for row in compiled.values())
 
 
+@NEEDS_INTERPRETER
 def test_ops_go_past_the_dispatcher_only_where_nobody_looks():
     """A mode sees every op; without one the op's own function is called, and gives the same."""
     from torch.utils._python_dispatch import TorchDispatchMode

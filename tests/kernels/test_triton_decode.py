@@ -6,21 +6,19 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
+from triton_interpreter import POISONED_KERNELS
+
 from visualrwkv_hf.rwkv7_time_mix import DECAY_SCALE
 from visualrwkv_hf.triton_kernels import decode
 from visualrwkv_hf.triton_kernels.decode import rwkv6_decode, rwkv7_decode
+from visualrwkv_hf.triton_kernels.wkv7 import wkv7 as triton_wkv7
 from visualrwkv_hf.wkv import wkv6, wkv7
+
+pytestmark = POISONED_KERNELS
 
 # The kernel computes in float32 and rounds its output once; its inputs are what they are. The state is never rounded.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 EPS = 64e-5
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """What a kernel does not write is NaN."""
-    empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda x: empty_like(x).fill_(torch.nan))
 
 
 def plain7(r, decay, k, v, rate, gate, state, w0, a0, k_k, k_a, r_k, norm_weight, norm_bias, eps, **values):
@@ -260,8 +258,9 @@ def test_refuses_to_be_differentiated(variant):
     [
         (dict(state=torch.zeros(1, 1, 48, 48)), r"one of 32, 64, 128, got \[1, 1, 48, 48\]"),
         (dict(state=torch.zeros(1, 1, 32, 64)), r"got \[1, 1, 32, 64\]"),
-        (dict(state=torch.zeros(1, 1, 32, 32).half()), "contiguous, got torch.float16"),
+        (dict(state=torch.zeros(1, 1, 32, 32).half()), "float32 and .*, got torch.float16"),
         (dict(state=torch.zeros(1, 1, 32, 32).mT), r"strides \(1024, 1024, 1, 32\)"),
+        (dict(state=torch.zeros(1, 1, 32, 32).expand(2, -1, -1, -1)), r"apart .* strides \(0, 1024, 32, 1\)"),
         (dict(k=torch.zeros(1, 2, 32)), r"k must be \[B, A\] = \[1, 32\] or \[B, 1, A\], got \[1, 2, 32\]"),
         (dict(w0=torch.zeros(31)), r"w0 must have A = 32 elements, got \[31\]"),
         (dict(mask=torch.ones(2, dtype=torch.bool)), r"mask must be bool \[B\] = \[1\]"),
@@ -276,3 +275,51 @@ def test_refuses_what_does_not_fit(change, message):
     tokens, weights, state = inputs("rwkv7-layer-0", 1, 1, 1, 32)
     with pytest.raises(ValueError, match=message):
         rwkv7_decode(**({**tokens, **weights, "state": state, "eps": EPS} | change))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_batch_may_be_empty(variant):
+    op = VARIANTS[variant][0]
+    tokens, weights, _ = inputs(variant, 0, 1, 2, 32)
+    pool = torch.randn(3, 2, 32, 32, generator=torch.Generator().manual_seed(3))
+    before = pool.clone()
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert op(**tokens, **weights, state=pool, eps=EPS, state_indices=nothing).shape == (0, 1, 64)
+    assert op(**tokens, **weights, state=pool[:0], eps=EPS).shape == (0, 1, 64)
+    assert torch.equal(pool, before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_counts_as_a_write_of_the_state(variant):
+    """A backward that has saved the state refuses to go on with what a step has made of it."""
+    op = VARIANTS[variant][0]
+    tokens, weights, state = inputs(variant, 2, 1, 2, 32)
+    scale = torch.ones(()).requires_grad_()
+    loss, version = (scale * state).sum(), state._version
+    with torch.no_grad():
+        op(**tokens, **weights, state=state, eps=EPS)
+    assert state._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_state_of_inference_mode_has_no_version_to_count(variant):
+    op = VARIANTS[variant][0]
+    tokens, weights, state = inputs(variant, 2, 1, 2, 32)
+    with torch.inference_mode():
+        inference_state = state.clone()
+    with torch.no_grad():
+        out = op(**tokens, **weights, state=inference_state, eps=EPS)
+        assert torch.equal(out, op(**tokens, **weights, state=state, eps=EPS))
+    assert torch.equal(inference_state, state)
+
+
+def test_a_state_that_wkv7_has_saved_must_not_change():
+    tokens, weights, state = inputs("rwkv7-layer-0", 1, 1, 1, 32)
+    x = torch.randn(1, 20, 1, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y, _ = triton_wkv7(x, -0.5 * x.abs(), x, x, -0.1 * x, 0.1 * x, state)
+    with torch.no_grad():
+        rwkv7_decode(**tokens, **weights, state=state, eps=EPS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -7,9 +7,9 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from triton_interpreter import INTERPRETED, bytes_of, launches, tf32_dots
+from triton_interpreter import NEEDS_INTERPRETER, bytes_of, launches, tf32_dots
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here: TRITON_INTERPRET is 0")
+pytestmark = NEEDS_INTERPRETER
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from tiny import awake, text_config
-from triton_interpreter import launches
+from triton_interpreter import NEEDS_INTERPRETER, launches
 
 from visualrwkv_hf import (
     VisualRWKVCache,
@@ -15,6 +15,8 @@ from visualrwkv_hf import (
     dispatch,
     kernel_backend,
 )
+
+pytestmark = NEEDS_INTERPRETER
 
 B, T = 2, 37
 SCANNED = slice(8, 30)

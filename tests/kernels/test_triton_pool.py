@@ -3,14 +3,15 @@
 import pytest
 import torch
 from tiny import awake, text_config
-
-pytest.importorskip("triton")
+from triton_interpreter import POISONED_KERNELS
 
 from visualrwkv_hf import VisualRWKVForCausalLM
 from visualrwkv_hf.dispatch import kernel_backend
 from visualrwkv_hf.generations import GENERATIONS
 from visualrwkv_hf.layer_state import LayerState, PlainStateHolder, empty_pool
 from visualrwkv_hf.token_order import IN_ORDER, token_orders
+
+pytestmark = POISONED_KERNELS
 
 
 @torch.no_grad()

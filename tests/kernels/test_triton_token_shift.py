@@ -5,18 +5,14 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton_interpreter import POISONED_KERNELS
+
 from visualrwkv_hf.triton_kernels.token_shift import following_of, token_shift
+
+pytestmark = POISONED_KERNELS
 
 # The kernel computes in float32 and rounds once, so of the error little more than that rounding is left.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """What a kernel does not write is NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
-    monkeypatch.setattr(torch, "empty_like", lambda x: empty_like(x).fill_(torch.nan))
 
 
 def plain(x, carried, mix, previous=None, dynamic=None):
@@ -237,6 +233,17 @@ def test_compiles_as_one_graph():
         )
 
 
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_batch_may_be_empty(in_order):
+    x, carried, mix, dynamic = inputs(2, 0, 5, 96, dynamic=True)
+    previous = torch.zeros(0, 5, dtype=torch.long) if in_order else None
+    ours = token_shift(x, carried, mix, previous, None, dynamic)
+    assert [y.shape for y in ours] == [x.shape] * 2
+    dx, dcarried, *dmix, ddynamic = gradients(ours, [x, carried, *mix, dynamic])
+    assert (dx.shape, dcarried.shape, ddynamic.shape) == (x.shape, carried.shape, dynamic.shape)
+    assert not any(gradient.any() for gradient in dmix)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("in_order", [False, True])
 def test_is_a_well_behaved_custom_op(monkeypatch, dynamic, in_order):
@@ -252,6 +259,9 @@ def test_is_a_well_behaved_custom_op(monkeypatch, dynamic, in_order):
         (dict(x=torch.zeros(2, 0, 8)), r"T >= 1, got \[2, 0, 8\]"),
         (dict(x=torch.zeros(2, 3, 8, dtype=torch.float64)), "got torch.float64"),
         (dict(carried=torch.zeros(1, 8)), r"carried must be \[S, 8\] with S = 2 sequences.*got \[1, 8\]"),
+        (dict(carried=torch.zeros(0, 8)), r"S = 2 sequences.*got \[0, 8\]"),
+        (dict(carried=torch.zeros(8)), r"S = 2 sequences.*got \[8\]"),
+        (dict(x=torch.zeros(0, 3, 8)), r"S = 0 sequences.*got \[2, 8\]"),
         (dict(carried=torch.zeros(4, 8)), "carried has 2 tokens for each row: previous must say"),
         (
             dict(

@@ -8,13 +8,14 @@ import torch
 pytest.importorskip("triton")
 
 from torch.utils.checkpoint import checkpoint
-from triton_interpreter import INTERPRETED, tf32_dots
+from triton_interpreter import POISONED_KERNELS, tf32_dots
+from wkv_judge import assert_equal, assert_same, relative_error, run
 
 from visualrwkv_hf.triton_kernels import launches, unsupported, wkv6_fwd
 from visualrwkv_hf.triton_kernels.wkv6 import wkv6, wkv6_backward, wkv6_forward
 from visualrwkv_hf.wkv import wkv6 as plain
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here: TRITON_INTERPRET is 0")
+pytestmark = POISONED_KERNELS
 
 LENGTHS = (1, 7, 16, 17, 33, 64, 65, 100)
 
@@ -40,21 +41,6 @@ LOG_DECAYS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """What a kernel does not write is NaN."""
-
-    def poisoned(empty):
-        def fill(*args, **kwargs):
-            tensor = empty(*args, **kwargs)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-        return fill
-
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-
-
 def make_inputs(T, dtype=torch.float32, decay=None, B=2, H=2, K=32, seed=0):
     """r, w, k, v, u and initial state. w is float32, as in the model, whatever the rest is."""
     generator = torch.Generator().manual_seed(seed)
@@ -66,34 +52,8 @@ def make_inputs(T, dtype=torch.float32, decay=None, B=2, H=2, K=32, seed=0):
     return [r, w, k, v, u, state]
 
 
-def run(function, inputs, **options):
-    """Output, final state and the gradient of everything from both of them."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    y, state = function(*inputs, **options)
-    generator = torch.Generator().manual_seed(1)
-    # Weights of few bits: the gradient of y is rounded to the dtype of y, and that of float64 is not.
-    weights = [torch.randn(x.shape, generator=generator).bfloat16() for x in (y, state)]
-    total = sum((x.double() * weight.double()).sum() for x, weight in zip((y, state), weights))
-    return [y.detach(), state.detach(), *torch.autograd.grad(total, inputs)]
-
-
 def in_double(inputs, **options):
     return run(plain, [x.double() for x in inputs], **options)
-
-
-def relative_error(actual, expected):
-    # Both zero is no error: nothing but 0 may stand for 0, NaN and inf fail.
-    difference = (actual.double() - expected).norm()
-    return float(difference / expected.norm()) if expected.any() else float(difference)
-
-
-def assert_same(actual, expected, tolerance):
-    errors = [relative_error(x, y) for x, y in zip(actual, expected, strict=True)]
-    assert all(error <= tolerance for error in errors), errors
-
-
-def assert_equal(actual, expected):
-    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
 # --- against float64 ----------------------------------------------------------------------------------
@@ -279,7 +239,10 @@ def test_packed_sequences_equal_each_alone(lengths, index):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     T, S = sum(lengths), len(lengths)
     inputs = [*make_inputs(T, B=1, H=1)[:5], make_inputs(1, B=S, H=1)[5]]
-    order = torch.cat([s + torch.randperm(n) for s, n in zip(cu_seqlens.tolist(), lengths)])[None]
+    generator = torch.Generator().manual_seed(0)
+    order = torch.cat(
+        [s + torch.randperm(n, generator=generator) for s, n in zip(cu_seqlens.tolist(), lengths)]
+    )[None]
     order[0, ::5] = ~order[0, ::5]
     for options in ({}, {"order": order}):
         actual = run(wkv6, inputs, cu_seqlens=cu_seqlens.to(index), **options)

@@ -10,15 +10,16 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from triton_interpreter import INTERPRETED, tf32_dots
+from triton_interpreter import POISONED_KERNELS, tf32_dots
 from triton_interpreter import launches as seen_launches
+from wkv_judge import assert_equal, assert_same, relative_error, run
 
 from visualrwkv_hf import wkv
 from visualrwkv_hf.triton_kernels import KERNELS, launches, unsupported, wkv7_fwd
 from visualrwkv_hf.triton_kernels.launches import LONG, MAX_STEPS
 from visualrwkv_hf.triton_kernels.wkv7 import wkv7, wkv7_backward, wkv7_forward
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton compiles here: TRITON_INTERPRET is 0")
+pytestmark = POISONED_KERNELS
 
 LENGTHS = (1, 7, 16, 17, 33, 64, 65, 100)
 BOUND = -math.exp(-0.5)  # of RWKV-7's log decays
@@ -37,21 +38,6 @@ DECAYS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """What a kernel does not write is NaN."""
-
-    def poisoned(empty):
-        def fill(*args, **kwargs):
-            tensor = empty(*args, **kwargs)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-        return fill
-
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-
-
 def make_inputs(T, dtype=torch.float32, K=32, B=1, H=1, states=None, decay=None, seed=0):
     """r, w, k, v, a, b and the initial state, of `states` sequences; w is float32 as in the model."""
     generator = torch.Generator().manual_seed(seed)
@@ -63,35 +49,9 @@ def make_inputs(T, dtype=torch.float32, K=32, B=1, H=1, states=None, decay=None,
     return [r, w, k, v, a, b, randn(B if states is None else states, H, K, K)]
 
 
-def run(op, inputs, **options):
-    """Output, final state and the gradient of everything from both of them."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    y, state = op(*inputs, **options)
-    generator = torch.Generator().manual_seed(1)
-    # Weights of few bits: the gradient of y is rounded to the dtype of y, and that in float64 is not.
-    weights = [torch.randn(x.shape, generator=generator).bfloat16() for x in (y, state)]
-    total = sum((x.double() * weight.double()).sum() for x, weight in zip((y, state), weights))
-    return [y.detach(), state.detach(), *torch.autograd.grad(total, inputs)]
-
-
 def expected_of(inputs, **options):
     """By the plain op in float64, which the oracle judges."""
     return run(wkv.wkv7, [x.double() for x in inputs], **options)
-
-
-def relative_error(actual, expected):
-    # Both zero is no error: nothing but 0 may stand for 0, NaN and inf fail.
-    difference = (actual.double() - expected).norm()
-    return float(difference / expected.norm()) if expected.any() else float(difference)
-
-
-def assert_same(actual, expected, tolerance):
-    errors = [relative_error(x, y) for x, y in zip(actual, expected, strict=True)]
-    assert all(error <= tolerance for error in errors), errors
-
-
-def assert_equal(actual, expected):
-    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -110,12 +70,26 @@ def test_equals_recurrence(T, dtype, min_log_decay):
     assert_same(actual, expected_of(inputs), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("min_log_decay", [BOUND, -torch.inf])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("K", [64, 128])
-def test_head_sizes(K, dtype):
+def test_head_sizes(K, dtype, min_log_decay):
     inputs = make_inputs(40, dtype, K)
     with tf32_dots():
-        actual = run(wkv7, inputs, min_log_decay=BOUND)
+        actual = run(wkv7, inputs, min_log_decay=min_log_decay)
+    assert_same(actual, expected_of(inputs), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("K", "dtype", "bounded"), launches.WKV7_OTHER_GPUS, ids=str)
+def test_what_other_gpus_launch_equals_recurrence(K, dtype, bounded, monkeypatch):
+    min_log_decay = BOUND if bounded else -torch.inf
+    inputs = make_inputs(launches.WKV7[K, dtype, bounded].BT + 1, dtype, K)  # two chunks
+    usual, _ = wkv7_fwd.config_of(inputs[0], min_log_decay)
+    monkeypatch.setattr(launches, "architecture", lambda r: 8)
+    config, _ = wkv7_fwd.config_of(inputs[0], min_log_decay)
+    assert config == usual._replace(**launches.WKV7_OTHER_GPUS[K, dtype, bounded]) != usual
+    with tf32_dots():
+        actual = run(wkv7, inputs, min_log_decay=min_log_decay)
     assert_same(actual, expected_of(inputs), TOLERANCE[dtype])
 
 
@@ -215,8 +189,12 @@ def test_packed_sequences_equal_each_alone(with_order, index):
     *inputs, states = make_inputs(T, states=S)
     order = torch.arange(T)[None]
     if with_order:
+        generator = torch.Generator().manual_seed(0)
         order = torch.cat(
-            [begin + torch.randperm(end - begin) for begin, end in zip(ends.tolist(), ends[1:].tolist())]
+            [
+                begin + torch.randperm(end - begin, generator=generator)
+                for begin, end in zip(ends.tolist(), ends[1:].tolist())
+            ]
         )[None]
         order[:, 20:23] = ~order[:, 20:23]
     packed = run(
@@ -349,7 +327,9 @@ def test_two_runs_are_equal(dtype):
 
 
 def test_few_and_many_sequences_equal(monkeypatch):
-    inputs = make_inputs(40, B=2)
+    inputs = make_inputs(20, torch.bfloat16)
+    config, _ = wkv7_fwd.config_of(inputs[0], -torch.inf)
+    assert config.few != config.many
     few = run(wkv7, inputs)
     monkeypatch.setattr(launches, "FEW", 0)
     assert_equal(run(wkv7, inputs), few)
@@ -418,6 +398,28 @@ def test_says_what_is_not_served(shape, dtype, message):
     x = torch.zeros(shape, dtype=dtype)
     reason = unsupported("wkv7", x, x)
     assert message in reason and bool(message) == bool(reason)
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_no_op_is_served_where_triton_does_not_run(op, monkeypatch):
+    x = torch.zeros(1, 2, 1, 64)
+    assert not unsupported(op, x, x)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert unsupported(op, x, x) == "Triton does not run on cpu"
+
+
+@pytest.mark.parametrize("op", ["rwkv6_decode", "rwkv7_decode"])
+def test_states_that_share_memory_are_not_served(op):
+    x, state = torch.zeros(2, 1, 64), torch.zeros(2, 2, 32, 32)
+    assert not unsupported(op, x, state)
+    assert "strides (0, 1024, 32, 1)" in unsupported(op, x, state[:1].expand_as(state))
+    assert not unsupported(op, x[:1], state[:1].expand(1, -1, -1, -1))
+
+
+@pytest.mark.parametrize("value", ["1", "true", "True", "on", "yes", "0", "false", ""])
+def test_kernels_are_interpreted_where_triton_says_so(value, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert launches.interpreted() == (value not in ("0", "false", ""))
 
 
 def test_old_gpus_have_no_gradient(monkeypatch):

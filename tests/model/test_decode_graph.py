@@ -136,13 +136,18 @@ def test_padding_of_the_prompt_changes_nothing(captures, model):
         dict(use_cache=False),
         dict(output_hidden_states=True, return_dict_in_generate=True),
         dict(disable_compile=True),
-        dict(prefill_chunk_size=2, max_new_tokens=2),
     ],
     ids=lambda options: next(iter(options)),
 )
 def test_what_needs_the_dynamic_state_gets_it(captures, model, options):
     model.generate(ids(), **GREEDY | options)
     assert not captures
+
+
+def test_a_prompt_read_in_chunks_is_followed_by_recorded_steps(captures, model):
+    answer = model.generate(ids(), **GREEDY, prefill_chunk_size=2)
+    assert answer.tolist() == model.generate(ids(), **GREEDY).tolist()
+    assert len(captures) == 2
 
 
 def test_a_hook_runs_at_every_token(captures, model):

@@ -1,11 +1,10 @@
 """An encoder is one row: a new one, and a pair that no release has, through everything that a model does."""
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from mean_color import ROW, MeanColorConfig
-from PIL import Image
+from tiny import picture
 from tiny_training import tiny_model
 from transformers import ResNetConfig
 
@@ -54,10 +53,6 @@ def model_of(vision: dict) -> VisualRWKVForConditionalGeneration:
     return VisualRWKVForConditionalGeneration(config).eval()
 
 
-def picture(seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8))
-
-
 def inputs_of(processor, image, question="What?"):
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     return processor.apply_chat_template(
@@ -80,7 +75,7 @@ def test_a_tower_of_any_rows_of_the_table_answers(vision, tmp_path):
     options = {"max_new_tokens": 4, "do_sample": False}
     answer = model.generate(**inputs, **options)
     assert answer.shape[1] == inputs["input_ids"].shape[1] + 4
-    other = inputs_of(processor, picture(1))
+    other = inputs_of(processor, picture(seed=1))
     assert not torch.equal(model(**inputs).logits, model(**other).logits)
 
     chat = [{"role": "user", "content": [{"type": "image", "image": picture()}]}]

@@ -5,6 +5,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from film_files import NO_FILMS
 from PIL import Image
 from tiny_training import tiny_model, tiny_processor
 
@@ -85,11 +86,25 @@ def test_lists_and_arrays_are_frames():
 
 def test_a_long_film_is_decoded_frame_by_frame(tmp_path, monkeypatch):
     """Only frames that are wanted become pictures, and none after the last of them is decoded."""
-    made = []
+    made, decoded = [], []
+
+    def looked_at(frames):
+        for frame in frames:
+            decoded.append(frame.time)
+            yield frame
+
+    choose = FrameSampling.choose
+    monkeypatch.setattr(
+        FrameSampling, "choose", lambda self, frames, times: choose(self, looked_at(frames), times)
+    )
     monkeypatch.setattr("visualrwkv_hf.films.to_rgb", lambda frame: made.append(1) or frame.convert("RGB"))
-    frames = iterate_film(film(tmp_path, "gif"), FrameSampling(fps=1))
-    next(frames)
-    assert len(made) == 1
+    path = film(tmp_path, "gif")
+    frames = iterate_film(path, FrameSampling(fps=1))
+    assert numbers([next(frames)]) == [0] and len(decoded) == 1
+    assert numbers(frames) == [10, 20] and len(made) == 3
+    made.clear(), decoded.clear()
+    assert numbers(iterate_film(path, FrameSampling(num_frames=3))) == [0, 10, 20]
+    assert len(made) == 3 and len(decoded) == 21
 
 
 @pytest.mark.parametrize(
@@ -116,13 +131,7 @@ def broken(folder, content: bytes):
     return path
 
 
-PLAYLIST = b"#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
-CONCAT = b"ffconcat version 1.0\nfile /etc/passwd\n"
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"no film", PLAYLIST, CONCAT, b"<svg/>", bytes(4) + b"ftyp" + bytes(100), b"G" * 999]
-)
+@pytest.mark.parametrize("content", NO_FILMS.values(), ids=NO_FILMS)
 def test_what_is_no_film_is_refused_in_a_sentence(content, tmp_path):
     path = broken(tmp_path, content)
     for source in (path, content):
@@ -153,7 +162,7 @@ def test_no_format_that_names_other_files_is_opened(monkeypatch, tmp_path):
 
     monkeypatch.setattr(av, "open", recorded)
     film_frames(path)
-    for content in (PLAYLIST, CONCAT):
+    for content in (NO_FILMS["playlist"], NO_FILMS["concat"]):
         with pytest.raises(ValueError):
             film_frames(broken(tmp_path, content))
     assert opened == ["mp4", "mp4"]

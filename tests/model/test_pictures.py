@@ -9,21 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import one_encoder, picture
 from tiny_training import tiny_model, tiny_processor
 
-from visualrwkv_hf import VisualRWKVImageProcessor, pictures
-from visualrwkv_hf.encoders import HALF
+from visualrwkv_hf import pictures
 from visualrwkv_hf.pictures import FORMATS, open_picture, to_rgb
-
-
-def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def one_encoder(size: int = 16, **fields) -> VisualRWKVImageProcessor:
-    return VisualRWKVImageProcessor(encoders={"siglip": {"size": size, **HALF}}, **fields)
-
 
 # --- kinds of pictures ----------------------------------------------------------------------------
 

@@ -2,29 +2,14 @@
 
 import pytest
 import torch
-from chats import FIRST, MODELS, assistant, batch_of, counted_tokens, inputs_of, picture, user
+from chats import MODELS, TOWERS, assistant, batch_of, counted_tokens, inputs_of, picture, user
 from tiny_training import tiny_model, tiny_processor
 from transformers import pipeline
 
 from visualrwkv_hf import StateStore, VisualRWKVForCausalLM
 from visualrwkv_hf.scoring_visualrwkv import answer_ids
 
-VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14)
-THREE = {
-    "dinov2_config": dict(VIT, mlp_ratio=2),
-    "siglip_config": dict(VIT, intermediate_size=48),
-    "sam_config": dict(
-        VIT, image_size=64, patch_size=8, output_channels=6, global_attn_indexes=[1], window_size=3
-    ),
-}
-KINDS = {
-    **MODELS,
-    "three encoders": dict(version=7, vision_config=dict(THREE, feature_layer=-2)),
-    "views of tiles": dict(version=6, vision_config=dict(THREE, feature_layer=-2, tile_grid=2)),
-    "tiles with tokens": dict(
-        version=7, compressor_num_layers=1, compressor_num_tokens=5, compressor_per_tile=True, **FIRST
-    ),
-}
+KINDS = MODELS | TOWERS
 """One for each kind of release."""
 ANSWERS = ["yes", "yes, a red one", "no", "a dot", "a dot and a line"]
 QUESTIONS = ["Is it red?", "Is it a cat, or is it a dog?", "What?"]

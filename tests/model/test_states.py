@@ -3,11 +3,10 @@
 import copy
 import dataclasses
 import pickle
-import threading
 
 import pytest
 import torch
-from chats import FIRST, GREEDY, MODELS, assistant, batch_of, counted_tokens, inputs_of, picture, user
+from chats import GREEDY, MODELS, TOWERS, assistant, batch_of, counted_tokens, inputs_of, picture, user
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_training import tiny_model, tiny_processor
@@ -18,20 +17,6 @@ from visualrwkv_hf.prompt_identity import piece_ends
 from visualrwkv_hf.state_file import model_fingerprint
 
 LOGITS = dict(**GREEDY, output_logits=True, return_dict_in_generate=True)
-VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14)
-SAM = dict(VIT, image_size=64, patch_size=8, output_channels=6, global_attn_indexes=[1], window_size=3)
-THREE = {
-    "dinov2_config": dict(VIT, mlp_ratio=2),
-    "siglip_config": dict(VIT, intermediate_size=48),
-    "sam_config": SAM,
-}
-TOWERS = {
-    "three encoders": dict(version=7, vision_config=dict(THREE, feature_layer=-2)),
-    "views of tiles": dict(version=6, vision_config=dict(THREE, feature_layer=-2, tile_grid=2)),
-    "tiles with tokens": dict(
-        version=7, compressor_num_layers=1, compressor_num_tokens=5, compressor_per_tile=True, **FIRST
-    ),
-}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -151,13 +136,6 @@ def test_a_kept_state_stays_as_it_is(model, processor):
     assert all(map(torch.equal, tensors_of(state), before))
 
 
-def test_a_plain_cache_is_advanced_in_place(model, processor):
-    cache = VisualRWKVCache(model.config)
-    inputs = inputs_of(processor, user("What is it?", "red"))
-    output = model.generate(**inputs, **GREEDY, past_key_values=cache)
-    assert cache.get_seq_length() == output.shape[1] - 1
-
-
 @pytest.mark.parametrize(
     "options",
     [dict(num_beams=3), dict(num_beams=3, num_return_sequences=2), dict(prompt_lookup_num_tokens=3)],
@@ -181,26 +159,6 @@ def test_samples_from_a_state(rwkv7, rwkv7_processor):
     options = dict(max_new_tokens=6, do_sample=True, num_return_sequences=4, pad_token_id=0)
     output = rwkv7.generate(**inputs, **options, past_key_values=state)
     assert output.shape[0] == 4 and len({tuple(row) for row in output.tolist()}) > 1
-
-
-def test_two_threads_give_what_one_gives(rwkv7, rwkv7_processor):
-    state = rwkv7.read(rwkv7_processor, [user(None, "red")])
-    questions = [f"What is it, {number}?" for number in range(8)]
-    inputs = [inputs_of(rwkv7_processor, user(question, "red")) for question in questions]
-    alone = [rwkv7.generate(**each, **GREEDY, past_key_values=state).tolist() for each in inputs]
-    together: dict[int, list] = {}
-
-    def ask(numbers: range) -> None:
-        for number in numbers:
-            output = rwkv7.generate(**inputs[number], **GREEDY, past_key_values=state)
-            together[number] = output.tolist()
-
-    threads = [threading.Thread(target=ask, args=[range(start, 8, 2)]) for start in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [together.get(number) for number in range(8)] == alone
 
 
 # --- what read() leaves unread ------------------------------------------------------------------------
@@ -283,13 +241,29 @@ def test_a_text_whose_picture_is_not_given_is_refused(rwkv7, rwkv7_processor):
 
 
 @pytest.mark.parametrize(
-    "option", [dict(prefill_chunk_size=4), dict(use_cache=False), dict(cache_implementation="static")]
+    "option",
+    [
+        dict(prefill_chunk_size=4),
+        dict(use_cache=False),
+        dict(cache_implementation="static"),
+        dict(output_hidden_states=True, return_dict_in_generate=True),
+        dict(token_healing=True),
+    ],
+    ids=lambda option: next(iter(option)),
 )
 def test_options_that_need_the_whole_prompt_are_refused(rwkv7, rwkv7_processor, option):
     state = rwkv7.read(rwkv7_processor, [user("What?"), assistant("That.")])
     inputs = inputs_of(rwkv7_processor, user("What?"), assistant("That."), user("Why?"))
     with pytest.raises(ValueError, match=f"A kept state cannot go on with {next(iter(option))}"):
         rwkv7.generate(**inputs, **GREEDY, **option, past_key_values=state)
+
+
+def test_inputs_of_a_whole_prompt_are_refused(rwkv7, rwkv7_processor):
+    state = rwkv7.read(rwkv7_processor, [user("What?")])
+    inputs = inputs_of(rwkv7_processor, user("What?"), assistant("That."))
+    embeddings = rwkv7.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(ValueError, match="A kept state cannot go on with inputs_embeds"):
+        rwkv7.generate(**inputs, **GREEDY, inputs_embeds=embeddings, past_key_values=state)
 
 
 def test_another_model_is_refused_in_memory(rwkv7, rwkv7_processor):

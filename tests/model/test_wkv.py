@@ -16,6 +16,7 @@ import torch
 from oracles import wkv as oracle
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
+from wkv_judge import assert_same, relative_error, run
 
 from visualrwkv_hf import dispatch, kernel_backend, scan_orders, wkv
 from visualrwkv_hf.wkv import wkv6, wkv7
@@ -63,29 +64,6 @@ def make_inputs(op, T, dtype=torch.float32, decay="typical", B=2, H=2, K=8, V=6,
         inputs += [-kk.to(dtype), (kk * rate).to(dtype)]
     inputs.append(state.to(torch.float64 if dtype == torch.float64 else torch.float32))
     return [x.requires_grad_() for x in inputs]
-
-
-def run(function, inputs, **options):
-    """Output, final state and the gradient of everything from both of them."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    y, state = function(*inputs, **options)
-    generator = torch.Generator().manual_seed(1)
-    # Weights of few bits: the gradient of y is rounded to the dtype of y, and the oracle's is not.
-    weights = [torch.randn(x.shape, generator=generator).bfloat16() for x in (y, state)]
-    total = sum((x.double() * weight.double()).sum() for x, weight in zip((y, state), weights))
-    return [y.detach(), state.detach(), *torch.autograd.grad(total, inputs)]
-
-
-def relative_error(actual, expected):
-    # Both zero is no error: nothing but 0 may stand for 0, NaN and inf fail.
-    actual, expected = actual.detach().double(), expected.detach()
-    difference = (actual - expected).norm()
-    return float(difference / expected.norm()) if expected.any() else float(difference)
-
-
-def assert_same(actual, expected, tolerance):
-    errors = [relative_error(x, y) for x, y in zip(actual, expected, strict=True)]
-    assert all(error <= tolerance for error in errors), errors
 
 
 @functools.cache

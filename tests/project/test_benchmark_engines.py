@@ -1,25 +1,21 @@
 """benchmark_prefill.py and benchmark_decode.py with the smallest shape: they run, check before they time, and count."""
 
-import importlib
 import json
 import shutil
 
 import pytest
 import torch
 import typer
-from paths import EXAMPLES
 
 from visualrwkv_hf import VisualRWKVForCausalLM
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="native ops need a C compiler")
 
 
-@pytest.fixture
-def example(monkeypatch, tmp_path):
-    """Import a script as Python runs it; the library that it compiles goes with the test."""
-    monkeypatch.syspath_prepend(EXAMPLES)
+@pytest.fixture(autouse=True)
+def native_ops(monkeypatch, tmp_path):
+    """The compiled library goes with the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return importlib.import_module
 
 
 @pytest.mark.parametrize("name, timed", [("benchmark_prefill", 20), ("benchmark_decode", 1)])

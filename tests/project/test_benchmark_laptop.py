@@ -1,24 +1,20 @@
 """benchmark_laptop.py with small shapes: it makes its models, measures each row in a process of its own, and judges."""
 
-import importlib
 import json
 import math
 
 import pytest
 import torch
 import typer
-from paths import EXAMPLES
 from safetensors import safe_open
 
 from visualrwkv_hf import VisualRWKVConfig
 
 
-@pytest.fixture
-def example(monkeypatch, tmp_path):
-    """Import a script as Python runs it; the library that it compiles goes with the test."""
-    monkeypatch.syspath_prepend(EXAMPLES)
+@pytest.fixture(autouse=True)
+def native_ops(monkeypatch, tmp_path):
+    """The compiled library goes with the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return importlib.import_module
 
 
 def test_quick_run(example, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """benchmark_loss.py with the smallest shape: it runs, compares before it measures, and says what is smaller."""
 
-import importlib
 import json
 
 import pytest
@@ -11,11 +10,9 @@ from visualrwkv_hf.loss_visualrwkv import sliced_loss
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    """The script, as Python runs it: with its folder first on the path."""
-    monkeypatch.syspath_prepend(EXAMPLES)
+def benchmark(example, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES))  # for the processes that it starts
-    return importlib.import_module("benchmark_loss")
+    return example("benchmark_loss")
 
 
 SMALLEST = dict(shapes=["2x5"], hidden_size=8, device="cpu", seconds=0.0, least=1)

@@ -1,17 +1,14 @@
 """examples/benchmark_scores.py with the smallest shapes: that it checks before it times."""
 
-import importlib
 import json
 
 import pytest
 import typer
-from paths import EXAMPLES
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("benchmark_scores")
+def benchmark(example):
+    return example("benchmark_scores")
 
 
 def test_it_runs(benchmark, tmp_path, capsys):

@@ -1,17 +1,14 @@
 """examples/benchmark_state.py with the smallest shapes: that it checks before it times, and counts rightly."""
 
-import importlib
 import json
 
 import pytest
 import typer
-from paths import EXAMPLES
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("benchmark_state")
+def benchmark(example):
+    return example("benchmark_state")
 
 
 def test_it_runs(benchmark, tmp_path, capsys):

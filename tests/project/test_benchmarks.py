@@ -1,6 +1,5 @@
 """The benchmarks in examples/ with the smallest shapes: that they run, check before they time, and count rightly."""
 
-import importlib
 import json
 import math
 import subprocess
@@ -18,13 +17,6 @@ from visualrwkv_hf import VisualRWKVCache, wkv7
 def native_ops(monkeypatch, tmp_path):
     """The compiled library goes with the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def example(monkeypatch):
-    """Imports a script as Python runs it: with its folder first on the path."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module
 
 
 # --- benchmark_wkv.py ---------------------------------------------------------------------------------

@@ -1,19 +1,11 @@
 """examples/state_tuning.py and examples/linear_probe.py on the model in the package, with a handful of pictures."""
 
-import importlib
 from random import Random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from paths import EXAMPLES
 from two_colors import two_colors
-
-
-@pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module
 
 
 def cells(table: str) -> list[dict[str, str]]:

@@ -205,7 +205,7 @@ def test_a_job_that_fails_or_leaves_does_not_hold_the_others():
         jobs = [Job(name, [], "a") for name in ("bad", "refused", "good")]
         for job in jobs:
             line.join(job)
-        events = [await asyncio.wait_for(job.events.get(), 20) for job in jobs]
+        events = [await asyncio.wait_for(job.events.get(), PATIENCE) for job in jobs]
         gone = Job("gone", [], "a")
         line.leave(gone)
         assert await gone.events.get() is None

@@ -3,10 +3,20 @@
 from contextlib import contextmanager
 
 from PIL import Image, ImageDraw
+from tiny import THREE_ENCODERS
 
 GREEDY = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
 FIRST = dict(scan="unidirectional", image_position="first")
 MODELS = {"rwkv5": dict(version=5, **FIRST), "rwkv6": dict(version=6), "rwkv7": dict(version=7, **FIRST)}
+TOWERS = {
+    "three encoders": dict(version=7, vision_config=THREE_ENCODERS),
+    "views of tiles": dict(version=6, vision_config=dict(THREE_ENCODERS, tile_grid=2)),
+    "tiles with tokens": dict(
+        version=7, compressor_num_layers=1, compressor_num_tokens=5, compressor_per_tile=True, **FIRST
+    ),
+}
+"""MODELS has one for each generation, TOWERS one for each other way in which a release reads a picture. Both hold
+arguments of `tiny_training.tiny_model`."""
 
 
 def picture(colour: str = "red", width: int = 60) -> Image.Image:

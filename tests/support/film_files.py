@@ -10,6 +10,17 @@ from PIL import Image
 NUMBER, RATE, STEP = 30, 10, 8
 """The number of frames, frames per second, and the step in grey level, of 256, from one frame to the next."""
 
+NO_FILMS = {
+    "nothing": b"",
+    "text": b"no film",
+    "playlist": b"#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n",
+    "concat": b"ffconcat version 1.0\nfile /etc/passwd\n",
+    "vector": b"<svg/>",
+    "head alone": bytes(4) + b"ftyp" + bytes(100),
+    "a transport stream of nothing": b"G" * 999,
+}
+"""Contents of files that are no films. Two of them name another file, which must not be opened."""
+
 
 def grey(number: int, width: int = 96, height: int = 64) -> Image.Image:
     return Image.new("RGB", (width, height), (STEP * number % 256,) * 3)

@@ -4,26 +4,17 @@ import copy
 from typing import Any
 
 import torch
-from tiny import prompt, tiny_vlm
+from tiny import THREE_ENCODERS, prompt, tiny_vlm
 
 from visualrwkv_hf import VisualRWKVForConditionalGeneration
 from visualrwkv_hf.encoders import pixel_inputs
 
-SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-VIT = dict(**SMALL, image_size=56, patch_size=14)
-SAM = dict(**SMALL, image_size=64, patch_size=8, output_channels=8, global_attn_indexes=[1], window_size=3)
-THREE = {
-    "dinov2_config": dict(**VIT, mlp_ratio=2),
-    "siglip_config": dict(**VIT, intermediate_size=48),
-    "sam_config": SAM,
-    "feature_layer": -2,
-}
 RELEASES: dict[str, dict[str, Any]] = {
     "v5": dict(version=5, scan="unidirectional"),
     "v6": dict(version=6),
-    "HD": dict(version=6, vision_config=THREE, projector="gated"),
-    "UHD": dict(version=6, vision_config=dict(**THREE, tile_grid=2), projector="gated"),
-    "v7": dict(version=7, vision_config=THREE, projector="gated_norm"),
+    "HD": dict(version=6, vision_config=THREE_ENCODERS, projector="gated"),
+    "UHD": dict(version=6, vision_config=dict(**THREE_ENCODERS, tile_grid=2), projector="gated"),
+    "v7": dict(version=7, vision_config=THREE_ENCODERS, projector="gated_norm"),
 }
 """Maps a kind of release to the arguments of `tiny.tiny_vlm` that make a tiny model of it."""
 

@@ -1,13 +1,31 @@
-"""Build tiny models whose weights are all random, for tests of what surrounds the equations."""
+"""Build tiny models whose weights are all random, and their inputs, for tests of what surrounds the equations."""
 
+import numpy as np
 import torch
+from PIL import Image
 
-from visualrwkv_hf import VisualRWKVConfig, VisualRWKVForConditionalGeneration, VisualRWKVTextConfig
+from visualrwkv_hf import (
+    VisualRWKVConfig,
+    VisualRWKVForConditionalGeneration,
+    VisualRWKVImageProcessor,
+    VisualRWKVTextConfig,
+)
+from visualrwkv_hf.encoders import HALF
 
 IMAGE_TOKEN_ID = 319
 RANKS = dict(
     mix_low_rank_dim=8, decay_low_rank_dim=8, a_low_rank_dim=8, v_low_rank_dim=8, gate_low_rank_dim=8
 )
+VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14)
+THREE_ENCODERS = {
+    "dinov2_config": dict(VIT, mlp_ratio=2),
+    "siglip_config": dict(VIT, intermediate_size=48),
+    "sam_config": dict(
+        VIT, image_size=64, patch_size=8, output_channels=8, global_attn_indexes=[1], window_size=3
+    ),
+    "feature_layer": -2,
+}
+"""A vision configuration with the three encoders of the high-definition releases, two layers of each."""
 
 
 def text_config(version: int, **fields) -> VisualRWKVTextConfig:
@@ -67,9 +85,20 @@ def prompt(
     """Return ids [1, T] with one picture between words."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(1, 300, (before + after,), generator=generator)
-    picture = torch.full((model.config.num_image_tokens,), model.config.image_token_id)
-    return torch.cat([words[:before], picture, words[before:]])[None]
+    image_tokens = torch.full((model.config.num_image_tokens,), model.config.image_token_id)
+    return torch.cat([words[:before], image_tokens, words[before:]])[None]
 
 
 def pixels(count: int = 1, seed: int = 0, size: int = 56) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
+    """Return a picture of random pixels."""
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def one_encoder(size: int = 16, **fields) -> VisualRWKVImageProcessor:
+    """Return an image processor for SigLIP alone, which reads pictures of `size` x `size` pixels."""
+    return VisualRWKVImageProcessor(encoders={"siglip": {"size": size, **HALF}}, **fields)

@@ -22,6 +22,14 @@ TEXT_SAMPLE = {
     "id": "text",
     "conversations": [{"from": "human", "value": "Say yes."}, {"from": "gpt", "value": "Yes."}],
 }
+QUIET = {
+    "use_cpu": True,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "report_to": "none",
+}
+"""Training arguments with which a trainer logs every step to its own history, and shows and saves nothing."""
 
 
 def tiny_model(version: int = 6, vocab_size: int = 1024, **fields) -> VisualRWKVForConditionalGeneration:
@@ -93,3 +101,34 @@ def lora_command(model: Path, data: Path) -> list[object]:
 def finetune(*arguments: object) -> None:
     """Run `python examples/finetune.py ...` in this process."""
     finetune_module().main([str(argument) for argument in arguments])
+
+
+def trainer_of(model, folder: Path, rows: list[dict], *, stock: bool = False, given=None, **options):
+    """Return a trainer of `rows`, on which it is also evaluated.
+
+    Args:
+        model: a model.
+        folder: the folder into which it writes.
+        rows: LLaVA samples.
+        stock: return transformers' own trainer rather than `VisualRWKVTrainer`.
+        given: further arguments of the trainer.
+        options: fields of the training arguments, beside `QUIET`.
+    """
+    # Imported late: most tests that need a tiny model train nothing.
+    from transformers import Trainer, TrainingArguments
+
+    from visualrwkv_hf import VisualRWKVDataCollator, VisualRWKVTrainer, VisualRWKVTrainingArguments
+
+    kind, arguments = (
+        (Trainer, TrainingArguments) if stock else (VisualRWKVTrainer, VisualRWKVTrainingArguments)
+    )
+    if stock:
+        options = {"remove_unused_columns": False, **options}
+    return kind(
+        model,
+        arguments(str(folder), **{**QUIET, **options}),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=VisualRWKVDataCollator(tiny_processor(model)),
+        **(given or {}),
+    )

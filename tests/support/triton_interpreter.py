@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import pytest
 import torch
 
 if importlib.util.find_spec("triton"):
@@ -24,6 +25,15 @@ if importlib.util.find_spec("triton"):
 else:  # Triton has no build for this machine
     INTERPRETED = False
     InterpreterBuilder = object
+
+NEEDS_INTERPRETER = pytest.mark.skipif(
+    not INTERPRETED, reason="no interpreted kernels: TRITON_INTERPRET is 0, or Triton is not installed"
+)
+"""Skips tests that run Triton's kernels on the CPU. A file that imports kernels at its top must also call
+`pytest.importorskip("triton")` above these imports: without Triton they fail before any mark is seen."""
+POISONED_KERNELS = [NEEDS_INTERPRETER, pytest.mark.usefixtures("poison")]
+"""Does the same, and fills new tensors with NaN, so that tests fail if a kernel leaves an element unwritten (`poison`
+in tests/kernels/conftest.py)."""
 
 
 def is_bfloat16(handle) -> bool:

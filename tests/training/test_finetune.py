@@ -34,6 +34,7 @@ from tiny_training import (
     save_tiny_model,
     tiny_model,
     tiny_processor,
+    trainer_of,
     write_data,
 )
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -43,7 +44,6 @@ from visualrwkv_hf import (
     TunedState,
     VisualRWKVDataCollator,
     VisualRWKVTrainer,
-    VisualRWKVTrainingArguments,
     load_conversations,
     train_only,
 )
@@ -147,15 +147,6 @@ def test_the_schedule_is_the_originals(accumulation, warm_up):
             accumulation=accumulation,
         )
         assert rate == pytest.approx(original_rate(step, accumulation, warm_up), rel=1e-12)
-
-
-def trainer_of(model, folder: Path, rows: list[dict] | None = None, **options) -> VisualRWKVTrainer:
-    arguments = VisualRWKVTrainingArguments(
-        str(folder),
-        **{"use_cpu": True, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True} | options,
-    )
-    collator = VisualRWKVDataCollator(tiny_processor(model))
-    return VisualRWKVTrainer(model, arguments, train_dataset=rows, data_collator=collator)
 
 
 def test_parameter_groups_betas_and_the_rate_in_training(tmp_path, data):

@@ -189,7 +189,7 @@ def test_sft_trainer(assistant_only, tmp_path):
 
 
 def test_grpo_trainer_generates_and_learns(tmp_path):
-    """Answers with many letters "e" are rewarded; generation keeps its state, as everywhere."""
+    """Answers are rewarded by their letters and length; generation keeps its state, as everywhere."""
     model = tiny_model()
     seen, calls = [], []
 

@@ -10,9 +10,9 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import rows_with_pictures, tiny_model, tiny_processor
+from tiny_training import QUIET, rows_with_pictures, tiny_model, tiny_processor, trainer_of
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from visualrwkv_hf import (
@@ -24,35 +24,11 @@ from visualrwkv_hf import (
 )
 from visualrwkv_hf.training.files import checkpoints_to_discard, discard, move_into
 
-QUIET = {
-    "use_cpu": True,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "report_to": "none",
-}
-
 
 @pytest.fixture
 def rows(tmp_path) -> list[dict]:
     rows = rows_with_pictures(tmp_path / "pictures", 4)
     return [{**row, "image": str(tmp_path / "pictures" / row["image"])} for row in rows]
-
-
-def trainer_of(model, folder: Path, rows: list[dict], *, stock: bool = False, given=None, **options):
-    kind, arguments = (
-        (Trainer, TrainingArguments) if stock else (VisualRWKVTrainer, VisualRWKVTrainingArguments)
-    )
-    if stock:
-        options = {"remove_unused_columns": False, **options}
-    return kind(
-        model,
-        arguments(str(folder), **{**QUIET, **options}),
-        train_dataset=rows,
-        eval_dataset=rows,
-        data_collator=VisualRWKVDataCollator(tiny_processor(model)),
-        **(given or {}),
-    )
 
 
 def losses_of(trainer) -> list[float]:
@@ -274,7 +250,6 @@ def test_saved_adapters_name_their_base_by_an_absolute_path(rows, tmp_path, monk
     own.add_adapter(lora_config(r=4))
     own.save_pretrained("own")
     wrapped = peft.get_peft_model(AutoModelForImageTextToText.from_pretrained("base"), lora_config(r=4))
-    trainer_of(tiny_model(), tmp_path, rows)
     arguments = VisualRWKVTrainingArguments("wrapped", **QUIET)
     VisualRWKVTrainer(wrapped, arguments, train_dataset=rows).save_model()
     monkeypatch.chdir("/")
