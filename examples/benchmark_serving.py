@@ -271,14 +271,17 @@ def main(
     """Compare servers."""
     server, clients = server or list(SERVERS), clients or [1, 4, 16, 32]
     folder_of_model = bundled_model() if str(model) == "bundled" else model
+    if folder_of_model and not folder_of_model.is_dir():
+        raise typer.BadParameter(f"--model: there is no folder {folder_of_model}")
     if unknown := set(server) - set(SERVERS):
         raise typer.BadParameter(f"server must be of {', '.join(SERVERS)}, got {', '.join(unknown)}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        random_model = Path(folder) / "model"
+        if not folder_of_model:
+            write_visualrwkv(random_model, shape)
         for name in server:
-            place = folder_of_model or Path(folder) / "model"
-            if not place.exists():
-                write_visualrwkv(place, shape)
+            place = folder_of_model or random_model
             if name == "llava":
                 place = write_llava(Path(folder) / "llava", like=place)
             with serving(name, place, max(clients), Path(folder) / "log") as address:

@@ -5,8 +5,8 @@
 The answers become a dataset of JSON Lines in the folder `captions`: {"picture": ..., "text": ...}. Every block of
 pictures is a file, which appears when the block is done. A second run reads these files and asks about what is missing,
 so a run that was killed loses the blocks under way and nothing else; with another question or model it is refused.
-Pictures that cannot be read have an empty text and an `error`. Ray's workers import vLLM, and vLLM finds this package's
-plugin by itself.
+Pictures that cannot be read, or that vLLM refuses, have an empty text and an `error`. Ray's workers import vLLM, and
+vLLM finds this package's plugin by itself.
 """
 
 import json
@@ -73,6 +73,7 @@ def main(
     workers: Annotated[int, typer.Option(help="Engines.")] = 1,
     block: Annotated[int, typer.Option(help="Pictures of a file of the dataset.")] = 64,
     tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
+    max_model_len: Annotated[int, typer.Option(help="Tokens of prompt, picture and answer together.")] = 4096,
     dtype: Annotated[str, typer.Option(help="Of the weights.")] = "auto",
     on_cpu: Annotated[bool, typer.Option("--cpu", help="Engines without a GPU.")] = False,
 ) -> None:
@@ -98,7 +99,7 @@ def main(
         }
 
     def keep(row: dict) -> dict:
-        error = row["error"]
+        error = row["error"] or row["__inference_error__"]
         return {
             "picture": row["picture"],
             "text": "" if error else row["generated_text"].strip(),
@@ -107,7 +108,8 @@ def main(
 
     config = vLLMEngineProcessorConfig(
         model_source=model,
-        engine_kwargs={"dtype": dtype, "enforce_eager": on_cpu, "max_model_len": 4096},
+        engine_kwargs={"dtype": dtype, "enforce_eager": on_cpu, "max_model_len": max_model_len},
+        should_continue_on_error=True,
         batch_size=min(block, 64),
         chat_template_stage=False,
         tokenize_stage=False,
@@ -117,7 +119,8 @@ def main(
     rows = [{"picture": name} for name in names]
     dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // block))
     dataset = dataset.map(lambda row: row | {"error": unreadable(folder / row["picture"])})
-    captioned = build_processor(config, preprocess=ask, postprocess=keep)(dataset)
+    # A postprocess of the processor would not see the rows that vLLM has refused.
+    captioned = build_processor(config, preprocess=ask)(dataset).map(keep)
     captioned.write_json(str(output.resolve()), mode="append")
     print(f"{len(names)} pictures; {len(pictures_without_text(folder, output))} of them without text.")
 

@@ -1,8 +1,11 @@
 """Make the chats for tests of the vLLM plugin, and get the answers of `generate` and of a vLLM engine to them."""
 
+import io
+
 import numpy as np
 import torch
 from PIL import Image
+from serving import circle_png
 
 NEW_TOKENS = 6
 QUESTION = "a red square, what is to the left of it and why would it be there"
@@ -13,6 +16,19 @@ def picture(number: int) -> Image.Image:
     random = np.random.default_rng(number)
     height, width = random.integers(40, 150, 2)
     return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def strange_pngs() -> dict[str, bytes]:
+    """Return PNGs of a circle, by its colour: transparent, and grey of 16 bits. vLLM itself makes them all white."""
+    transparent, black = (Image.open(io.BytesIO(circle_png(colour))) for colour in ("red", "black"))
+    transparent.putalpha(0)
+    levels = np.where(np.asarray(black.convert("L")) < 128, 257, 65535).astype(np.uint16)
+    made = {}
+    for colour, picture, mode in (("red", transparent, "RGBA"), ("black", Image.fromarray(levels), "I;16")):
+        assert picture.mode == mode
+        picture.save(file := io.BytesIO(), "PNG")
+        made[colour] = file.getvalue()
+    return made
 
 
 def mixed_chats(count: int, new_picture=picture) -> list[list[dict]]:

@@ -1,8 +1,12 @@
 """An engine of vLLM writes the tokens that `generate` writes, for every release, however it divides the work."""
 
+import io
+
 import pytest
 import torch
+from PIL import Image
 from released_folders import released_config, write_release, write_text_model
+from serving import SHAPE_QUESTION, circle_png
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from vllm_engines import (
     NEW_TOKENS,
@@ -13,6 +17,7 @@ from vllm_engines import (
     mixed_chats,
     requests,
     sampling,
+    strange_pngs,
 )
 
 from visualrwkv_hf import VisualRWKVForConditionalGeneration, bundled_model
@@ -77,6 +82,30 @@ def test_an_engine_writes_what_the_model_in_the_package_writes(start_engine):
     assert answers(engine, given) == expected
     assert answers_after_preemption(engine, given) == expected
     assert [answers(engine, [request])[0] for request in given[:3]] == expected[:3], "a row alone"
+
+
+def test_transparent_and_16_bit_pictures_are_those_that_generate_sees(start_engine):
+    folder = bundled_model()
+    processor = AutoProcessor.from_pretrained(folder)
+    model = VisualRWKVForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    pictures = [Image.open(io.BytesIO(png)) for png in (*strange_pngs().values(), circle_png("white"))]
+    content = [
+        [{"type": "image", "image": one}, {"type": "text", "text": SHAPE_QUESTION}] for one in pictures
+    ]
+    chats = [[{"role": "user", "content": parts}] for parts in content]
+    expected = [generated(model, processor, chat) for chat in chats]
+    assert expected[2] not in expected[:2], "the model does not tell the pictures from white ones"
+    assert answers(start_engine(folder), requests(processor, chats)) == expected
+
+
+def test_without_a_temperature_vllm_samples_unless_the_engine_was_told():
+    from vllm import SamplingParams
+    from vllm.config import ModelConfig
+
+    folder = str(bundled_model())
+    assert not ModelConfig(folder).get_diff_sampling_param() and SamplingParams().temperature == 1
+    greedy = ModelConfig(folder, override_generation_config={"temperature": 0})
+    assert greedy.get_diff_sampling_param() == {"temperature": 0}
 
 
 def test_a_further_request_takes_the_bytes_of_a_state(tmp_path, start_engine):

@@ -12,13 +12,14 @@ from visualrwkv_hf.conversion import quantize
 from visualrwkv_hf.cpu.layers import dequantize
 
 
-def test_an_engine_writes_what_the_dequantised_model_writes(tmp_path, start_engine):
-    """The blocks of this folder are in int4, and its head is in int8."""
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_an_engine_writes_what_the_dequantised_model_writes(weights, tmp_path, start_engine):
+    """With int4 the blocks have it, and the head has int8."""
     whole, folder = write_release(tmp_path / "model", "v7.00"), tmp_path / "packed"
     processor = AutoProcessor.from_pretrained(whole)
     model = VisualRWKVForConditionalGeneration.from_pretrained(whole).eval()
     exact = [generated(model, processor, chat) for chat in mixed_chats(9)]
-    quantize(whole, folder, weights="int4")
+    quantize(whole, folder, weights=weights)
     assert "quantization_config" in json.loads((folder / "config.json").read_text())
     model = dequantize(VisualRWKVForConditionalGeneration.from_pretrained(folder)).eval()
     expected = [generated(model, processor, chat) for chat in mixed_chats(9)]

@@ -6,14 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 from paths import EXAMPLES
-from patience import PATIENCE
-from serving import SHAPE_QUESTION, circle_png, url_of, user
+from patience import PATIENCE, wait_until
+from released_folders import write_release
+from serving import SHAPE_QUESTION, circle_png, png, url_of, user
 
 from visualrwkv_hf import bundled_model
 
@@ -105,6 +105,32 @@ def test_a_folder_becomes_a_dataset_and_what_is_there_stays(tmp_path, expected):
     assert again.returncode and "was begun with" in again.stderr
 
 
+def test_a_picture_that_vllm_refuses_has_an_error_and_the_others_a_text(tmp_path):
+    """A picture of v7.04 takes 4 tokens for each tile of 56 x 56 pixels here."""
+    model = write_release(tmp_path / "model", "v7.04")
+    pictures, output = tmp_path / "pictures", tmp_path / "captions"
+    pictures.mkdir()
+    for name, side in (("large", 560), ("small", 56)):
+        (pictures / f"{name}.png").write_bytes(png("red", side, side))
+    command = [sys.executable, EXAMPLES / "ray_caption.py", pictures, output, "--model", model, "--cpu"]
+    command += ["--dtype", "float32", "--tokens", "8", "--max-model-len", "256"]
+    for said in ("2 pictures; 0 of them without text.", "Every picture has its text."):
+        done = subprocess.run(
+            list(map(str, command)),
+            env=os.environ | ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        assert said in done.stdout
+    lines = [line for file in output.glob("*.json") for line in file.read_text("utf-8").splitlines()]
+    large, small = sorted(map(json.loads, lines), key=lambda row: row["picture"])
+    assert large.keys() == small.keys() == {"picture", "text", "error"}
+    assert not large["text"] and "maximum context length is 256 tokens" in large["error"]
+    assert small["text"] and not small["error"]
+
+
 def test_two_replicas_answer(tmp_path, expected):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -125,10 +151,12 @@ def test_two_replicas_answer(tmp_path, expected):
             list(map(str, command)), stdout=output, stderr=output, env=os.environ | ENVIRONMENT
         )
     try:
-        end = time.monotonic() + PATIENCE
-        while "Serving bundled at" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < end, log.read_text()[-4000:]
-            time.sleep(0.5)
+
+        def is_ready() -> bool:
+            assert process.poll() is None, log.read_text()[-4000:]
+            return "Serving bundled at" in log.read_text()
+
+        wait_until(is_ready, "the start of the replicas", 0.5)
         assert ": 2 running" in log.read_text()
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=PATIENCE)
 

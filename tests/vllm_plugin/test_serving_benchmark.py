@@ -11,6 +11,17 @@ from patience import PATIENCE
 SERVERS = ("visualrwkv", "vllm", "llava")
 
 
+def test_a_missing_folder_is_named_and_not_made(tmp_path):
+    command = [sys.executable, EXAMPLES / "benchmark_serving.py", "--model", tmp_path / "mistyped"]
+    command += ["--server", "visualrwkv", "--clients", "1", "--seconds", "0.1", "--tokens", "1"]
+    environment = os.environ | {"COLUMNS": "1000"}  # typer's messages have a frame of this width
+    done = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 2 and f"there is no folder {tmp_path / 'mistyped'}" in done.stderr, done.stderr
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_every_server_is_measured(tmp_path):
     command = [sys.executable, EXAMPLES / "benchmark_serving.py", "--shape", "tiny", "--tokens", "3"]
     command += ["--clients", "1", "--clients", "3", "--seconds", "0.5"]

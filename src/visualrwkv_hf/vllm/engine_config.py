@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from vllm.model_executor.models.config import MambaModelConfig
@@ -20,6 +22,21 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 SCHEDULER = "visualrwkv_hf.vllm.scheduler.whole_picture_scheduler"
+
+ITS_OWN_LAYERS = "its own linear layers, and these models have torch's"
+STATES = "the states of tokens have the model's dtype, and matrices are float32"
+SUPPORTED: Mapping[str, tuple[tuple, str]] = {
+    "model_config.quantization": (
+        (None, METHOD),
+        f"vLLM's quantisation replaces {ITS_OWN_LAYERS}. Folders that `visualrwkv quantize` wrote ({METHOD}) can be "
+        "served, with dense weights.",
+    ),
+    "cache_config.mamba_cache_dtype": (("auto",), f"{STATES}."),
+    "cache_config.mamba_ssm_cache_dtype": (("auto", "float32"), f"{STATES}."),
+    "offload_config.uva.cpu_offload_gb": ((0,), "vLLM offloads only layers that it makes itself."),
+    "offload_config.prefetch.offload_group_size": ((0,), "vLLM offloads only layers that it makes itself."),
+}
+"""Option of vLLM's configuration -> the values that it may have, and why no other."""
 
 
 class RwkvEngineConfig(MambaModelConfig):
@@ -54,12 +71,9 @@ class RwkvEngineConfig(MambaModelConfig):
 
 def refuse_what_is_missing(vllm_config: VllmConfig) -> None:
     """Raise `ValueError` for options of vLLM that would be ignored or fail later, with a reason."""
-    quantization = vllm_config.model_config.quantization
-    if quantization not in (None, METHOD):
-        raise ValueError(
-            f"quantization={quantization!r}: vLLM's quantisation replaces its own linear layers, and these models "
-            f"have torch's. Folders that `visualrwkv quantize` wrote ({METHOD}) can be served, with dense weights."
-        )
+    for option, (allowed, reason) in SUPPORTED.items():
+        if (value := attrgetter(option)(vllm_config)) not in allowed:
+            raise ValueError(f"{option.rpartition('.')[-1]}={value!r} is not supported: {reason}")
     if vllm_config.speculative_config is not None:
         raise ValueError(
             "Speculative decoding is not supported: a state in vLLM's pool cannot be taken back."
@@ -71,8 +85,8 @@ def refuse_what_is_missing(vllm_config: VllmConfig) -> None:
         )
     if vllm_config.lora_config is not None:
         raise ValueError(
-            "LoRA adapters are not supported by the vLLM plugin: vLLM's LoRA replaces its own linear layers, and these "
-            "models have torch's. Merge the adapter into the model first."
+            f"LoRA adapters are not supported by the vLLM plugin: vLLM's LoRA replaces {ITS_OWN_LAYERS}. Merge the "
+            "adapter into the model first."
         )
 
 
@@ -118,12 +132,17 @@ def read_pictures_whole(vllm_config: VllmConfig, config: VisualRWKVConfig) -> No
         )
     scheduler = vllm_config.scheduler_config
     needed = max_picture_tokens(vllm_config.model_config)
-    for name in ("max_num_batched_tokens", "long_prefill_token_threshold"):
+    for name in ("max_num_batched_tokens", "max_num_scheduled_tokens", "long_prefill_token_threshold"):
         budget = getattr(scheduler, name)
-        if 0 < budget < needed:
+        if budget and budget < needed:
             raise ValueError(
                 f"{name} is {budget}, but a picture takes {needed} tokens, which must be read in one step: this "
                 f"model's layers read pictures {config.scan!r}. Set it to at least {needed}."
             )
+    if scheduler.scheduler_cls not in (None, SCHEDULER):
+        raise ValueError(
+            f"scheduler_cls is {scheduler.scheduler_cls!r}, but only this package's scheduler never cuts a picture, "
+            f"and this model's layers read pictures {config.scan!r}. Leave the option out."
+        )
     scheduler.disable_chunked_mm_input = True
-    scheduler.scheduler_cls = scheduler.scheduler_cls or SCHEDULER
+    scheduler.scheduler_cls = SCHEDULER

@@ -53,6 +53,7 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         self.dtype = model_config.dtype
         text = model_config.hf_config.get_text_config()
         self.stage = Stage.of_this_process(text.num_hidden_layers)
+        self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         device = torch.get_default_device()
         # All of a model may be more than a device holds. Memory of the CPU that nobody writes to takes no place.
         with no_init_weights(), nullcontext() if self.stage.is_whole else torch.device("cpu"):
@@ -126,10 +127,9 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         Returns:
             Both after the blocks of this stage.
         """
-        metadata = get_forward_context().attn_metadata
-        if metadata is None:  # vLLM measures how much memory a step takes
-            values = None if v_first is None else v_first[None]
-            return _flat(*self.run_blocks(hidden_states[None], values, [IN_ORDER]), len(hidden_states))
+        metadata = get_forward_context().attn_metadata or {}
+        if self.states[0].prefix not in metadata:  # vLLM warms up, or measures how much memory a step takes
+            return self.warm_up(hidden_states, v_first)
         steps: list[RwkvMetadata] = [metadata[states.prefix] for states in self.states]
         step = steps[0]
         requests, prefilling = step.num_decodes + step.num_prefills, step.num_prefills > 0
@@ -138,12 +138,26 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         holders = [states.holder(own.slots[:requests]) for states, own in zip(layers, steps, strict=True)]
         order, at = [IN_ORDER], 1  # one token of each request: as many rows
         if prefilling:  # all requests packed into one row
-            positions = torch.arange(num_tokens, device=hidden_states.device)[None]
             bounds = step.query_start_loc[: requests + 1].long()
-            order, at = token_orders(positions, None, list(self.orders(num_tokens)), bounds), 0
+            order, at = packed_orders(self.orders(num_tokens), bounds, num_tokens), 0
         tokens = hidden_states[:num_tokens].unsqueeze(at)
         values = None if v_first is None else v_first[:num_tokens].unsqueeze(at)
         return _flat(*self.run_blocks(tokens, values, order, holders), len(hidden_states))
+
+    def warm_up(self, hidden_states: Tensor, v_first: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Read the tokens of a step as prompts of as many requests as there may be, without the pool; see `read_step`.
+
+        A step with prompts gathers the states of all its requests, one layer after another: vLLM measures these too.
+        The layers share the states of one, because their values do not matter.
+        """
+        length, device = len(hidden_states), hidden_states.device
+        requests = min(self.max_num_seqs, length)
+        layer: Any = self.states[0]
+        holders = [layer.scratch(requests, device)] * len(self.states)
+        bounds = torch.arange(requests + 1, device=device) * length // requests
+        values = None if v_first is None else v_first[None]
+        order = packed_orders([None], bounds, length)
+        return _flat(*self.run_blocks(hidden_states[None], values, order, holders), length)
 
     def run_blocks(
         self,
@@ -205,6 +219,12 @@ class RecurrentModel(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
     def get_mamba_state_copy_func(cls) -> tuple[Callable, ...]:
         """Return how prefix caching copies each state of a layer: whole, for tokens and matrices alike."""
         return (get_temporal_copy_spec,) * 3
+
+
+def packed_orders(orders: Sequence[Tensor | None], bounds: Tensor, num_tokens: int) -> list[TokenOrder]:
+    """Return `orders` of T tokens for requests packed into one row, where request s has bounds[s] to bounds[s + 1]."""
+    positions = torch.arange(num_tokens, device=bounds.device)[None]
+    return token_orders(positions, None, orders, bounds)
 
 
 def _flat(hidden_states: Tensor, v_first: Tensor | None, length: int) -> tuple[Tensor, Tensor | None]:

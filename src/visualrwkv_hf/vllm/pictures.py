@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import MultiModalDataParser
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
@@ -19,6 +21,7 @@ from vllm.multimodal.processing import (
 )
 
 from ..configuration_visualrwkv import VisualRWKVConfig
+from ..pictures import to_rgb
 
 LARGEST_SIDE = 2048
 """Sides of the largest picture, in pixels, for which vLLM reserves memory where a picture is cut into more tiles the
@@ -32,11 +35,30 @@ def max_picture_tokens(model_config: Any) -> int:
     return MULTIMODAL_REGISTRY.create_processor(model_config).info.max_picture_tokens()
 
 
+class PictureParser(MultiModalDataParser):
+    """vLLM's parser, which gets pictures in RGB as this package makes them so.
+
+    vLLM (0.32) would blend transparent pictures onto white, and clip grey of 16 bits.
+    """
+
+    def _parse_image_data(self, data: Any) -> Any:
+        pictures = [data] if isinstance(data, Image.Image) else data
+        if isinstance(pictures, list | tuple):
+            pictures = [to_rgb(one) if isinstance(one, Image.Image) else one for one in pictures]
+        return super()._parse_image_data(pictures)
+
+
 class PictureInfo(BaseProcessingInfo):
     """What vLLM asks about a model's pictures."""
 
     def get_hf_config(self) -> VisualRWKVConfig:
         return self.ctx.get_hf_config(VisualRWKVConfig)
+
+    def get_data_parser(self) -> MultiModalDataParser:
+        return PictureParser(
+            expected_hidden_size=self._get_expected_hidden_size(),
+            allow_missing_mm_embeddings=self.allow_missing_mm_embeddings,
+        )
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}

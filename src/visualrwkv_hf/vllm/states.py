@@ -140,6 +140,14 @@ class BlockStates(nn.Module, MambaBase):
         for pool in self.kv_cache:
             pool.index_fill_(0, slots, 0)
 
+    def scratch(self, slots: int, device: torch.device) -> PlainStateHolder:
+        """Return a holder of zero states [slots, ...] that lie outside vLLM's pool."""
+        made = {
+            name: torch.zeros(slots, *shape, dtype=dtype, device=device)
+            for name, shape, dtype in zip(self.names, self.shapes, self.dtypes)
+        }
+        return PlainStateHolder(LayerState(made, indices=torch.arange(slots, device=device)))
+
     def holder(self, slots: Tensor) -> PlainStateHolder:
         """Return a holder of the states in `slots`, int64 [S], which the block reads and writes."""
         return PlainStateHolder(LayerState(dict(zip(self.names, self.kv_cache)), indices=slots))
