@@ -59,11 +59,12 @@ def to_original(
         raise ConversionError(f"There is no folder {target.parent} to write into.")
     config = read_config(folder)
     refuse_quantized(config, folder)
-    ours: Checkpoint | Assembled = open_folder(folder)
-    rows = key_rows(config, with_vision=holds_vision(ours))
-    if config.tie_word_embeddings and "lm_head.weight" not in ours:
+    saved = open_folder(folder)
+    rows = key_rows(config, with_vision=holds_vision(saved))
+    ours: Checkpoint | Assembled = saved
+    if config.tie_word_embeddings and "lm_head.weight" not in saved:
         (embedding,) = next(row.ours for row in rows if row.original == "rwkv.emb.weight")
-        ours = assembled(ours, renamed(ours, {"lm_head.weight": embedding}))  # the original ties nothing
+        ours = assembled(saved, renamed(saved, {"lm_head.weight": embedding}))  # the original ties nothing
     _check_ours(ours, rows)
     extras = _extras(folder, config)
     infos = [*ours.infos.values(), *(extras.infos.values() if extras else [])]
