@@ -143,16 +143,45 @@ def unfinished(folder: Path, seeds: int) -> Iterator[tuple[str, int, Path]]:
                 continue
 
 
+def scores_of(folder: Path, number: int) -> dict[str, dict[str, float]]:
+    """Return the scores of a variant, by number, for each seed that has run."""
+    files = sorted(folder.glob(f"{number}-*.json"))
+    return {file.stem.split("-")[1]: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
 def table(folder: Path, tasks: dict[str, Task]) -> str:
     """Return mean and standard deviation over the seeds that have run, in percent, in Markdown."""
     rows = []
     for number, variant in enumerate(VARIANTS):
-        files = sorted(folder.glob(f"{number}-*.json"))
-        scores = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        scores = scores_of(folder, number).values()
         cells = {name: mean_and_spread([score[name] for score in scores]) for name in tasks}
         rows.append({"model": variant, "seeds": len(scores)} | cells)
     alone = {name: f"{100 * questions_alone(task.test)[0]:.1f}" for name, task in tasks.items()}
     return markdown_table([*rows, {"model": "best guess per question", "seeds": ""} | alone])
+
+
+def differences(folder: Path, tasks: dict[str, Task]) -> str:
+    """Return by how much each variant is better than the first, in points, in Markdown.
+
+    Runs of one seed have the same samples in the same order, so they are compared in pairs: mean and standard error.
+    """
+    first, rows = scores_of(folder, 0), []
+    for number, variant in enumerate(list(VARIANTS)[1:], start=1):
+        scores = scores_of(folder, number)
+        seeds = first.keys() & scores.keys()
+        cells = {
+            name: mean_and_error([scores[seed][name] - first[seed][name] for seed in sorted(seeds)])
+            for name in tasks
+        }
+        rows.append({"model": variant, "pairs": len(seeds)} | cells)
+    return markdown_table(rows)
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return "".join(f"{100 * value:+.1f}" for value in values)
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{100 * statistics.fmean(values):+.1f} ± {100 * error:.1f}"
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -187,13 +216,14 @@ def main(
                 print(name, seed, scores, flush=True)
                 if time.monotonic() - begin > 60 * minutes:
                     break
-    found = table(results, tasks)
-    print(found)
+    found, apart = table(results, tasks), differences(results, tasks)
+    print(found, apart, sep="\n\n")
     if markdown:
         page = PAGE.read_text(encoding="utf-8")
         samples = f"{steps * BATCH:,}"
         markdown.write_text(
-            page.format(table=found, steps=steps, samples=samples, questions=questions), encoding="utf-8"
+            page.format(table=found, differences=apart, steps=steps, samples=samples, questions=questions),
+            encoding="utf-8",
         )
 
 

@@ -117,3 +117,18 @@ def test_the_table_gives_mean_and_deviation_over_the_seeds_that_have_run(tmp_pat
     assert cells[SECOND] == ["1"] + ["100.0"] * 3
     assert cells["generation: RWKV-5"] == ["0"] + [""] * 3
     assert len(cells["best guess per question"]) == 4
+
+
+def test_variants_are_compared_in_pairs_with_the_first(tmp_path):
+    """A seed that is hard for both is no difference between them."""
+    for seed, score in enumerate((0.5, 0.7, 0.9)):
+        (tmp_path / f"0-{seed}.json").write_text(json.dumps({"reading": score}))
+    for seed, score in enumerate((0.52, 0.76)):
+        (tmp_path / f"1-{seed}.json").write_text(json.dumps({"reading": score}))
+    (tmp_path / "2-0.json").write_text(json.dumps({"reading": 0.4}))
+    rows = ablate_tiny.differences(tmp_path, {"reading": None}).splitlines()[2:]
+    assert [[cell.strip() for cell in row.split("|")[2:-1]] for row in rows[:3]] == [
+        ["2", "+4.0 ± 2.0"],
+        ["1", "-10.0"],
+        ["0", ""],
+    ]
