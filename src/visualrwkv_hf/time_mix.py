@@ -216,10 +216,11 @@ class TimeMix(nn.Module):
             return None
         if hidden_states.shape[1] != 1 or torch.is_grad_enabled():
             return None
+        if not norms_each_head(self.ln_x, self.config):
+            return None  # these ops do
         wkv = state.tensors[WKV]
         if state.indices is None:
-            is_usual = norms_each_head(self.ln_x, self.config)
-            return kernel(self.decode_op, hidden_states, wkv) if is_usual else None
+            return kernel(self.decode_op, hidden_states, wkv)
         return kernel(self.decode_op, hidden_states, wkv, state.indices) or self.plain_decode
 
     def _norm_arguments(self) -> dict[str, Any]:

@@ -292,6 +292,28 @@ def test_slots_of_pools_are_read_and_written_where_they_lie(version, rows, dtype
     assert all(torch.equal(one[untouched], other[untouched]) for one, other in zip(memories, before))
 
 
+@pytest.mark.parametrize("version", [5, 6, 7])
+@torch.no_grad()
+def test_one_norm_of_all_heads_is_so_from_pools_too(version):
+    model, slots = causal_lm(version), torch.tensor([3, 1, 7])
+    for layer in model.model.layers:
+        layer.att.ln_x.num_groups = 1
+    x = torch.randn(3, 1, 128, generator=torch.Generator().manual_seed(0))
+    pooled, _ = pools_of(model, slots, torch.float32)
+    rows = [
+        PlainStateHolder(
+            LayerState({name: state[slots].clone() for name, state in one.state().tensors.items()})
+        )
+        for one in pooled
+    ]
+    with kernel_backend("torch"):
+        for factor in (1, 2):
+            found, expected = (
+                model.model.run_blocks(x * factor, [IN_ORDER], holders) for holders in (pooled, rows)
+            )
+            torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("version", [6, 7])
 def test_blocks_in_two_calls_equal_all_in_one(version, counts):
     model = causal_lm(version).model
