@@ -295,7 +295,8 @@ def dense(tmp_path_factory):
 
 
 def test_a_quantised_folder_says_what_it_is(dense, tmp_path):
-    (dense / "NOTES.txt").write_text("beside the weights")
+    for name in ("LICENSE", "thesis.tex"):
+        (dense / name).write_text("beside the weights")
     quantize(dense, tmp_path / "int4", weights="int4", max_shard_size="100KB")
     fields = json.loads((tmp_path / "int4" / "config.json").read_text())["quantization_config"]
     refuse_strange_quantization(fields, "config.json")
@@ -303,7 +304,8 @@ def test_a_quantised_folder_says_what_it_is(dense, tmp_path):
     assert any("vision_tower" in pattern for pattern in fields["ignore"])
     card = (tmp_path / "int4" / "README.md").read_text()
     assert "Weights in int4" in card and "| int4 |" in card and "| int8 |" in card
-    assert (tmp_path / "int4" / "NOTES.txt").read_text() == "beside the weights"
+    assert (tmp_path / "int4" / "LICENSE").read_text() == "beside the weights"
+    assert not (tmp_path / "int4" / "thesis.tex").exists(), "no file of a model"
     assert (tmp_path / "int4" / "modeling_visualrwkv.py").exists()
     assert len(list((tmp_path / "int4").glob("model-*.safetensors"))) > 1
     assert model_cache.weights_format(tmp_path / "int4") == "int4"

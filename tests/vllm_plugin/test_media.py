@@ -2,8 +2,9 @@
 
 from types import SimpleNamespace
 
-import aiohttp
 import pytest
+
+aiohttp = pytest.importorskip("aiohttp", reason="comes with vLLM")
 
 DATA, ADDRESS = "data:image/png;base64,AAAA", "http://127.0.0.1/picture.png"
 
