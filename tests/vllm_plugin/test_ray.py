@@ -127,7 +127,7 @@ def test_a_picture_that_vllm_refuses_has_an_error_and_the_others_a_text(tmp_path
     lines = [line for file in output.glob("*.json") for line in file.read_text("utf-8").splitlines()]
     large, small = sorted(map(json.loads, lines), key=lambda row: row["picture"])
     assert large.keys() == small.keys() == {"picture", "text", "error"}
-    assert not large["text"] and "maximum context length is 256 tokens" in large["error"]
+    assert not large["text"] and "longer than the maximum model length of 256" in large["error"]
     assert small["text"] and not small["error"]
 
 
