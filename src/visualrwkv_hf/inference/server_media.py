@@ -69,6 +69,8 @@ def refuse_many_tiles(pictures: Sequence[Image.Image], processor: Any, limits: L
         Refusal: they have more tokens than a prompt may have, or their tiles more pixels than pictures may have.
         ValueError: one cannot be cut.
     """
+    if not pictures:
+        return
     sizes = [(picture.height, picture.width) for picture in pictures]
     # Enlarging a large picture of a usual shape makes less than twice as many pixels of it.
     most = 2 * PICTURES_IN_FULL * limits.picture_pixels
