@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class RankSource(NamedTuple):
-    """Where the rank of a low-rank map can be read: dimension `dim` of a block's tensor, which has `dims`.
+    """Where the rank of a low-rank map can be read: dimension `dim` of a block's tensor of `dims` dimensions.
 
     `after_first`: the first block's tensor is not used, so that its rank says nothing.
     """

@@ -62,6 +62,17 @@ def expected():
     return found
 
 
+def ran(command: list) -> subprocess.CompletedProcess:
+    """Run a command to its end, with what Ray and vLLM need in the environment."""
+    return subprocess.run(
+        list(map(str, command)),
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+
 def test_a_folder_becomes_a_dataset_and_what_is_there_stays(tmp_path, expected):
     pictures, output = tmp_path / "pictures", tmp_path / "captions"
     (pictures / "inner").mkdir(parents=True)
@@ -82,13 +93,7 @@ def test_a_folder_becomes_a_dataset_and_what_is_there_stays(tmp_path, expected):
         "--cpu",
     ]
     command += ["--question", SHAPE_QUESTION, "--block", "2", "--dtype", "float32", "--tokens", "8"]
-    done = subprocess.run(
-        list(map(str, command)),
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    done = ran(command)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "6 pictures; 0 of them without text." in done.stdout
     files = list(output.glob("*.json"))
@@ -99,9 +104,7 @@ def test_a_folder_becomes_a_dataset_and_what_is_there_stays(tmp_path, expected):
     (broken,) = (row for row in rows if row["picture"] == "broken.png")
     assert "cannot be read as a picture" in broken["error"]
     command[command.index(SHAPE_QUESTION)] = "Another question?"
-    again = subprocess.run(
-        list(map(str, command)), env=os.environ | ENVIRONMENT, capture_output=True, text=True
-    )
+    again = ran(command)
     assert again.returncode and "was begun with" in again.stderr
 
 
@@ -115,13 +118,7 @@ def test_a_picture_that_vllm_refuses_has_an_error_and_the_others_a_text(tmp_path
     command = [sys.executable, EXAMPLES / "ray_caption.py", pictures, output, "--model", model, "--cpu"]
     command += ["--dtype", "float32", "--tokens", "8", "--max-model-len", "256"]
     for said in ("2 pictures; 0 of them without text.", "Every picture has its text."):
-        done = subprocess.run(
-            list(map(str, command)),
-            env=os.environ | ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
+        done = ran(command)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         assert said in done.stdout
     lines = [line for file in output.glob("*.json") for line in file.read_text("utf-8").splitlines()]

@@ -177,13 +177,13 @@ def parameter_counts(
 
 def _formats(quantization: Any) -> list[tuple[int, int]]:
     """Return bits of a weight and neighbours that share a scale, 0 for a whole row, of each kind of layers."""
-    found = []
     groups = quantization.get("config_groups") if isinstance(quantization, dict) else None
+    found = []
     for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        bits, size = (weights.get(key) for key in ("num_bits", "group_size")) if weights else (None, None)
-        if bits in (4, 8):
-            found.append((bits, size if isinstance(size, int) and size > 0 else 0))
+        match group:  # a stranger's file may hold anything
+            case {"weights": {"num_bits": int(bits), **fields}} if bits in (4, 8):
+                size = fields.get("group_size")
+                found.append((bits, size if isinstance(size, int) and size > 0 else 0))
     return sorted(found, key=lambda bits_and_group: not bits_and_group[1])
 
 

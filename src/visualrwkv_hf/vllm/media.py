@@ -15,7 +15,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from ..pictures import pillows_limit
 
 FAILURES = (OSError, aiohttp.ClientError, EOFError, SyntaxError, struct.error)
-"""What a fetch raises, and what Pillow's decoders raise of a damaged file, beside `ValueError`."""
+"""The errors of a fetch, and of Pillow's decoders for a damaged file, that are no `ValueError`."""
 
 
 class PictureConnector(MediaConnector):
@@ -57,7 +57,7 @@ class PictureConnector(MediaConnector):
             if scheme != "data:":
                 raise
             raise ValueError("A data URL must be base64.") from error
-        except FAILURES as error:  # the reason of a fetch would tell about the network behind the server
+        except FAILURES as error:  # why a fetch has failed would tell about the network behind the server
             verb = "read" if scheme in ("data:", "file:") else "fetched"
             raise ValueError(f"The picture could not be {verb}.") from error
 
