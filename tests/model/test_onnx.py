@@ -22,9 +22,11 @@ from visualrwkv_hf.conversion.releases import RELEASES
 from visualrwkv_hf.image_processing_visualrwkv import TILINGS, image_processor_for
 from visualrwkv_hf.inference.onnx_export import (
     GRAPHS,
+    WEIGHTS,
     cutting_recipe,
     pixel_names,
     pixel_recipes,
+    save_graphs,
     span_orders,
     window_means,
 )
@@ -377,6 +379,18 @@ def test_an_export_is_replaced_and_nothing_else(exported, tmp_path):
         export_onnx(model, tiny_processor(model), folder)
     with pytest.raises(ValueError, match="is a file"):
         export_onnx(model, tiny_processor(model), folder / "thesis.tex")
+
+
+def test_graphs_are_written_again_after_their_folder_has_moved(exported, tmp_path):
+    folder, moved = tmp_path / "written", tmp_path / "moved"
+    graphs = {name: graph for (name, _), graph in TRACED.items()}
+    for again in (False, True):
+        folder.mkdir()
+        save_graphs(graphs, folder)
+        if not again:
+            folder.rename(moved)
+    assert {path.name for path in folder.iterdir()} == {*(f"{name}.onnx" for name in graphs), WEIGHTS}
+    assert all(path.read_bytes() == (moved / path.name).read_bytes() for path in folder.iterdir())
 
 
 def test_another_dtype_is_refused(tmp_path):

@@ -264,27 +264,35 @@ def traced(
 
 
 def save_graphs(models: dict[str, Any], folder: Path) -> None:
-    """Write `{name}.onnx` for each model of onnx_ir, and one file with the large constants of all, each once."""
+    """Write `{name}.onnx` for each model of onnx_ir, and one file with the large constants of all, each once.
+
+    The models keep their own constants: the folder may be moved, and they may be written again.
+    """
     import onnx_ir as ir
 
     values = [value for model in models.values() for value in large_constants(model)]
-    digests = [sha256(value.const_value.tobytes()).hexdigest() for value in values]
-    unique = {digest: value.const_value for digest, value in zip(digests, values)}
+    constants = [value.const_value for value in values]
+    digests = [sha256(constant.tobytes()).hexdigest() for constant in constants]
+    unique = dict(zip(digests, constants))
     written = ir.external_data.convert_tensors_to_external(unique.values(), folder, WEIGHTS)
     shared = dict(zip(unique, written))
-    for value, digest in zip(values, digests):
-        tensor = shared[digest]
-        value.const_value = ir.ExternalTensor(
-            tensor.location,
-            tensor.offset,
-            tensor.length,
-            value.const_value.dtype,
-            shape=value.const_value.shape,
-            name=value.name,
-            base_dir=folder,
-        )
-    for name, model in models.items():
-        ir.save(model, folder / f"{name}.onnx")
+    try:
+        for value, constant, digest in zip(values, constants, digests):
+            tensor = shared[digest]
+            value.const_value = ir.ExternalTensor(
+                tensor.location,
+                tensor.offset,
+                tensor.length,
+                constant.dtype,
+                shape=constant.shape,
+                name=value.name,
+                base_dir=folder,
+            )
+        for name, model in models.items():
+            ir.save(model, folder / f"{name}.onnx")
+    finally:
+        for value, constant in zip(values, constants):
+            value.const_value = constant
 
 
 def large_constants(model: Any) -> Iterable[Any]:
