@@ -39,6 +39,18 @@ BASE64_TEXT = re.compile(r"[A-Za-z0-9+/=\s]{65,}")
 ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 """How Python prints an object without a representation of its own, such as `<_io.BytesIO object at 0x7f…>`."""
 
+MOST_SCANS, MOST_EXIF_PARTS = 100, 64
+"""How many scans a JPEG can have, each of which is as much work as the whole picture, and how many pieces its EXIF data
+can come in, which Pillow joins one after the other. A usual one has ten scans at most, and one piece."""
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")
+"""What begins a part of a JPEG that has a length. Between the parts, anything else is skipped."""
+END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA
+
+TIFF_TILE = (322, 323)
+"""TIFF's tags for the width and the height of a tile."""
+MOST_TILE_PIXELS = 2**24
+"""Pixels of a TIFF's tile; usual ones have 256 x 256."""
+
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 """Pillow's modes of grey pictures with 65536 levels (Pillow reads such a PGM as "I")."""
 
@@ -83,6 +95,7 @@ def _opened(source, input_data_format: "str | ChannelDimension | None", max_pixe
     if isinstance(source, str | os.PathLike):
         file = file_of(os.fspath(source))
     elif isinstance(source, bytes | bytearray | memoryview):
+        _refuse_slow_jpeg(bytes(source))
         file = BytesIO(source)
     else:
         raise ValueError(
@@ -90,9 +103,37 @@ def _opened(source, input_data_format: "str | ChannelDimension | None", max_pixe
         )
     with Image.open(file, formats=_readable_formats()) as picture:
         _refuse_size(picture.size[0] * picture.size[1], max_pixels, _size_of(picture))
+        _refuse_large_tiles(picture)
         ImageOps.exif_transpose(picture, in_place=True)
         rgb = _decoded(picture, max_pixels)
-        return rgb.copy() if rgb is picture else rgb  # the copy knows of no file
+        rgb = rgb.copy() if rgb is picture else rgb  # the copy knows of no file
+        rgb.info = {}  # a PNG's texts can be larger than the picture
+        return rgb
+
+
+def _refuse_slow_jpeg(content: bytes) -> None:
+    """Refuse a JPEG of so many parts that decoding it would take minutes, whatever its size."""
+    if not content.startswith(b"\xff\xd8"):
+        return
+    scans, position = 0, 2
+    while scans <= MOST_SCANS and (marker := JPEG_MARKER.search(content, position)):
+        kind, position = marker[1][0], marker.end()
+        if kind == END_OF_IMAGE:
+            break
+        scans += kind == START_OF_SCAN
+        position += max(int.from_bytes(content[position : position + 2], "big"), 2)
+    if scans > MOST_SCANS or content.count(b"Exif\x00\x00") > MOST_EXIF_PARTS:
+        raise ValueError(
+            f"it is a JPEG of more than {MOST_SCANS} scans or of more than {MOST_EXIF_PARTS} pieces of EXIF data."
+        )
+
+
+def _refuse_large_tiles(picture: Image.Image) -> None:
+    """Refuse a TIFF whose tiles are huge, each of which is decoded in full however small the picture is."""
+    tags = getattr(picture, "tag_v2", {})
+    width, height = (tags.get(tag, 0) for tag in TIFF_TILE)
+    if width * height > MOST_TILE_PIXELS:
+        raise ValueError(f"it is a TIFF with tiles of {width} x {height} pixels.")
 
 
 def is_tensor(value: Any) -> bool:

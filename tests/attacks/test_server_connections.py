@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import httpx
@@ -303,6 +303,37 @@ def test_a_request_that_leaves_before_its_turn_is_never_answered(served):
                 time.sleep(0.1)
         wait_until(lambda: not served.app.state.line._waiting, "the leaving of those who wait")
     assert is_idle(served) and is_well(served.url)
+
+
+def test_bytes_after_a_request_do_not_hide_that_its_client_leaves(served):
+    is_idle(served)
+    served.calls.clear()
+    with connected(served.port) as connection:
+        connection.sendall(request_of(endless()))
+        wait_until(lambda: len(served.calls) >= 5, "the beginning of an answer")
+        connection.sendall(b"\r\n")
+        time.sleep(0.1)
+    assert is_idle(served) and len(served.calls) < 3500
+
+
+def test_a_request_that_comes_early_is_answered_next(served):
+    with connected(served.port) as connection:
+        connection.sendall(request_of(chat()))
+        time.sleep(0.05)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n")
+        connection.sendall(b"Connection: close\r\n\r\n")
+        answers = everything_of(connection)
+    assert answers.count(b"HTTP/1.1 200 OK") == 2 and b"chat.completion" in answers.split(b"HTTP/1.1")[1]
+
+
+def test_too_much_that_comes_early_ends_the_connection(served):
+    with connected(served.port) as connection:
+        connection.sendall(request_of(endless()))
+        time.sleep(0.2)
+        with suppress(OSError):
+            connection.sendall(bytes(2**20))
+        assert b"200 OK" not in everything_of(connection)
+    assert is_idle(served)
 
 
 def test_a_client_that_reads_nothing_does_not_hold_the_others(served):

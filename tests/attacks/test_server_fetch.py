@@ -14,6 +14,7 @@ from patience import PATIENCE
 from serving import png
 
 from visualrwkv_hf.inference.server_fetch import (
+    MAX_FETCHES,
     MAX_FETCHES_OF_A_CLIENT,
     Fetcher,
     Unfetchable,
@@ -53,10 +54,14 @@ class Handler(BaseHTTPRequestHandler):
             headers["location"] = kind.removeprefix("to=").replace("|", "/")
         elif kind == "slow":
             time.sleep(8)
+        elif kind == "second":
+            time.sleep(1)
         elif kind == "held":
             self.server.released.wait(PATIENCE)
         elif kind == "large":
             body = b"x" * 3 * MEBI
+        elif kind == "full":
+            body = bytes(MEBI)
         elif kind in ("gzip", "bomb"):
             headers["content-encoding"] = "gzip"
             body = gzip.compress(png("red") if kind == "gzip" else bytes(16 * MEBI), 1)
@@ -142,6 +147,9 @@ PRIVATE = [
     "198.18.0.1",
     "198.51.100.1",
     "203.0.113.1",
+    "192.0.0.192",
+    "192.88.99.1",
+    "3fff::1",
     "224.0.0.1",
     "239.1.1.1",
     "240.0.0.1",
@@ -345,7 +353,7 @@ def test_a_compressed_body_is_counted_as_it_unfolds(address):
     assert sum(unfolded) == 16 * MEBI and max(unfolded) == MEBI
     arrived.clear()
     with pytest.raises(Unfetchable, match="too large"):
-        asyncio.run(Fetcher(LIMITS, OPEN)._read(_Response(Answer(), None), 3 * MEBI))
+        asyncio.run(Fetcher(LIMITS, OPEN)._read(_Response(Answer(), None), 3 * MEBI, lambda count: None))
     assert len(arrived) == 1, "its 8000 bytes are 8 MB: the rest is not asked for"
     assert sentence_of(f"{address}/bomb") == SENTENCE
 
@@ -381,6 +389,76 @@ def test_pictures_of_a_request_together_have_a_limit():
     assert refused.value.status == 413
     with pytest.raises(Refusal, match=f"{4 * MEBI} bytes together"):
         fetched(*[bytes(MEBI)] * 5)
+
+
+def test_a_request_is_refused_as_soon_as_too_much_has_come(web, address):
+    """Not when its last picture has come, which keeps the server waiting."""
+    web.released.clear()
+    urls = [f"{address}/held", *(f"{address}/full?{n}" for n in range(5))]
+    with pytest.raises(Refusal, match=f"{4 * MEBI} bytes together") as refused:
+        fetched(*urls, limits=Limits(fetch_seconds=PATIENCE, picture_bytes=MEBI, body_bytes=4 * MEBI))
+    assert refused.value.status == 413 and not web.released.is_set()
+    web.released.set()
+
+
+def test_bytes_count_while_they_come(address):
+    spent = []
+
+    def spend(count):
+        spent.append(count)
+        if sum(spent) > MEBI // 2:
+            raise Refusal("The server is busy.", 503)
+
+    async def run(*urls):
+        return await Fetcher(LIMITS, OPEN).fetch_all(media_of(urls), spend=spend)
+
+    (picture,) = asyncio.run(run(f"{address}/gzip"))
+    assert sum(spent) == len(picture.content)
+    with pytest.raises(Refusal, match="is busy") as refused:
+        asyncio.run(run(f"{address}/full"))
+    assert refused.value.status == 503 and sum(spent) < MEBI + len(picture.content)
+
+
+def test_the_time_of_a_picture_begins_when_it_is_its_turn(address):
+    """Twenty pictures of a second each, four at a time, take longer together than one may."""
+    urls = [f"{address}/second?{n}" for n in range(20)]
+    assert fetched(*urls, limits=Limits(fetch_seconds=4)) == [png("red")] * 20
+
+
+def test_a_name_that_is_never_resolved_keeps_its_place(monkeypatch):
+    """Its thread cannot be ended: a client that gave all its fetches up would else fill all threads."""
+    asked, answer, real = threading.Semaphore(0), threading.Event(), socket.getaddrinfo
+
+    def resolve(host, *args, **kwargs):
+        if not str(host).endswith(".example"):
+            return real(host, *args, **kwargs)
+        asked.release()
+        answer.wait(PATIENCE)
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+    async def run():
+        fetcher = Fetcher(Limits(fetch_seconds=0.2), Access())
+        urls = media_of(f"http://{n}.example/" for n in range(MAX_FETCHES_OF_A_CLIENT))
+        with pytest.raises(Refusal, match="no picture that can be fetched"):
+            await fetcher.fetch_all(urls, "one")
+        held = MAX_FETCHES - fetcher.slots._value
+        assert 1 <= held <= MAX_FETCHES_OF_A_CLIENT
+        answer.set()
+        while fetcher.slots._value < MAX_FETCHES:
+            await asyncio.sleep(0.01)
+        assert all(thread.daemon for thread in threading.enumerate() if thread.name == "resolver")
+        return held
+
+    assert asyncio.run(asyncio.wait_for(run(), PATIENCE))
+
+
+def test_certificates_are_read_once(address, monkeypatch):
+    read, real = [], httpx.create_ssl_context
+    monkeypatch.setattr(httpx, "create_ssl_context", lambda **given: (read.append(given), real(**given))[1])
+    assert fetched(*[f"{address}/red.png"] * 6) == [png("red")] * 6
+    assert read == [{"trust_env": False}]
 
 
 def test_one_clients_slow_pictures_do_not_hold_the_others(web, address):

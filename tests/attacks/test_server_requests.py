@@ -7,6 +7,7 @@ import json
 import struct
 import tracemalloc
 import zlib
+from contextlib import suppress
 
 import httpx
 import psutil
@@ -22,6 +23,7 @@ from visualrwkv_hf.image_processing_visualrwkv import image_processor_for
 from visualrwkv_hf.inference.server import Access, Limits, build_app
 from visualrwkv_hf.inference.server_decisions import decision_config
 from visualrwkv_hf.inference.server_limits import Refusal
+from visualrwkv_hf.inference.server_messages import bytes_of_base64
 from visualrwkv_hf.inference.server_requests import FIELDS, Rules, parse_json, read_request
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
@@ -142,6 +144,79 @@ def test_content_has_no_other_keys(client, extra):
         refused(client.post(CHAT, json=chat({"role": "user", "content": [part]})), "unexpected fields")
     part = {"type": "image"} | extra
     refused(client.post(CHAT, json=chat({"role": "user", "content": [part]})), "content of type 'image'")
+
+
+@pytest.mark.parametrize("text", ["{}", "%20{}%0a", " {}\n\f"])
+def test_base64_may_be_escaped_and_have_spaces(text):
+    content = bytes(range(256)) + b"=?"
+    coded = base64.b64encode(content).decode()
+    assert bytes_of_base64(text.format(coded)) == content
+    assert (
+        bytes_of_base64(text.format(coded.replace("+", "%2B").replace("/", "%2f").replace("=", "%3D")))
+        == content
+    )
+    with pytest.raises(ValueError):
+        bytes_of_base64(text.format(coded[:-1] + "ü"))
+
+
+@pytest.mark.parametrize("text", ["%41", "AA ", "%2B", "%0A", "%%2"])
+def test_base64_takes_a_few_times_its_length(text):
+    text *= 2**20 // 3
+    tracemalloc.start()
+    with suppress(ValueError):
+        bytes_of_base64(text)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 * len(text)
+
+
+def test_half_characters_are_refused(client):
+    said = b'{"prompt": "a\\ud800", "max_tokens": 1}'
+    answer = client.post("/v1/completions", content=said, headers={"content-type": "application/json"})
+    refused(answer, "holds half of a character")
+
+
+def slow_jpegs():
+    Image.new("L", (8, 8)).save(file := io.BytesIO(), "JPEG", progressive=True)
+    whole = file.getvalue()
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    exif = b"\xff\xe1\x00\x08Exif\x00\x00"
+    return {"scans": whole[:-2] + scan * 200 + whole[-2:], "exif": whole[:2] + exif * 100 + whole[2:]}
+
+
+def tiff_of_one_pixel(tile):
+    """A TIFF whose only tile has so many pixels on each side."""
+    data = zlib.compress(bytes(tile * tile) if tile < 1000 else b"")
+    shorts = {
+        256: 1,
+        257: 1,
+        258: 8,
+        259: 8,
+        262: 1,
+        277: 1,
+    }  # width, height, bits, deflate, grey, one channel
+    longs = {322: tile, 323: tile, 324: 8 + 2 + 12 * 10 + 4, 325: len(data)}
+    fields = [struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in shorts.items()]
+    fields += [struct.pack("<HHII", tag, 4, 1, value) for tag, value in longs.items()]
+    return b"II" + struct.pack("<HIH", 42, 8, len(fields)) + b"".join(fields) + bytes(4) + data
+
+
+def test_a_small_tiff_of_a_huge_tile_is_refused(client):
+    """Its tile would be decoded in full: 875 kB took 900 MB."""
+
+    def asked(tile):
+        url = "data:image/tiff;base64," + base64.b64encode(tiff_of_one_pixel(tile)).decode()
+        return client.post(CHAT, json=chat(user("What is it?", url)))
+
+    assert asked(16).status_code == 200
+    refused(asked(30_000), "a TIFF with tiles of 30000 x 30000 pixels")
+
+
+@pytest.mark.parametrize("kind", ["scans", "exif"])
+def test_a_jpeg_of_very_many_parts_is_refused(client, kind):
+    """Each of 500,000 scans is as much work as the picture; pieces of EXIF data are joined one after the other."""
+    url = "data:image/jpeg;base64," + base64.b64encode(slow_jpegs()[kind]).decode()
+    refused(client.post(CHAT, json=chat(user("What is it?", url))), "more than 100 scans")
 
 
 def test_what_a_data_url_holds_is_never_quoted(client):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tiny import one_encoder, picture
 from tiny_training import tiny_model, tiny_processor
 
@@ -119,6 +120,15 @@ def test_files_paths_and_base64_are_the_picture(tmp_path):
         assert np.array_equal(np.asarray(open_picture(source)), np.asarray(image))
     nested = one_encoder()([[str(path)], [image, path]])["pixel_values"]
     assert len(nested) == 3 and np.array_equal(nested[0], nested[2])
+
+
+def test_texts_of_a_file_are_not_kept(tmp_path):
+    """A few kilobytes of a PNG can hold many megabytes of them."""
+    texts = PngInfo()
+    texts.add_text("note", "x" * 2**16, zip=True)
+    for mode in ("RGB", "P"):
+        picture().convert(mode).save(tmp_path / "a.png", pnginfo=texts)
+        assert not open_picture(tmp_path / "a.png").info
 
 
 def test_first_frame_of_an_animation(tmp_path):

@@ -277,6 +277,13 @@ REFUSED = {
     "look-around": (dict(regex="a(?=b)"), "look-around"),
     "only blank lines": (dict(regex="\n\n"), "No text fits"),
     "grammar": (dict(grammar="start: other"), "unknown name"),
+    "brackets": (
+        dict(grammar="start: " + "a{" * 2000),
+        "can have 1,000 opening brackets, this one has 2,000",
+    ),
+    "rules": (dict(grammar="a:b\n" * 1001), "can have 1,000 rules, this one has 1,001"),
+    "no list": (dict(choices=5), "Choices must be a list of at least one text, got 5"),
+    "an object": (dict(choices={"a": 1}), "Choices must be a list"),
 }
 
 
@@ -292,6 +299,7 @@ HOSTILE = {
     "items": dict(json_schema={"type": "array", "items": {}, "minItems": 10**8}),
     "powers": dict(regex="((a{1,100}){1,100}){1,100}"),
     "stars": dict(regex="(a*)*(a*)*(a*)*b"),
+    "templates": dict(grammar="start: " + "a{" * 1000),
     "endless": dict(json_schema={"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}),
 }
 

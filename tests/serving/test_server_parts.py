@@ -192,8 +192,14 @@ def test_a_line_that_is_full_refuses_and_one_client_may_fill_half_of_it():
         line_of([(str(n), n) for n in range(9)])
 
 
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
 def test_a_job_that_fails_or_leaves_does_not_hold_the_others():
     def work(job):
+        if job.asked == "panic":
+            raise Panic
         if job.asked == "bad":
             raise RuntimeError("broken")
         if job.asked == "refused":
@@ -202,7 +208,7 @@ def test_a_job_that_fails_or_leaves_does_not_hold_the_others():
 
     async def run():
         line = Line(work, 8)
-        jobs = [Job(name, [], "a") for name in ("bad", "refused", "good")]
+        jobs = [Job(name, [], "a") for name in ("panic", "bad", "refused", "good")]
         for job in jobs:
             line.join(job)
         events = [await asyncio.wait_for(job.events.get(), PATIENCE) for job in jobs]
@@ -214,8 +220,9 @@ def test_a_job_that_fails_or_leaves_does_not_hold_the_others():
             line.join(gone)
         return events
 
-    bad, refused, good = asyncio.run(run())
-    assert (bad.status, str(bad)) == (500, "The answer failed. The server's log says why.")
+    panic, bad, refused, good = asyncio.run(run())
+    for failed in (panic, bad):
+        assert (failed.status, str(failed)) == (500, "The answer failed. The server's log says why.")
     assert (refused.status, str(refused)) == (400, "not like this.")
     assert good == "good"
 

@@ -166,6 +166,9 @@ class Chat:
         """Write all branches, their pictures and their states to one file, whole or not at all.
 
         It is a zip of `chat.json`, `pictures/*.png` and `states/*.safetensors`.
+
+        Raises:
+            ValueError: all pictures together have too many pixels to be read again.
         """
         self.wait()
         path = Path(path)

@@ -15,6 +15,8 @@ STOP_SECONDS = 4.5
 """After this time the process ends whatever still runs in it, such as a piece of a prompt on a slow machine."""
 CHECK_SECONDS = 0.5
 """How often a connection is checked for silence."""
+MOST_EARLY_BYTES = 2**16
+"""What a client may send of its next request before it has the answer to this one."""
 
 BUSY_BODY = b'{"error": {"message": "Too many connections. Try again later.", "type": "server_error"}}'
 BUSY = (
@@ -135,6 +137,7 @@ def _protocol(limits: Limits, access: Access) -> type:
             super().connection_made(transport)
             self.quiet_since = self.read_since = self.loop.time()
             self.unread = 0
+            self.early = b""
             own = address_of(self)
             others: list[Any] = [other for other in self.connections if other is not self]
             kept = [other for other in others if not other.is_surplus]
@@ -148,11 +151,20 @@ def _protocol(limits: Limits, access: Access) -> type:
         def data_received(self, data: bytes) -> None:
             if self.is_surplus:
                 return
-            super().data_received(data)
+            if self.cycle is None or self.cycle.more_body or self.cycle.response_complete:
+                super().data_received(data)
+                return
+            # h11 would stop reading here, and the end of a connection whose client has left would not be seen.
+            self.early += data
+            if len(self.early) > MOST_EARLY_BYTES:
+                self.transport.abort()
 
         def on_response_complete(self) -> None:
             self.quiet_since = self.loop.time()
             super().on_response_complete()
+            if self.early and not self.transport.is_closing():
+                early, self.early = self.early, b""
+                self.data_received(early)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.check.cancel()

@@ -4,8 +4,6 @@ The requests, the prompts and the answers are those of transformers' pipeline "d
 each question goes on from the state that has read the same beginning, so that a picture is read once for all of them.
 """
 
-import base64
-import binascii
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +17,7 @@ from ..state_store import StateStore
 from .progress import Left
 from .server_limits import Limits, Refusal, sentence_of, shown
 from .server_media import refuse_many_tiles
-from .server_messages import Medium, refuse_long_text
+from .server_messages import Medium, bytes_of_base64, refuse_long_text
 
 MAX_QUESTIONS = 64
 MAX_NAME = 64
@@ -106,8 +104,8 @@ def _picture(name: str, asset: Any, number: int) -> Medium:
     if unknown := sorted(asset.keys() - {"type", "format", "data_base64"}):
         raise Refusal(f"{place}: it has unexpected fields: {', '.join(map(shown, unknown[:8]))}.")
     try:
-        return Medium(place, base64.b64decode("".join(data.split()), validate=True))
-    except (binascii.Error, ValueError) as error:
+        return Medium(place, bytes_of_base64(data))
+    except ValueError as error:
         raise Refusal(f"{place}: it is not valid base64.") from error
 
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from ..chat_template import TURN_END
+from ..processing_visualrwkv import refuse_half_characters
 from ..state_store import StateStore
 from .progress import Left, Watch
 from .server_decisions import Decider, Decision
@@ -153,7 +154,7 @@ class Line:
                 self._work(job)
             except (ValueError, TemplateError) as error:
                 job.put(error if isinstance(error, Refusal) else Refusal(sentence_of(error)))
-            except Exception:
+            except BaseException:  # a panic of a library in Rust is no Exception
                 logger.exception("An answer failed")
                 job.put(Refusal("The answer failed. The server's log says why.", 500))
             finally:
@@ -422,6 +423,7 @@ class Answerer:
 
     def _inputs(self, asked: Asked, job: Job) -> Any:
         if asked.messages is None:
+            refuse_half_characters([asked.prompt])
             return self.processor.tokenizer(asked.prompt, return_tensors="pt").to(self.model.device)
         opened = open_media(job.files, asked.sampling, self.limits, job.cancelled.is_set)
         refuse_many_tiles([*chain(*opened)], self.processor, self.limits)

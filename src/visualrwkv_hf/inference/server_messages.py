@@ -4,11 +4,10 @@ Nothing in them makes this machine read a file; pictures and films are URLs, whi
 """
 
 import base64
-import binascii
 import re
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-from urllib.parse import unquote
 
 from .server_limits import Limits, Refusal, shown
 
@@ -160,10 +159,23 @@ def _content_of(url: Any, name: str, kind: str) -> str | bytes:
     ):
         raise Refusal(f"{name}: it must be a URL of http or https, or data:{kind}/...;base64,...")
     try:
-        data = unquote(data) if "%" in data else data
-        return base64.b64decode("".join(data.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return bytes_of_base64(data)
+    except ValueError as error:
         raise Refusal(f"{name}: it is not valid base64.") from error
+
+
+def bytes_of_base64(text: str) -> bytes:
+    """Return what base64 says, in memory of a few times its length; spaces, and what a URL escapes, may be in it.
+
+    Raises:
+        ValueError: it is no base64.
+    """
+    coded = text.encode("ascii")
+    if b"%" in coded:
+        for character in b"+/= \r\n":
+            for escape in {b"%%%02X" % character, b"%%%02x" % character}:
+                coded = coded.replace(escape, bytes([character]))
+    return base64.b64decode(coded.translate(None, string.whitespace.encode()), validate=True)
 
 
 def _joined_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -167,14 +167,7 @@ class Answering:
             asked = await self._read(request, spend)
             gone = asyncio.ensure_future(_leaving(receive))
             try:
-                files = await _unless(gone, self.service.fetcher.fetch_all(asked.media, client))
-                spend(
-                    sum(
-                        len(file.content)
-                        for file, given in zip(files, asked.media)
-                        if isinstance(given.content, str)
-                    )
-                )
+                files = await _unless(gone, self.service.fetcher.fetch_all(asked.media, client, spend))
                 asked.media.clear()
                 job = Job(asked, files, client)
                 del files

@@ -23,6 +23,8 @@ MAX_CHARACTERS = 2**16
 """The longest schema, expression or grammar."""
 MAX_DEPTH = 64
 """How deep a schema may be nested."""
+MAX_PARTS = 1000
+"""The most rules and the most opening brackets of a grammar: llguidance calls itself for each that is in another."""
 LIMITS = dict(step_max_items=20_000, max_grammar_size=100_000, max_lexer_states=50_000)
 """Of llguidance: the work for one token, the symbols of a grammar, and the memory of its lexer."""
 JSON_SPACE = r"( |\n( {0,32}|\t{0,8}))?"
@@ -88,7 +90,7 @@ class Grammar:
         Raises:
             ValueError: there are none, or one is empty or holds a blank line.
         """
-        if isinstance(choices, str) or not choices:
+        if not isinstance(choices, list | tuple) or not choices:
             raise ValueError(f"Choices must be a list of at least one text, got {choices!r}.")
         for choice in choices:
             if not isinstance(choice, str) or not choice.strip() or TURN_END in choice.strip():
@@ -101,6 +103,12 @@ class Grammar:
     def of_lark(cls, grammar: str) -> "Grammar":
         """Return a grammar in llguidance's variant of Lark, in which the rule `start` is the whole answer."""
         _refuse_long(grammar, "grammar")
+        for what, count in (
+            ("rules", grammar.count(":")),
+            ("opening brackets", sum(map(grammar.count, "([{"))),
+        ):
+            if count > MAX_PARTS:
+                raise ValueError(f"A grammar can have {MAX_PARTS:,} {what}, this one has {count:,}.")
         return cls(grammar, is_whole=True)
 
     def text(self, space: str = SPACE) -> str:
