@@ -114,6 +114,11 @@ CHAT_TEMPLATE = r"""{#- The prompt of every VisualRWKV release. Variables:
 """
 
 
+def collapse(text: str) -> str:
+    """Return a text as the template's macro `collapse` writes it: stripped, and without blank lines."""
+    return "\n".join(line for line in text.strip().split("\n") if line.strip())
+
+
 def release_chat_template(image_position: str) -> str:
     """Return the chat template of a release, which places pictures at `image_position` unless told otherwise.
 

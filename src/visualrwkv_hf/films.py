@@ -31,6 +31,18 @@ CLOCK_DIGITS, CLOCK_ERROR = 6, 1e-6
 SECONDS_OF_A_FRAME = 0.1
 """How long a frame of an animation is shown if its file does not say."""
 
+UPRIGHT = {
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+"""How a frame is turned for display, by the signs of a, b, c, d in a film's display matrix [[a, b, u], [c, d, v],
+[x, y, w]], which shows the pixel (p, q) at (a p + c q + x, b p + d q + y). EXIF turns pictures in these seven ways."""
+
 
 @dataclass(frozen=True)
 class FrameSampling:
@@ -128,8 +140,11 @@ def film_frames(source, sampling: FrameSampling = FrameSampling()) -> list[Image
             refused.
         sampling: which frames.
 
+    A film is turned upright as its display matrix says, as a picture's file is by its EXIF data.
+
     Raises:
-        ValueError: it cannot be read as a film, a frame is too large, or `av` is not installed.
+        ValueError: it cannot be read as a film, or a frame is too large.
+        ImportError: `av` is needed and is not installed.
     """
     if isinstance(source, Image.Image) or getattr(source, "ndim", None) == 3:  # a film of one frame
         source = [source]
@@ -220,6 +235,9 @@ def _copied(frame: Image.Image) -> Image.Image:
 
 
 def _shown_for(frame: Image.Image) -> float:
+    """Return for how many seconds the current frame of an animation is shown."""
+    if frame.format == "WEBP":  # its decoder tells a frame's duration together with its pixels
+        frame.load()
     return float(frame.info.get("duration") or 0) / 1000 or SECONDS_OF_A_FRAME
 
 
@@ -241,7 +259,8 @@ def _decoded(file: str | BytesIO, demuxer: str, sampling: FrameSampling) -> Iter
 def _packet_times(container) -> list[float]:
     """Return the times of all frames in seconds, in order, without decoding a frame."""
     stream = _stream_of(container)
-    times = [packet.pts for packet in container.demux(stream) if packet.size]
+    # MP4 marks packets to discard that its edit list hides: what was before a cut is decoded and not shown.
+    times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
     if not times:
         raise ValueError("it has no frames.")
     if any(time is None for time in times):  # no clock: frames are shown equally long
@@ -254,7 +273,18 @@ def _container_frames(container, max_pixels: int) -> Iterator[TimedFrame]:
     _refuse_size(stream.codec_context.width, stream.codec_context.height, max_pixels)
     for index, frame in enumerate(container.decode(stream)):
         _refuse_size(frame.width, frame.height, max_pixels)
-        yield TimedFrame(float(index if frame.time is None else frame.time), frame.to_image)
+        yield TimedFrame(float(index if frame.time is None else frame.time), partial(_upright, frame))
+
+
+def _upright(frame) -> Image.Image:
+    """Return a decoded frame as a picture, turned or mirrored as its display matrix says."""
+    picture = frame.to_image()
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    a, b, _, c, d, *_ = np.sign(np.frombuffer(matrix, np.int32)).tolist()
+    method = UPRIGHT.get((a, b, c, d))
+    return picture if method is None else picture.transpose(method)
 
 
 def _stream_of(container):

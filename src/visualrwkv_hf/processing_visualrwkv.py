@@ -14,7 +14,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
-from .chat_template import TURN_END, release_chat_template
+from .chat_template import TURN_END, collapse, release_chat_template
 from .configuration_visualrwkv import VisualRWKVConfig
 from .film_prompts import (
     SAMPLING_OPTIONS,
@@ -180,10 +180,13 @@ class VisualRWKVProcessor(ProcessorMixin):
         _check_chats(conversation)
         conversation = _without_none(conversation)
         template = chat_template or self.chat_template
-        if isinstance(template, str) and "image_position" in template:
+        is_ours = isinstance(template, str) and "image_position" in template
+        if is_ours:
             kwargs.setdefault("image_position", self.image_position)
         if kwargs.get("continue_final_message"):
             _check_continued(conversation)
+            if is_ours:
+                conversation = _ending_as_rendered(conversation)
         if kwargs.get("return_assistant_tokens_mask") and not hasattr(
             self, "_adjust_assistant_masks_indices"
         ):
@@ -317,7 +320,7 @@ class VisualRWKVProcessor(ProcessorMixin):
         """Refuse a number of pictures that is not that of the placeholders, text by text if pictures are nested."""
         if text is not None:
             samples = [text] if isinstance(text, str) else text
-            _refuse_half_characters(samples)
+            refuse_half_characters(samples)
             wanted = [sample.count(self.image_token) for sample in samples]
             nested = isinstance(images, list) and all(isinstance(sample, list) for sample in images)
             given = [len(sample) for sample in images] if nested else _number_of(images)
@@ -412,7 +415,7 @@ def _check_message(message) -> None:
             )
 
 
-def _refuse_half_characters(texts: Iterable[str]) -> None:
+def refuse_half_characters(texts: Iterable[str]) -> None:
     """Raise `ValueError` for a text with lone surrogates, such as the JSON text "\\ud83d" gives."""
     for text in texts:
         try:
@@ -430,6 +433,22 @@ def _check_continued(conversation) -> None:
         role = chat[-1]["role"]
         if role != "assistant":
             raise ValueError(f"Only an assistant message can be continued, the last one is of role {role!r}.")
+
+
+def _ending_as_rendered(conversation):
+    """Return the chats with the last text of each as the template writes it: transformers looks for it there."""
+    if isinstance(conversation[0], list | tuple):
+        return [_ending_as_rendered(chat) for chat in conversation]
+    *before, last = conversation
+    content = last.get("content")
+    if isinstance(content, str):
+        return [*before, {**last, "content": collapse(content)}]
+    parts = list(content or ())
+    for place in reversed(range(len(parts))):
+        if isinstance(text := parts[place].get("text"), str):
+            parts[place] = {**parts[place], "text": collapse(text)}
+            return [*before, {**last, "content": parts}]
+    return conversation
 
 
 def _padded_to_multiple(kwargs: dict, multiple: int) -> dict:

@@ -5,7 +5,7 @@ import json
 import zipfile
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from visualrwkv_hf.inference import saved_chat
 from visualrwkv_hf.inference.saved_chat import FORMAT, ChatWriter, read_chat
@@ -170,3 +170,78 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
     content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4, "big")
     with pytest.raises(ValueError, match="is not a saved chat, or damaged"):
         read_chat(write(tmp_path / "chat", chat_of(question()), {PICTURE: bytes(content)}))
+
+
+def test_pictures_of_too_many_pixels_together_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    """Each has 12 pixels. One that a chat shows twice is decoded once, so it counts once."""
+    monkeypatch.setattr(saved_chat, "MAX_ALL_PIXELS", 24)
+    decoded, decode = [], saved_chat.open_picture
+    monkeypatch.setattr(saved_chat, "open_picture", lambda picture: decoded.append(1) or decode(picture))
+    names = [f"pictures/{number}.png" for number in (1, 2, 3)]
+    entries = {name: png() for name in names}
+    read_chat(write(tmp_path / "chat", chat_of(question(), question(), pictures=names[:2]), entries))
+    assert len(decoded) == 2
+    for chat in (chat_of(*map(question, names)), chat_of(pictures=names)):
+        decoded.clear()
+        with pytest.raises(ValueError, match="can have 24 pixels together, these have more"):
+            read_chat(write(tmp_path / "chat", chat, entries))
+        assert len(decoded) == 2
+
+
+def test_a_chat_of_too_many_pixels_is_not_written(tmp_path, monkeypatch):
+    """Otherwise it could be saved and never be read again."""
+    monkeypatch.setattr(saved_chat, "MAX_ALL_PIXELS", 24)
+    one, other, third = (Image.new("RGB", (4, 3)) for _ in range(3))
+    with zipfile.ZipFile(tmp_path / "chat", "w") as file:
+        ChatWriter(file).finish({"main": [question(one), question(one)]}, "main", [other])
+    read_chat(tmp_path / "chat")
+    with (
+        zipfile.ZipFile(tmp_path / "chat", "w") as file,
+        pytest.raises(ValueError, match="can have 24 pixels together"),
+    ):
+        ChatWriter(file).finish({"main": [question(one), question(other)]}, "main", [third])
+
+
+def test_texts_of_a_picture_are_not_kept(tmp_path):
+    """Every picture of a few kilobytes could bring 64 MB of them."""
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("bomb", "a" * 10**6, zip=True)
+    Image.new("RGB", (4, 3)).save(content := io.BytesIO(), "PNG", pnginfo=texts)
+    assert len(content.getvalue()) < 10**4 and "bomb" in Image.open(content).info
+    chat = chat_of(question(), pictures=[PICTURE])
+    (picture,) = read_chat(write(tmp_path / "chat", chat, {PICTURE: content.getvalue()})).pictures
+    assert not picture.info and not hasattr(picture, "text")
+
+
+STATES = ["states/1.safetensors", "states/2.safetensors"]
+
+
+def chat_with_states(*states):
+    branches = ["main", "other"]
+    return chat_of(branches={name: [] for name in branches}, states=dict(zip(branches, states, strict=True)))
+
+
+def test_a_state_that_branches_share_is_refused(tmp_path):
+    """A thousand branches would each hold the whole of it."""
+    entries = dict.fromkeys(STATES, b"state")
+    assert read_chat(write(tmp_path / "chat", chat_with_states(*STATES), entries)).states["other"] == b"state"
+    with pytest.raises(ValueError, match="every branch must have a state of its own"):
+        read_chat(write(tmp_path / "chat", chat_with_states(STATES[0], STATES[0]), entries))
+
+
+def test_entries_that_overlap_are_refused(tmp_path):
+    """A state that lies inside another one, header and all, would let a file unpack to many times its size."""
+    with zipfile.ZipFile(inner := io.BytesIO(), "w") as file:
+        file.writestr(STATES[0], bytes(1000))
+        entry = file.infolist()[0]
+    write(path := tmp_path / "chat", chat_with_states(*STATES), {})
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr(STATES[1], inner.getvalue())
+        outer = file.infolist()[-1]
+        entry.header_offset = outer.header_offset + 30 + len(outer.filename)
+        file.filelist.append(entry)
+        file.NameToInfo[entry.filename] = entry
+    with zipfile.ZipFile(path) as file:
+        assert file.testzip() is None
+    with pytest.raises(ValueError, match="its entries overlap"):
+        read_chat(path)

@@ -1,5 +1,7 @@
 """Films: which frames are taken, that they are read as pictures are, and that a stranger's film does no harm."""
 
+from fractions import Fraction
+
 import av
 import imageio.v3 as imageio
 import numpy as np
@@ -11,6 +13,7 @@ from tiny_training import tiny_model, tiny_processor
 
 from visualrwkv_hf import FrameSampling, film_frames
 from visualrwkv_hf.films import ALL_FRAMES, DEFAULT_FRAMES, iterate_film
+from visualrwkv_hf.pictures import open_picture
 
 NUMBER, RATE, STEP = 30, 10, 8
 """Frames of a test film, how many a second, and how much brighter each is than the one before."""
@@ -73,6 +76,83 @@ def test_frames_of_uneven_length_are_taken_by_time(tmp_path):
     assert numbers(film_frames(path, FrameSampling(fps=10))) == [0, 1, 2, 3, 4]
     assert numbers(film_frames(path, FrameSampling(fps=2.5))) == [0, 1]
     assert numbers(film_frames(path, FrameSampling(num_frames=4))) == [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "duration", [40, 250, [40 + 70 * (number % 3) for number in range(NUMBER)]], ids=["40", "250", "uneven"]
+)
+def test_animations_of_every_format_give_the_same_frames(duration, tmp_path):
+    """Also where a frame is not shown for the 100 ms that stand for an unknown duration."""
+    pictures, found = [grey(number) for number in range(NUMBER)], []
+    for ending in ANIMATIONS:
+        options = dict(save_all=True, append_images=pictures[1:], duration=duration, lossless=True)
+        pictures[0].save(path := tmp_path / f"film.{ending}", **options)
+        samplings = FrameSampling(), FrameSampling(num_frames=5), FrameSampling(fps=7)
+        found.append([numbers(film_frames(path, sampling)) for sampling in samplings])
+    gif, png, webp = found
+    assert gif == png == webp and [len(frames) for frames in gif[:2]] == [DEFAULT_FRAMES, 5]
+    if duration == 40:
+        assert webp[0] == [0, 3, 7, 11, 15, 18, 22, 26]
+
+
+def encoded(path, pictures, start=0, prepare=lambda stream: None):
+    """A film of H.264 whose first frame is shown at `start` / RATE seconds."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=RATE)
+        stream.width, stream.height = pictures[0].size
+        stream.pix_fmt = "yuv420p"
+        prepare(stream)
+        for number, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_image(picture)
+            frame.pts, frame.time_base = start + number, Fraction(1, RATE)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mov"])
+def test_frames_that_an_edit_list_hides_are_not_counted(ending, tmp_path):
+    """A film that is cut without encoding it again keeps the frames from the last key frame on, and hides them."""
+    path = encoded(tmp_path / f"film.{ending}", [grey(number) for number in range(NUMBER)], start=-10)
+    with av.open(path) as container:
+        assert sum(packet.is_discard for packet in container.demux(video=0)) >= 9
+    shown = numbers(film_frames(path, FrameSampling(num_frames=ALL_FRAMES)))
+    assert shown == [*range(10, NUMBER)]
+    assert numbers(film_frames(path, FrameSampling(num_frames=4))) == [10, 15, 20, 25]
+
+
+ORIENTATIONS = {
+    1: (0, False),
+    2: (0, True),
+    3: (180, False),
+    4: (180, True),
+    5: (-90, True),
+    6: (-90, False),
+    7: (90, True),
+    8: (90, False),
+}
+"""EXIF's orientations: degrees against the clock, and whether the result is mirrored from left to right."""
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_films_are_turned_upright_as_pictures_are(orientation, tmp_path):
+    lying = Image.new("RGB", (96, 64), "white")
+    lying.paste("black", (0, 0, 48, 32))  # every orientation looks different
+    lying.paste("grey", (48, 0, 96, 32))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lying.save(tmp_path / "picture.png", exif=exif)
+    upright = open_picture(tmp_path / "picture.png")
+    degrees, is_mirrored = ORIENTATIONS[orientation]
+    path = encoded(
+        tmp_path / "film.mp4",
+        [lying, lying],
+        prepare=lambda stream: stream.set_display_rotation(degrees, hflip=is_mirrored),
+    )
+    for frame in film_frames(path):
+        assert frame.size == upright.size
+        difference = np.asarray(frame).astype(int) - np.asarray(upright)
+        assert abs(difference).mean() < 5  # of 255: the film is compressed with losses
 
 
 def test_lists_and_arrays_are_frames():
@@ -139,7 +219,7 @@ def test_what_is_no_film_is_refused_in_a_sentence(content, tmp_path):
             film_frames(source)
 
 
-@pytest.mark.parametrize("ending", ["mp4", "webm", "avi", "gif"])
+@pytest.mark.parametrize("ending", ["mp4", "webm", "avi", "gif", "webp"])
 def test_half_of_a_film_is_refused_or_gives_what_is_there(ending, tmp_path):
     content = film(tmp_path, ending).read_bytes()
     for length in range(1, len(content), max(len(content) // 40, 1)):

@@ -15,6 +15,7 @@ from paths import GOLDEN
 from PIL import Image
 from transformers import AutoProcessor, CLIPImageProcessor, ProcessorMixin
 
+from visualrwkv_hf import chat_template
 from visualrwkv_hf.configuration_visualrwkv import VisualRWKVConfig
 from visualrwkv_hf.conversion.world_tokenizer import build_world_tokenizer
 from visualrwkv_hf.image_processing_visualrwkv import VisualRWKVImageProcessor
@@ -289,6 +290,7 @@ PROCESSOR = make_processor()
 @given(text=user_texts.filter(lambda text: not refuses(text)))
 def test_template_and_training_data_collapse_alike(text):
     body = collapse(text)
+    assert chat_template.collapse(text) == body
     expected = f"User: {body}\n\n" if body else "User:"
     assert PROCESSOR.apply_chat_template([{"role": "user", "content": text}]) == expected
 
@@ -417,6 +419,29 @@ def test_assistant_message_can_be_continued(processor):
     assert text == "User: <image>\na?\n\nAssistant: It is a"
     with pytest.raises(ValueError, match="the last one is of role 'user'"):
         processor.apply_chat_template(chat[:1], continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    "written", ["One.\n\nTwo", " One.\n \n\nTwo\n\n", "One.\nTwo", "\n\nOne.\n\t\nTwo \n"]
+)
+@pytest.mark.parametrize("as_parts", [False, True], ids=["a text", "parts"])
+def test_an_assistant_message_with_blank_lines_can_be_continued(written, as_parts, processor):
+    """The template removes blank lines, and transformers looks for the message as it was given."""
+    content = [{"type": "text", "text": "Zero.\n\nHalf"}, {"type": "text", "text": written}]
+    chat = [user("a?", IMAGE), {"role": "assistant", "content": content if as_parts else written}]
+    before = copy.deepcopy(chat)
+    text = processor.apply_chat_template(chat, continue_final_message=True)
+    beginning = "Zero.\nHalf\n" if as_parts else ""
+    assert text == f"User: <image>\na?\n\nAssistant: {beginning}One.\nTwo"
+    assert processor.apply_chat_template([chat, chat], continue_final_message=True) == [text, text]
+    assert chat == before
+
+
+def test_another_template_gets_the_message_as_it_is(processor):
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    chat = [assistant("One.\n\nTwo")]
+    text = processor.apply_chat_template(chat, chat_template=template, continue_final_message=True)
+    assert text == "One.\n\nTwo"
 
 
 def test_answer_ends_at_the_first_blank_line(processor):

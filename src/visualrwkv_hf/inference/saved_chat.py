@@ -1,8 +1,8 @@
 """The file of a saved chat: a zip of `chat.json`, `pictures/*.png` and `states/*.safetensors`.
 
 It may come from a stranger. Only text and pictures inside the file are taken from it: nothing in it names a file of
-this machine or an address, entries are stored uncompressed so that none is larger than the file, and counts are
-limited.
+this machine or an address, entries are stored uncompressed and side by side so that all together are no larger than
+the file, no two branches share a state, and counts and pixels are limited.
 """
 
 import io
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ..image_processing_visualrwkv import open_picture
+from ..pictures import MAX_PIXELS, open_picture
 
 CHAT_FILE = "chat.json"
 FORMAT = "visualrwkv chat 1"
@@ -32,6 +32,9 @@ MAX_JSON_BYTES = 16 * 2**20
 MAX_PICTURE_BYTES = 256 * 2**20
 MAX_STATE_BYTES = 2**30
 """Largest size of one entry. The state of the largest release takes 35 MB."""
+MAX_ALL_PIXELS = 4 * MAX_PIXELS
+"""Largest width times height of all pictures together, some 60 photographs of 12 megapixels. A chat holds them decoded,
+in 4 bytes a pixel, however few bytes the file has for them."""
 MAX_BRANCHES, MAX_MESSAGES = 1024, 16384
 """Largest number of branches, and of messages in one."""
 
@@ -90,6 +93,8 @@ def _check_entries(file: zipfile.ZipFile) -> None:
             raise ValueError(
                 f"its entry {entry.filename} has {entry.file_size} bytes, at most {limit} are allowed"
             )
+    if sum(entry.file_size for entry in entries) > file.start_dir:  # the directory comes after all entries
+        raise ValueError("its entries overlap")
 
 
 def _limit_of(name: str) -> int:
@@ -109,12 +114,18 @@ def _read(file: zipfile.ZipFile) -> SavedChat:
     if not isinstance(chat["branches"], dict) or not 0 < len(chat["branches"]) <= MAX_BRANCHES:
         raise ValueError(f"its branches must be 1 to {MAX_BRANCHES} in an object")
 
+    pixels = PixelCount()
+
     @cache
     def picture_of(name: str) -> Image.Image:
         if not isinstance(name, str) or not PICTURE_ENTRY.fullmatch(name):
             raise ValueError(f"a picture must be an entry of the file, got {str(name)[:100]!r}")
         try:
-            return open_picture(Image.open(io.BytesIO(file.read(name)), formats=("PNG",)))
+            picture = Image.open(io.BytesIO(file.read(name)), formats=("PNG",))  # not decoded yet
+            pixels.add(picture)
+            opened = open_picture(picture).copy()  # a copy knows of no file
+            opened.info.clear()  # a PNG of a few kilobytes can bring 64 MB of text
+            return opened
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{name} is no PNG picture") from error
 
@@ -150,19 +161,38 @@ def _states(file: zipfile.ZipFile, states: Any, branches: Mapping[str, Any]) -> 
     for branch, entry in states.items():
         if branch not in branches or not STATE_ENTRY.fullmatch(entry):
             raise ValueError("a state must belong to a branch and be an entry of the file")
+    if len(set(states.values())) < len(states):
+        raise ValueError("every branch must have a state of its own, and two share one")
     return {branch: file.read(entry) for branch, entry in states.items()}
+
+
+class PixelCount:
+    """A count of the pixels of a chat's pictures, up to `MAX_ALL_PIXELS`."""
+
+    def __init__(self) -> None:
+        self.pixels = 0
+
+    def add(self, picture: Image.Image) -> None:
+        """Count one more picture, decoded or not. Raises `ValueError` if that makes too many pixels."""
+        self.pixels += picture.width * picture.height
+        if self.pixels > MAX_ALL_PIXELS:
+            raise ValueError(
+                f"The pictures of a saved chat can have {MAX_ALL_PIXELS:,} pixels together, these have more."
+            )
 
 
 class ChatWriter:
     """Write a saved chat into an open zip: states first, then `finish` with the branches and their pictures.
 
-    Entries are stored uncompressed: neither PNG files nor states get smaller.
+    Entries are stored uncompressed: neither PNG files nor states get smaller. A chat of more pixels than `read_chat`
+    accepts is refused.
     """
 
     def __init__(self, file: zipfile.ZipFile):
         self.file = file
         self.states: dict[str, str] = {}
         self._names: dict[int, str] = {}
+        self._pixels = PixelCount()
 
     def add_state(self, branch: str, path: Any) -> None:
         """Add the state file of a branch."""
@@ -170,7 +200,11 @@ class ChatWriter:
         self.file.write(path, self.states[branch])
 
     def finish(self, branches: Mapping[str, Sequence], branch: str, pictures: Sequence[Image.Image]) -> None:
-        """Add the pictures, each once, and `chat.json`."""
+        """Add the pictures, each once, and `chat.json`.
+
+        Raises:
+            ValueError: all pictures together have more than `MAX_ALL_PIXELS`.
+        """
         chat = {
             "format": FORMAT,
             "branch": branch,
@@ -182,6 +216,7 @@ class ChatWriter:
 
     def _entry_of(self, picture: Image.Image) -> str:
         if id(picture) not in self._names:
+            self._pixels.add(picture)
             self._names[id(picture)] = f"pictures/{len(self._names) + 1}.png"
             picture.save(png := io.BytesIO(), "PNG")
             self.file.writestr(self._names[id(picture)], png.getvalue())
