@@ -61,6 +61,7 @@ LLAVA_TEMPLATE = (
     "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}\n\n{% endfor %}Assistant:"
 )
 SERVERS = ("visualrwkv", "vllm", "llava")
+SECONDS_TO_START = 600
 ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Environment of vLLM's build for a CPU: it may use 1 GiB for states and caches, and compute on every core."""
 
@@ -187,9 +188,11 @@ def serving(server: str, folder: Path, clients: int, log: Path) -> Iterator[str]
         )
     try:
         address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + SECONDS_TO_START
         while True:
-            if process.poll() is not None:
-                raise RuntimeError(f"The server has stopped:\n{log.read_text('utf-8')[-4000:]}")
+            if process.poll() is not None or time.monotonic() > deadline:
+                what = "has not started" if process.poll() is None else "has stopped"
+                raise RuntimeError(f"The server {what}:\n{log.read_text('utf-8')[-4000:]}")
             try:
                 if httpx.get(f"{address}/health", timeout=5).status_code == 200:
                     break

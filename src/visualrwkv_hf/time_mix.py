@@ -111,7 +111,7 @@ def decode_plainly(
 
 def as_token(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """[B, A] or [B, 1, A] -> [B, 1, A] in `dtype`."""
-    return None if x is None else x.view(x.shape[0], 1, -1).to(dtype)
+    return None if x is None else x.view(x.shape[0], 1, x.shape[-1]).to(dtype)
 
 
 class TimeMix(nn.Module):

@@ -184,7 +184,8 @@ def last_token(x: Tensor, carried: Tensor, token_order: TokenOrder, length: int 
 
 def _by_row(carried: Tensor, x: Tensor) -> Tensor:
     """[S, C] or [B, C] -> [B, n, C], the carried tokens of each row of `x` [B, T, C]."""
-    return carried.view(x.shape[0], -1, x.shape[-1])
+    rows = x.shape[0]
+    return carried.view(rows, len(carried) // max(rows, 1), x.shape[-1])
 
 
 def _last_entry(order: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import nn
 
 from visualrwkv_hf import VisualRWKVForCausalLM, accelerate_on_cpu
 from visualrwkv_hf.cpu import library
+from visualrwkv_hf.cpu.block import decode_block
+from visualrwkv_hf.cpu.blocks import decode_blocks
 from visualrwkv_hf.dispatch import kernel_backend
 from visualrwkv_hf.layer_state import CHANNEL_MIX_SHIFT, TIME_MIX_SHIFT, WKV, LayerState, PlainStateHolder
 from visualrwkv_hf.modeling_rwkv import VisualRWKVTextModel
@@ -329,6 +331,22 @@ def test_blocks_in_two_calls_equal_all_in_one(version, counts):
     assert counts == [3, 1, 2]
     for one, other in zip((hidden, *memories), (whole, *expected_memories)):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("pools", [True, False])
+def test_blocks_without_the_values_of_the_first_are_not_computed(pools, counts):
+    """What lies in memory there would be mixed with theirs."""
+    model = causal_lm(7).model
+    x, layers, slots = torch.randn(2, 1, 128), model.layers[1:], torch.tensor([3, 1])
+    states = [holder.state() for holder in pools_of(model, slots, torch.float32)[0][1:]]
+    before = [{name: x.clone() for name, x in state.tensors.items()} for state in states]
+    if pools:
+        assert decode_blocks(layers, x, None, states, IN_ORDER) is None
+    else:
+        assert decode_block(layers[0], x, None, states[0], IN_ORDER) is None
+    assert not counts
+    for state, kept in zip(states, before):
+        assert all(torch.equal(x, kept[name]) for name, x in state.tensors.items())
 
 
 def test_slots_that_differ_between_blocks_or_lie_outside_are_not_computed_together(counts):

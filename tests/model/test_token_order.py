@@ -127,6 +127,15 @@ def test_shift_of_packed_sequences_begins_with_their_own_carried_tokens(lengths,
         assert token == -1 or indices.previous[0, token] == entry
 
 
+@pytest.mark.parametrize("order", [None, "reversed"])
+def test_a_batch_of_no_rows_stays_one(order):
+    x, carried, mix = randn(0, 5, 3), randn(0, 3), randn(2, 3)
+    given = None if order is None else torch.arange(4, -1, -1).expand(0, 5)
+    (indices,) = token_orders(positions(0, 5), None, [given], None)
+    assert [one.shape for one in token_shift(x, carried, mix, indices.previous)] == [(0, 5, 3)] * 2
+    assert last_token(x, carried, indices).shape == (0, 3)
+
+
 def test_gradients_of_carried_tokens_are_those_of_each_sequence():
     x, mix = randn(1, 5, 3), randn(2, 3, seed=2)
     carried = randn(2, 3, seed=1).requires_grad_()
