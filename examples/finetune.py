@@ -136,6 +136,8 @@ def parse(arguments: list[str]) -> tuple[FinetuneArguments, VisualRWKVTrainingAr
         if unknown := set(options) - {action.dest for action in parser._actions}:
             parser.error(f"{preset} has unknown options: {', '.join(sorted(unknown))}.")
         parser.set_defaults(**options)
+        for action in parser._actions:
+            action.required = action.required and action.dest not in options
     try:
         options, training = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except ValueError as refusal:  # by the training arguments
@@ -148,6 +150,11 @@ def parse(arguments: list[str]) -> tuple[FinetuneArguments, VisualRWKVTrainingAr
         )
     if options.merge_lora and not options.lora:
         parser.error("--merge-lora merges adapters: it needs --lora, or a preset that has it.")
+    adapter_options = ("lora_r", "lora_alpha", "lora_dropout")
+    changed = [name for name in adapter_options if getattr(options, name) != getattr(FinetuneArguments, name)]
+    if changed and not options.lora:
+        option = f"--{changed[0].replace('_', '-')}"
+        parser.error(f"{option} describes adapters: it needs --lora, or a preset that has it.")
     if options.tuned_layers is not None and not options.tuned_state:
         parser.error("--tuned-layers are those of --tuned-state: give both.")
     if options.merge_lora:  # what is pushed before the end would hold the adapter without the model
@@ -271,16 +278,17 @@ def main(command_line: list[str]) -> None:
         folder = Path(arguments.output_dir)
         resume = get_last_checkpoint(str(folder)) if folder.exists() else None
     trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(_internal_call=True)  # before the evaluation, which may fail; nothing is pushed yet
     if options.eval_data and arguments.eval_strategy == "no":
         trainer.log_metrics("eval", trainer.evaluate())
     if options.merge_lora and options.lora:
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        trainer.save_model(_internal_call=True)
     trainer.card = card_of(options, trainer)
     trainer.save_state()
     if arguments.push_to_hub:
         trainer.push_to_hub()
     else:
-        trainer.save_model()
         trainer.create_model_card()
         if trainer.is_world_process_zero():
             print(f"Next: {next_command(options, arguments.output_dir)}", file=sys.stderr)

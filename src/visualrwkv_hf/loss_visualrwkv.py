@@ -18,7 +18,8 @@ class L2Wrap(torch.autograd.Function):
     """Identity on the loss whose backward pulls the largest logit of every position towards zero.
 
     It adds strength * max_logit to the gradient of each position's largest logit, whatever gradient comes in
-    (RWKV-LM): positions without label are pulled as well. The original's strength is 1e-4 / (B T).
+    (RWKV-LM): positions without label are pulled as well. The original's strength is 1e-4 / (B T). Where the loss is
+    scaled (fp16), unscaling divides the pull as well and leaves nothing of it; [`VisualRWKVTrainer`] refuses that.
     """
 
     generate_vmap_rule = True

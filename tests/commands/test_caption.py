@@ -231,6 +231,8 @@ def test_two_processes_do_not_write_one_file(caption, tmp_path):
         (["--prompt", "What is <image>?"], "contains '<image>', which is reserved"),
         (["--image-position", "behind"], "image_position must be 'first', 'middle' or 'last'"),
         (["--device", "nowhere"], "There is no device 'nowhere' here."),
+        (["--num-frames", "4"], "--num-frames has no effect without --films."),
+        (["--fps", "1"], "--fps has no effect without --films."),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(caption, more, sentence, tmp_path):

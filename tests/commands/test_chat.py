@@ -413,6 +413,7 @@ def test_commands_branch_keep_and_forget(folder, picture, tmp_path):
         (["none.png"], "There is no picture none.png."),
         (["--device", "nowhere"], "There is no device 'nowhere' here."),
         (["--dtype", "float8"], "dtype must be one of"),
+        (["--top-p", "0.5"], "--top-p has no effect without a --temperature above 0."),
         (["--image-position", "behind"], "image_position must be 'first', 'middle' or 'last', got 'behind'."),
     ],
 )

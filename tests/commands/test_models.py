@@ -1,6 +1,7 @@
 """`--model` with an original checkpoint or a release: converted into the cache once, whole or not at all."""
 
 import dataclasses
+import os
 import re
 import shutil
 
@@ -171,6 +172,16 @@ def test_what_cannot_be_a_model_is_refused_without_the_network(
     result = ask(name.replace("{folder}", str(tmp_path)), picture)
     assert result.exit_code == 1 and sentence.replace("{folder}", str(tmp_path)) in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_the_cache_is_made_for_its_user_alone(checkpoints, cache):
+    """The folder also holds compiled code, which is refused where others may write."""
+    before = os.umask(0o002)
+    try:
+        cached_model(str(checkpoints / "whole.pth"))
+    finally:
+        os.umask(before)
+    assert cache.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_name_from_outside_the_cache_is_not_removed(cache, tmp_path):

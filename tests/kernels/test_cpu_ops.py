@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import mmap
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from visualrwkv_hf.cpu import block, formats, library, memory, products
 from visualrwkv_hf.cpu import layers as native_layers
 from visualrwkv_hf.cpu import ops as native
 from visualrwkv_hf.dispatch import chosen_backend, kernel_backend, wkv_backend
+from visualrwkv_hf.inference import model_cache
 from visualrwkv_hf.inference.loading import load_model
 from visualrwkv_hf.inference.progress import backend_of
 from visualrwkv_hf.low_rank import low_rank, matmul
@@ -1197,6 +1199,59 @@ def test_a_library_is_for_one_c_library(monkeypatch):
     here = library._fingerprint()
     monkeypatch.setattr(library.os, "confstr", lambda name: "glibc 1.0")
     assert library._fingerprint() != here
+
+
+# --- the cache's mode --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def another_cache(cache, built, tmp_path, monkeypatch):
+    """Return the path of a cache folder that is not there, and a function that copies the library into it."""
+    folder = tmp_path / "visualrwkv_hf"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (library_file,) = (cache / "visualrwkv_hf").glob("*.so")
+    return folder, lambda: shutil.copy(library_file, folder)
+
+
+@pytest.fixture
+def umask_of_groups():
+    """Make new files writable for the group, as Fedora and Red Hat do for their users."""
+    before = os.umask(0o002)
+    yield
+    os.umask(before)
+
+
+def mode_of(folder: Path) -> int:
+    return folder.stat().st_mode & 0o777
+
+
+def test_a_cache_that_a_notice_made_serves_native_ops(another_cache, umask_of_groups):
+    folder, fill = another_cache
+    assert model_cache.is_first_notice() and mode_of(folder) == 0o700
+    assert not model_cache.is_first_notice() and model_cache.cache_folder() == library.cache_folder()
+    fill()
+    assert library.load_library()[1].parent == folder
+
+
+def test_a_cache_of_earlier_versions_loses_the_groups_permission(another_cache, umask_of_groups):
+    folder, fill = another_cache
+    folder.mkdir()
+    assert mode_of(folder) == 0o775
+    fill()
+    assert library.load_library()[1].parent == folder and mode_of(folder) == 0o755
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "link"])
+def test_other_folders_that_the_group_may_write_to_are_refused_as_they_are(
+    named, another_cache, umask_of_groups, tmp_path
+):
+    """A folder that is given by name may be shared with others; a link leads to one that may be."""
+    folder, _ = another_cache
+    (shared := tmp_path / "shared").mkdir()
+    folder.symlink_to(shared)
+    with pytest.raises(RuntimeError, match="another user owns it or may write to it"):
+        library.load_library(shared if named else None)
+    assert mode_of(shared) == 0o775
 
 
 # --- the commands ------------------------------------------------------------------------------------------

@@ -232,6 +232,25 @@ def test_malformed_files_are_refused_by_number(row, error, tmp_path):
         load_conversations(path)
 
 
+def test_a_line_that_is_no_json_is_refused_by_file_and_number(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(f'{json.dumps(TEXT_SAMPLE)}\n\n{{"id": 1,\n')
+    with pytest.raises(
+        ValueError, match=r"data\.jsonl cannot be read as JSON: line 3, column \d+: Expecting"
+    ):
+        load_conversations(path)
+    (path := tmp_path / "data.json").write_text("[\n}")
+    with pytest.raises(ValueError, match=r"data\.json cannot be read as JSON: .*line 2 column 1"):
+        load_conversations(path)
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_data(name, tmp_path):
+    text = json.dumps(TEXT_SAMPLE if name.endswith("l") else [TEXT_SAMPLE])
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert load_conversations(tmp_path / name)["id"][:] == ["text"]
+
+
 def test_a_file_without_samples_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"train\.json must hold a list of samples"):
         load_conversations(write_data(tmp_path, []))

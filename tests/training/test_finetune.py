@@ -197,6 +197,18 @@ def test_the_command_line_comes_on_top_of_a_preset(command):
     )
 
 
+def test_a_preset_can_name_the_model_and_the_data(tmp_path, capsys):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("model: base\ndata: train.json")
+    parse = finetune_module().parse
+    options, _ = parse(["--preset", str(preset), "--use-cpu", "--output-dir", str(tmp_path)])
+    assert (options.model, options.data) == ("base", "train.json")
+    preset.write_text("model: base")
+    with pytest.raises(SystemExit):
+        parse(["--preset", str(preset), "--use-cpu"])
+    assert "arguments are required: --data" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("preset", ["stage1", "stage2", "lora", "state"])
 def test_presets_are_options(preset, command):
     options, arguments = finetune_module().parse([*map(str, command), "--preset", preset])
@@ -268,6 +280,25 @@ def test_evaluation_while_training(command, data, tmp_path):
     first, second = (entry["eval_loss"] for entry in log if "eval_loss" in entry)
     assert second < first
     assert "| last evaluation loss |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_an_evaluation_that_fails_leaves_what_was_trained(kind, command, model, data, tmp_path, monkeypatch):
+    def fail(self):
+        raise MemoryError("no memory for the evaluation")
+
+    name = f"{kind}_model.safetensors" if kind == "adapter" else "model.safetensors"
+    if kind == "adapter":
+        pytest.importorskip("peft")
+        command = lora_command(model, data)
+    options = ["--eval-data", data, "--max-steps", 1, "--save-strategy", "no"]
+    finetune(*command, "--output-dir", tmp_path / "whole", *options)
+    monkeypatch.setattr(VisualRWKVTrainer, "evaluate", fail)
+    with pytest.raises(MemoryError):
+        finetune(*command, "--output-dir", tmp_path / "failed", *options)
+    ours, theirs = (load_file(tmp_path / folder / name) for folder in ("failed", "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert "| last evaluation loss |" in (tmp_path / "whole" / "README.md").read_text()
 
 
 def test_tensorboard_is_written_if_installed(command, monkeypatch):
@@ -523,6 +554,9 @@ def test_a_merged_model_is_pushed_without_its_adapter(hub, tmp_path, data):
         (["--lora", "--train", "projector"], "--lora adapts the language_model"),
         (["--merge-lora"], "--merge-lora merges adapters: it needs --lora"),
         (["--tuned-layers", "0"], "--tuned-layers are those of --tuned-state"),
+        (["--lora-r", "8"], "--lora-r describes adapters: it needs --lora"),
+        (["--lora-alpha", "8"], "--lora-alpha describes adapters: it needs --lora"),
+        (["--lora-dropout", "0.1"], "--lora-dropout describes adapters: it needs --lora"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(options, message, command, capsys):

@@ -9,13 +9,16 @@ import numpy as np
 import peft
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file
 from tiny_training import QUIET, rows_with_pictures, tiny_model, tiny_processor, trainer_of
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from visualrwkv_hf import (
+    TunedState,
     VisualRWKVDataCollator,
     VisualRWKVTrainer,
     VisualRWKVTrainingArguments,
@@ -149,7 +152,51 @@ def test_evaluation_without_metrics_keeps_no_logits(rows, tmp_path):
     assert output.predictions is None and "eval_loss" in output.metrics
 
 
+def largest_logits_of_evaluation(trainer) -> tuple[int, float]:
+    """Return the most logits that the head computes at once, and the loss."""
+    sizes = []
+    hook = trainer.model.lm_head.register_forward_hook(
+        lambda head, inputs, logits: sizes.append(logits.numel())
+    )
+    loss = trainer.evaluate()["eval_loss"]
+    hook.remove()
+    return max(sizes), loss
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_evaluation_of_the_loss_alone_computes_logits_in_slices(smoothing, rows, tmp_path, monkeypatch):
+    trainer = trainer_of(
+        tiny_model(), tmp_path, rows, per_device_eval_batch_size=4, label_smoothing_factor=smoothing
+    )
+    trainer.model.skip_logits = False
+    whole, expected = largest_logits_of_evaluation(trainer)
+    trainer.model.skip_logits = None
+    monkeypatch.setattr(loss_visualrwkv, "LOGITS_AT_ONCE", 4096)
+    sliced, found = largest_logits_of_evaluation(trainer)
+    assert sliced <= 4096 < whole
+    assert found == pytest.approx(expected, rel=1e-5)  # float32: sums in another order
+
+
+def test_evaluation_with_a_loss_function_of_ones_own_has_logits(rows, tmp_path):
+    def own_loss(outputs, labels, num_items_in_batch=None):
+        return outputs.logits.mean()
+
+    trainer = trainer_of(tiny_model(), tmp_path, rows, given={"compute_loss_func": own_loss})
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
 # Options that would compute a wrong loss.
+
+
+def test_l2_wrap_is_refused_in_fp16(rows, tmp_path, monkeypatch):
+    """Its gradient has a fixed size, and unscaling would divide it by 65536. A CPU has no fp16, so it is pretended."""
+    monkeypatch.setattr("accelerate.Accelerator.mixed_precision", "fp16")
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"L2Wrap \(0.0001\) would have no effect: use bf16"):
+        trainer_of(model, tmp_path, rows)
+    trainer_of(model, tmp_path, rows, given={"compute_loss_func": max})  # computes no L2Wrap
+    model.config.get_text_config().l2_wrap = 0.0
+    trainer_of(model, tmp_path, rows)
 
 
 def test_options_that_would_compute_a_wrong_loss_are_refused(rows, tmp_path):
@@ -241,6 +288,36 @@ def test_training_with_adapters_of_the_model_is_resumed(rows, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("kind", ["adapters", "tuned state"])
+def test_the_best_checkpoint_is_loaded_though_it_holds_a_part_of_the_model(kind, rows, tmp_path):
+    """The metric falls, so the first checkpoint is the best one and not what the model has at the end."""
+    model, scores = tiny_model(), iter([3.0, 2.0, 1.0])
+    if kind == "adapters":
+        model.add_adapter(lora_config(train_projector=False, r=4))
+    else:
+        TunedState.attach(model)
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        rows,
+        given={"compute_metrics": lambda prediction: {"score": next(scores)}},
+        learning_rate=1e-2,
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        metric_for_best_model="score",
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    trainer.save_model()
+    name = "adapter_model.safetensors" if kind == "adapters" else "tuned_state.safetensors"
+    found, best, last = (load_file(tmp_path / part / name) for part in ("", "checkpoint-1", "checkpoint-3"))
+    assert all(torch.equal(found[key], best[key]) for key in best)
+    assert any(not torch.equal(best[key], last[key]) for key in best)
+
+
 def test_saved_adapters_name_their_base_by_an_absolute_path(rows, tmp_path, monkeypatch):
     from transformers import AutoModelForImageTextToText
 
@@ -256,6 +333,42 @@ def test_saved_adapters_name_their_base_by_an_absolute_path(rows, tmp_path, monk
     for folder in ("own", "wrapped"):
         found = peft.PeftConfig.from_pretrained(tmp_path / folder).base_model_name_or_path
         assert found == str(tmp_path / "base")
+
+
+# The order of the samples.
+
+
+def test_one_of_two_processes_resumes_in_the_second_epoch_with_its_samples(rows, tmp_path, monkeypatch):
+    """8 samples and two processes: each reads 4 in an epoch. The resumed run begins with the sixth of 8."""
+    rows = [{**row, "id": f"{row['id']} {number}"} for number in range(2) for row in rows]
+
+    def loader_of_the_first_process(self):
+        sampler = self._get_train_sampler()
+        loader = DataLoader(self.train_dataset, batch_size=1, sampler=sampler, collate_fn=self.data_collator)
+        return prepare_data_loader(loader, num_processes=2, process_index=0, put_on_device=False)
+
+    monkeypatch.setattr(VisualRWKVTrainer, "get_train_dataloader", loader_of_the_first_process)
+
+    def run(folder: Path, steps: int, **options) -> list[str]:
+        trainer = trainer_of(
+            tiny_model(),
+            folder,
+            rows,
+            max_steps=steps,
+            save_strategy="steps",
+            save_steps=5,
+            train_sampling_strategy="original",
+            per_device_train_batch_size=1,
+        )
+        collate, read = trainer.data_collator, []
+        trainer.data_collator = lambda rows: read.extend(row["id"] for row in rows) or collate(rows)
+        trainer.train(**options)
+        return read
+
+    whole = run(tmp_path / "whole", 8)
+    assert len(set(whole[:4])) == 4 and whole[1:4] != whole[5:]
+    run(tmp_path / "parts", 5)
+    assert run(tmp_path / "parts", 8, resume_from_checkpoint=True) == whole[5:]
 
 
 # What is printed.

@@ -29,6 +29,7 @@ from .options import (
     answering_source,
     errors_in_a_sentence,
     form_of,
+    refuse_without_effect,
     structured,
 )
 from .steps import say_backend
@@ -72,6 +73,9 @@ def caption(
     with errors_in_a_sentence(verbose):
         refuse_unknown_dtype(dtype)
         refuse_weights(weights, "cpu", accelerate)
+        if not films:
+            sampling = {"--num-frames": num_frames is not None, "--fps": fps is not None}
+            refuse_without_effect(sampling, because="without --films")
         form = form_of(json_schema, regex, grammar)
         source = answering_source(model, weights)
 

@@ -19,6 +19,7 @@ from .options import (
     WeightsOption,
     answering_source,
     errors_in_a_sentence,
+    refuse_without_effect,
 )
 from .steps import leave_at_once, say_backend, steps
 
@@ -60,6 +61,8 @@ def chat(
             refuse_missing_picture(picture)
         refuse_unknown_dtype(dtype)
         refuse_weights(weights, "cpu", accelerate)
+        if not temperature:
+            refuse_without_effect({"--top-p": top_p != 1}, because="without a --temperature above 0")
         sampling: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
             sampling |= {"temperature": temperature, "top_p": top_p}

@@ -16,6 +16,7 @@ from .options import (
     RevisionOption,
     VerifyOption,
     errors_in_a_sentence,
+    refuse_without_effect,
 )
 from .steps import say
 
@@ -144,13 +145,6 @@ def refuse_number_of_paths(
         raise ValueError(
             "--world needs --vision-tower. A language model alone is converted as SOURCE OUTPUT."
         )
-
-
-def refuse_without_effect(options: dict[str, Any], *, because: str) -> None:
-    """Raise `ValueError` for the first of `options` that is given; none of them has an effect here."""
-    for option, is_given in options.items():
-        if is_given:
-            raise ValueError(f"{option} has no effect {because}.")
 
 
 def convert_back(folder: str, out_path: str, **options: Any) -> Path:

@@ -152,6 +152,13 @@ def is_of_jinja(error: BaseException) -> bool:
     return any(cls.__name__ == "TemplateError" for cls in type(error).__mro__)
 
 
+def refuse_without_effect(options: dict[str, Any], *, because: str) -> None:
+    """Raise `ValueError` for the first of `options` that is given; none of them has an effect here."""
+    for option, is_given in options.items():
+        if is_given:
+            raise ValueError(f"{option} has no effect {because}.")
+
+
 def form_of(json_schema: Path | None, regex: str | None, grammar: Path | None) -> dict[str, str]:
     """Return what the answer must fit as an argument of `structured_output`, before anything slow is imported.
 

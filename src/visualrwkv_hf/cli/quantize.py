@@ -16,6 +16,7 @@ from .options import (
     RevisionOption,
     VerifyOption,
     errors_in_a_sentence,
+    refuse_without_effect,
 )
 from .steps import say
 
@@ -44,7 +45,7 @@ def quantize(
     and the projector stay as they are.
     """
     with errors_in_a_sentence():
-        from .convert import push, refuse_without_effect
+        from .convert import push
 
         refuse_weights(weights, "cpu")
         refuse_without_effect(

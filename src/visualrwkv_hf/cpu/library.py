@@ -129,7 +129,7 @@ def load_library(folder: str | Path | None = None) -> tuple[Library, Path]:
             or the system cannot load what is in it.
     """
     try:
-        folder = _safe_folder(Path(folder) if folder else cache_folder())
+        folder = _safe_folder(Path(folder) if folder else make_cache_folder())
         path = _find(folder) or _compile(folder)
         return Library(path), path
     except OSError as error:
@@ -145,6 +145,24 @@ def cache_folder() -> Path:
     """Return the folder of compiled libraries. The specification of XDG has relative paths ignored."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "visualrwkv_hf"
+
+
+def make_cache_folder() -> Path:
+    """Return the cache folder, created with mode 0700 if it is missing: it holds compiled code.
+
+    Earlier versions could leave it with mode 0775 under umask 002, and native ops then refused it. From such a folder
+    the group's write permission is removed, if the folder is this user's and no link. Other modes are left as they are.
+
+    Raises:
+        OSError: it cannot be created or changed.
+    """
+    folder = cache_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    is_own = hasattr(os, "getuid") and found.st_uid == os.getuid()  # Windows has access lists instead
+    if is_own and stat.S_ISDIR(found.st_mode) and found.st_mode & 0o777 == 0o775:
+        folder.chmod(stat.S_IMODE(found.st_mode) & ~stat.S_IWGRP)
+    return folder
 
 
 def _safe_folder(folder: Path) -> Path:

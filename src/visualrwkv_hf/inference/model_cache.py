@@ -44,7 +44,9 @@ def is_first_notice() -> bool:
     if marker.exists():
         return False
     with contextlib.suppress(OSError):  # without a cache it is shown again
-        marker.parent.mkdir(parents=True, exist_ok=True)
+        from ..cpu.library import make_cache_folder
+
+        make_cache_folder()
         marker.touch()
     return True
 
@@ -157,7 +159,10 @@ def cached_model(
         return folder
     from filelock import FileLock
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    from ..cpu.library import make_cache_folder
+
+    make_cache_folder()
+    folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.parent / f".{name}.lock"):
         if is_whole(folder):  # another process has made it meanwhile
             return folder

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
 import torch
 from PIL import Image
@@ -50,7 +50,8 @@ def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike 
         A data set with the columns `id` (text), `conversations` (turns `from`, `value`) and `images` (a list of texts).
 
     Raises:
-        ValueError: If a sample is malformed. The message names the sample.
+        ValueError: If the file is no JSON or a sample is malformed. The message names the file and the line, or the
+            sample.
     """
     from datasets import Dataset
 
@@ -60,14 +61,24 @@ def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike 
 
 
 def _read_rows(path: Path) -> list[dict]:
-    with path.open(encoding="utf-8") as file:
-        rows = (
-            [json.loads(line) for line in file if line.strip()]
-            if path.suffix == ".jsonl"
-            else json.load(file)
-        )
+    with path.open(encoding="utf-8-sig") as file:  # editors on Windows begin a file with a byte order mark
+        try:
+            rows = _read_lines(file) if path.suffix == ".jsonl" else json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path.name} cannot be read as JSON: {error}.") from error
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path.name} must hold a list of samples, with at least one.")
+    return rows
+
+
+def _read_lines(file: TextIO) -> list[Any]:
+    """Return the values of JSON lines; blank lines are skipped."""
+    rows = []
+    for number, line in enumerate(file, start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
     return rows
 
 

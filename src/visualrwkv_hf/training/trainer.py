@@ -46,7 +46,8 @@ class VisualRWKVTrainer(Trainer):
 
     Raises:
         TypeError: If the arguments are not [`VisualRWKVTrainingArguments`].
-        ValueError: If both `compute_loss_func` and `label_smoothing_factor` are given.
+        ValueError: If this process sees several GPUs, if both `compute_loss_func` and `label_smoothing_factor` are
+            given, or if the training is in fp16 and the model has L2Wrap.
     """
 
     card: str | None = None
@@ -72,6 +73,7 @@ class VisualRWKVTrainer(Trainer):
                 f"label_smoothing_factor ({self.args.label_smoothing_factor}) has no effect with compute_loss_func: "
                 "smooth the labels in that function, or leave one of the two out."
             )
+        self._refuse_l2_wrap_in_fp16()
         self.label_smoother = None  # the model's loss smooths
         make_base_paths_absolute(self.model)
         for theirs, ours in ((PrinterCallback, NumberPrinter), (ProgressCallback, NumberProgress)):
@@ -79,11 +81,48 @@ class VisualRWKVTrainer(Trainer):
                 self.pop_callback(theirs)
                 self.add_callback(ours)
 
+    def _refuse_l2_wrap_in_fp16(self) -> None:
+        """Refuse to scale a loss whose L2Wrap adds a gradient of fixed size: unscaling would divide that to nothing."""
+        pull = getattr(self.model.config.get_text_config(), "l2_wrap", 0)
+        if pull and self.compute_loss_func is None and self.accelerator.mixed_precision == "fp16":
+            raise ValueError(
+                f"fp16 scales the loss, and L2Wrap ({pull:g}) would have no effect: use bf16, or set "
+                "`model.config.get_text_config().l2_wrap = 0`."
+            )
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as Trainer does, with smoothed labels if `label_smoothing_factor` is set."""
         if self.args.label_smoothing_factor and "labels" in inputs:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any, Any]:
+        """Evaluate one batch as Trainer does; if only its loss is asked for, compute that in slices.
+
+        The logits are still computed whole if `compute_loss_func` reads them, or if the model's attribute `skip_logits`
+        is False.
+        """
+        reads_logits = self.compute_loss_func is not None or getattr(self.model, "skip_logits", None) is False
+        if prediction_loss_only and inputs.get("labels") is not None and not reads_logits:
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+    def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
+        """Tell the sampler its epoch, then run the epoch.
+
+        After a resumption in several processes, Trainer and accelerate do not reach it: it is inside of a sampler for
+        the rest of the epoch, around one for this process, around one of batches.
+        """
+        batches: Any = getattr(train_dataloader, "batch_sampler", None)
+        while (inner := getattr(batches, "batch_sampler", None)) is not None:
+            batches = inner
+        samplers: list[Any] = [batches, getattr(batches, "sampler", None)]
+        for sampler in samplers:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         """Return a sampler in the original's order if the arguments ask for it, otherwise Trainer's."""
@@ -196,9 +235,14 @@ class VisualRWKVTrainer(Trainer):
     def _load_best_model(self) -> None:
         """Load the best checkpoint and, with `save_total_limit=1`, discard the others.
 
-        Trainer would delete them next, file by file, and a kill would leave half of the newest one.
+        Trainer would delete them next, file by file, and a kill would leave half of the newest one. Without FSDP and
+        DeepSpeed it also looks for a whole model, which is not there with a tuned state or `model.add_adapter`.
         """
-        super()._load_best_model()
+        holds_part = attached(self.model) is not None or _has_own_adapters(self.model)
+        if holds_part and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
         if self.args.should_save and self.args.save_total_limit == 1:
             best = Path(self.state.best_model_checkpoint)
             for checkpoint in map(Path, sort_checkpoints(self.args.output_dir)):
