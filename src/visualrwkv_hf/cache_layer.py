@@ -109,6 +109,11 @@ class VisualRWKVCacheLayer(LinearAttentionLayer):
                 return step.before
         raise AssertionError("unreachable: the record is at least as long as what is removed")
 
+    def deactivate_past_recording(self) -> None:
+        """Record no more tokens that could be taken back, and forget those that are recorded."""
+        self.record_past = False
+        self.history.clear()
+
     def reset(self) -> None:
         """Forget what was read; the tensors keep their address."""
         super().reset()

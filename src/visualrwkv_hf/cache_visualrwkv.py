@@ -79,6 +79,11 @@ class VisualRWKVCache(DynamicCache):
         super().crop(tokens_to_remove)
         self.advance(tokens_to_remove)
 
+    def deactivate_past_recording(self) -> None:
+        """Undo `activate_past_recording()`: keep no state of earlier tokens, which `crop` could go back to."""
+        for layer in self.layers:
+            layer.deactivate_past_recording()
+
     def reset(self) -> None:
         super().reset()
         self._length = self._counter(0)

@@ -32,7 +32,7 @@ from .prompt_identity import (
     pixel_inputs_of,
     stable_length,
 )
-from .reading_plan import ReadingPlan, start_cache
+from .reading_plan import ReadingPlan, option_of, refuse_dropped_cache, start_cache
 from .state_store import StateStore
 from .tuned_state import TunedState, identity_of_beginning, store_of_beginning
 
@@ -150,10 +150,11 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             template_variables: variables of the chat template, e.g. `image_position`; for films `num_frames` or `fps`.
 
         Raises:
-            ValueError: a later question would be placed before a picture, the processor lengthens prompts, or
-                `initial_state` is for another model.
+            ValueError: a later question would be placed before a picture, the processor lengthens prompts,
+                `initial_state` is for another model, or this one trains with gradient checkpointing.
             jinja2.TemplateError: the chat template refuses the messages.
         """
+        refuse_dropped_cache(self, "read()")
         if (getattr(processor, "pad_prompt_to_multiple_of", None) or 1) > 1:
             raise ValueError(
                 "A processor with pad_prompt_to_multiple_of writes other tokens at the start of a longer chat, so that "
@@ -213,8 +214,9 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             The cache that has read the pictures.
 
         Raises:
-            ValueError: a picture cannot be read.
+            ValueError: a picture cannot be read, or the model trains with gradient checkpointing.
         """
+        refuse_dropped_cache(self, "watch()")
         cache: Any = VisualRWKVCache(self.config) if state is None else state
         if is_kept(cache):
             cache = start_cache(cache, self)
@@ -250,24 +252,29 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             initial_state: a [`TunedState`] with which the prompts begin in place of zeros, or one for each row; None in
                 the list stands for zeros.
             **kwargs: all other arguments of the stock method, and the model's inputs. `past_key_values` may be a
-                [`KeptState`], which stays as it is, or a [`VisualRWKVCache`], which is advanced in place.
+                [`KeptState`], which stays as it is, or a [`VisualRWKVCache`], which is advanced in place. Pictures that
+                either has read may be given again or, for a `VisualRWKVCache`, left out.
                 `cache_implementation` may be "dynamic" or "static" (for `torch.compile`). If it is not given, a GPU
                 records the decoding step as a CUDA graph where it can (see `decode_graph.why_no_graph`).
 
         Raises:
             ValueError: the prompt does not begin with what the kept state has read, or the state is another model's;
-                an option cannot be combined with a kept state; another thread is advancing the same cache.
+                an option cannot be combined with a kept state; another thread is advancing the same cache; the model
+                trains with gradient checkpointing and would use a cache; a kept state with PEFT's prompt learning.
         """
         named = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
         past = kwargs.get("past_key_values")
-        plan = ReadingPlan.of(
-            self.config,
-            named,
-            (generation_config, self.generation_config),
-            self.state_store if state_store is None else state_store,  # an empty one is false
-            reading_plan,
-            initial_state,
-        )
+        configs = (generation_config, self.generation_config)
+        if self._prepares_by_itself():
+            store = self.state_store if state_store is None else state_store  # an empty one is false
+            plan = ReadingPlan.of(self.config, named, configs, store, reading_plan, initial_state)
+        elif is_kept(past):
+            raise ValueError(
+                "A kept state cannot go on where something else prepares the inputs of this model, as PEFT's prompt "
+                "learning does: it has not read the learned prompt."
+            )
+        else:
+            plan = None
         if plan is None and initial_state is not None:
             raise ValueError(
                 "initial_state needs input_ids, and no option with which a prompt is read at once."
@@ -276,15 +283,33 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             kwargs = self._without_pictures(kwargs) | {"past_key_values": plan}
         elif not kwargs.get("mm_encoder_outputs") and (pictures := Pictures.of(kwargs, self.config)).tiles:
             # The stock method would find a tower's inputs by a signature; ours depend on the configuration.
-            encoded = BaseModelOutputWithPooling(pooler_output=self._encoded(pictures))
-            kwargs = self._without_pictures(kwargs) | {"mm_encoder_outputs": {"image": encoded}}
+            kwargs = self._without_pictures(kwargs)
+            if (pictures := self._unread_pictures(pictures, named)).tiles:
+                encoded = BaseModelOutputWithPooling(pooler_output=self._encoded(pictures))
+                kwargs["mm_encoder_outputs"] = {"image": encoded}
+        # An assistant gets its cache back from the model that it assists, which goes on taking tokens back.
+        keeps_record = option_of("is_assistant", {}, configs) or _records_past(past)
         with _alone_with(past):
             result = super().generate(inputs, generation_config, *args, **kwargs)
         if plan is not None and plan.store is not None:
             sequences = result if isinstance(result, Tensor) else result.sequences
             answer = sequences[0, plan.input_ids.shape[1] :]
             plan.leave(int(plan.cache.get_seq_length()), answer)
+        if plan is not None:
+            plan.count_columns()
+        cache = getattr(result, "past_key_values", past)
+        if isinstance(cache, VisualRWKVCache) and not keeps_record:
+            cache.deactivate_past_recording()
         return result
+
+    def _prepares_by_itself(self) -> bool:
+        """Return whether the inputs of each step are prepared by the method of this model's class.
+
+        PEFT's prompt learning puts a function of its own in its place during `generate()`, which calls ours, takes
+        its inputs for the whole prompt, and puts the learned prompt before them.
+        """
+        prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)
+        return prepare is type(self).prepare_inputs_for_generation
 
     def _prepare_cache_for_generation(
         self,
@@ -307,6 +332,7 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             model_kwargs["past_key_values"] = self._new_cache(generation_config)
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, VisualRWKVCache):
+            refuse_dropped_cache(self, "generate()")
             cache.has_graph = not why_no_graph(self, generation_config, cache)
 
     def _sample(
@@ -409,6 +435,25 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         """Return the inputs other than those of the vision tower."""
         return {name: value for name, value in inputs.items() if name not in picture_inputs_of(self.config)}
 
+    def _unread_pictures(self, pictures: Pictures, inputs: Mapping[str, Any]) -> Pictures:
+        """Return the pictures that a running cache has not read, where a whole chat is given with all its pictures.
+
+        The stock method leaves out as many columns as the cache counts if the mask is as long as the ids. Where ids
+        and pictures do not match they stay as they are: the model says what is wrong.
+        """
+        past, ids = inputs.get("past_key_values"), inputs.get("input_ids")
+        mask = inputs.get("attention_mask")
+        if not isinstance(past, VisualRWKVCache) or past.is_empty or not isinstance(ids, Tensor):
+            return pictures
+        num_read = int(past.get_seq_length())
+        if ids.shape[1] <= num_read or (mask is not None and mask.shape != ids.shape):
+            return pictures
+        columns = self._placeholders(ids).nonzero()[:, 1]  # row by row
+        lengths = [self.config.num_image_tokens_of(tiles) for tiles in pictures.tiles]
+        if len(columns) != sum(lengths):
+            return pictures
+        return pictures.chosen([bool((places >= num_read).any()) for places in columns.split(lengths)])
+
     @torch.no_grad()
     def _encoded(self, pictures: Pictures) -> list[Tensor]:
         """Return the tokens of these pictures, N tensors [L, C]."""
@@ -487,8 +532,10 @@ class VisualRWKVGenerationMixin(GenerationMixin):
             The hidden states [B, C] of the last tokens, and a cache that has read everything.
 
         Raises:
-            ValueError: the inputs were prepared for a whole prompt, or do not fit `kept` or `initial`.
+            ValueError: the inputs were prepared for a whole prompt, or do not fit `kept` or `initial`; or the model
+                trains with gradient checkpointing.
         """
+        refuse_dropped_cache(self, "score()")
         if kept is not None and not is_kept(kept):
             raise ValueError(f"past_key_values must be a KeptState here, got {type(kept).__name__}.")
         store = self.state_store if store is None else store
@@ -519,6 +566,11 @@ class VisualRWKVGenerationMixin(GenerationMixin):
         if placeholder is None:
             return torch.zeros_like(input_ids, dtype=torch.bool)
         return input_ids == placeholder
+
+
+def _records_past(cache: object) -> bool:
+    """Return whether tokens that `cache` reads can be taken back."""
+    return isinstance(cache, VisualRWKVCache) and bool(cache.layers[0].record_past)
 
 
 def _as_encoded(features: Tensor | None) -> dict[str, BaseModelOutputWithPooling]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -173,8 +174,8 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel, VisualRWKVEmbeddingMixin):
             use_cache: whether to return the state; not while training, nor of packed sequences.
             scan_orders: [B, D, T], or D entries [B, T] (None: the order of positions). Layer l reads the sequence
                 in order l mod D: at position p it reads token `scan_orders[:, l % D, p]`.
-            **kwargs: `output_hidden_states` and the like; `cu_seq_lens_q` [S + 1] of sequences packed in one row, as
-                `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes it.
+            **kwargs: `output_hidden_states` and the like; of sequences packed in one row `cu_seq_lens_q` [S + 1], or
+                `position_ids` [1, T] that begin anew in each, as transformers' `DataCollatorWithFlattening` makes them.
 
         Raises:
             ValueError: both or none of `input_ids` and `inputs_embeds`; a mask that does not fit; attention maps are
@@ -185,7 +186,7 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel, VisualRWKVEmbeddingMixin):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        cu_seqlens = kwargs.pop("cu_seq_lens_q", None)
+        cu_seqlens = with_packed_bounds(kwargs, inputs_embeds, attention_mask).get("cu_seq_lens_q")
         if use_cache and past_key_values is None and cu_seqlens is None and not self.training:
             past_key_values = VisualRWKVCache(self.config)
         if hasattr(past_key_values, "to_cache"):  # a KeptState, which nothing changes: continue from a copy
@@ -194,8 +195,8 @@ class VisualRWKVTextModel(VisualRWKVPreTrainedModel, VisualRWKVEmbeddingMixin):
         if cu_seqlens is not None:
             if past_key_values is not None:
                 raise ValueError(
-                    "Packed sequences (cu_seq_lens_q) cannot continue from past_key_values, which is one state: "
-                    "`run_blocks` takes and returns a state for each."
+                    "Packed sequences (cu_seq_lens_q, or position_ids that begin anew) cannot continue from "
+                    "past_key_values, which is one state: `run_blocks` takes and returns a state for each."
                 )
             cu_seqlens = cu_seqlens.long()
         if past_key_values is not None and self.gradient_checkpointing and self.training:
@@ -327,6 +328,32 @@ def padding_mask(attention_mask: torch.Tensor | dict | None, length: int) -> tor
     return None if may_look and bool(mask.all()) else mask
 
 
+def with_packed_bounds(
+    kwargs: dict[str, Any], tokens: Tensor | None, attention_mask: Tensor | dict | None
+) -> dict[str, Any]:
+    """Return a model's `kwargs` with `cu_seq_lens_q`, int64 [S + 1], if `position_ids` show several packed sequences.
+
+    A sequence begins where a position is not larger than the one before it. Positions say nothing about a batch of
+    several rows, and nothing where there is padding, which has positions of its own.
+
+    Args:
+        kwargs: arguments of `forward`; returned as they are if they have `cu_seq_lens_q`.
+        tokens: ids [B, T] or embeddings [B, T, C].
+        attention_mask: see [`VisualRWKVTextModel.forward`].
+    """
+    positions = kwargs.get("position_ids")
+    if positions is None or tokens is None or kwargs.get("cu_seq_lens_q") is not None:
+        return kwargs
+    rows, length = tokens.shape[:2]
+    if rows != 1 or positions.numel() != length or padding_mask(attention_mask, length) is not None:
+        return kwargs
+    positions = positions.flatten()
+    begins = (positions[1:] <= positions[:-1]).nonzero()[:, 0] + 1
+    if not len(begins):
+        return kwargs
+    return kwargs | {"cu_seq_lens_q": F.pad(F.pad(begins, (1, 0)), (0, 1), value=length)}
+
+
 def directions_of_layers(
     scan_orders: Sequence[torch.Tensor | None] | torch.Tensor | None,
 ) -> Sequence[torch.Tensor | None]:
@@ -383,6 +410,8 @@ class VisualRWKVForCausalLM(
             **kwargs: of [`VisualRWKVTextModel.forward`]; for the loss `num_items_in_batch`, `label_smoothing` and
                 `shift_labels`, see [`visualrwkv_loss`].
         """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        kwargs = with_packed_bounds(kwargs, tokens, attention_mask)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -19,7 +19,7 @@ from .generation_visualrwkv import VisualRWKVGenerationMixin
 from .image_tokens import class_token_places
 from .loss_visualrwkv import loss_options
 from .modeling_base import LanguageModelHead, VisualRWKVPreTrainedModel, predicts_next_token
-from .modeling_rwkv import RwkvBlock, VisualRWKVTextModel
+from .modeling_rwkv import RwkvBlock, VisualRWKVTextModel, with_packed_bounds
 from .modeling_vision import PROJECTORS, VisualRWKVVisionModel, pool_patches
 from .scan_orders import is_identity, num_directions, sequence_orders
 from .scoring_visualrwkv import VisualRWKVScoringMixin
@@ -392,6 +392,8 @@ class VisualRWKVForConditionalGeneration(
         )
         if last_logits is not None:
             return VisualRWKVCausalLMOutputWithPast(logits=last_logits)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        kwargs = with_packed_bounds(kwargs, tokens, attention_mask)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -12,7 +12,7 @@ from transformers.generation import GenerationConfig
 
 from .cache_visualrwkv import VisualRWKVCache
 from .kept_state import KeptState, is_kept
-from .placement import block_devices, compute_device
+from .placement import block_devices, compute_device, text_model_of
 from .prompt_identity import (
     Pictures,
     PromptIdentity,
@@ -48,6 +48,8 @@ class ReadingPlan:
         cache: what is advanced; it holds what was read before.
         num_read: for each row, how many of its tokens `cache` has read before, padding not counted.
         unread: the pictures that are not read yet.
+        num_uncounted: how many columns of the prompt `cache` does not count once it has read it: pads that were left
+            out. Negative where rows of a kept state have read more or less, and the longest of each part counts.
     """
 
     input_ids: Tensor
@@ -63,6 +65,7 @@ class ReadingPlan:
     cache: VisualRWKVCache = field(init=False)
     num_read: Sequence[int] = field(init=False)
     unread: Pictures = field(init=False)
+    num_uncounted: int = field(init=False, default=0)
     _start_length: int = field(init=False, repr=False)
 
     @classmethod
@@ -102,7 +105,7 @@ class ReadingPlan:
             raise ValueError(
                 "initial_state is for prompts that are read from their start, without past_key_values."
             )
-        for_assistant = bool(_option("is_assistant", {}, generation_config))
+        for_assistant = bool(option_of("is_assistant", {}, generation_config))
         return cls(
             input_ids=ids,
             pictures=_pictures(inputs, config, carried),
@@ -209,10 +212,19 @@ class ReadingPlan:
         num_read = [length for length in self.num_read for _ in range(repeats)]
         rows = [ids[real.bool()][done:] for ids, real, done in zip(input_ids, mask, num_read)]
         longest = max(map(len, rows))
+        self.num_uncounted = input_ids.shape[1] - int(self.cache.get_seq_length()) - longest
         ids = torch.stack([F.pad(row, (longest - len(row), 0)) for row in rows])
         if all(len(row) == longest for row in rows):
             return ids, None
         return ids, torch.stack([F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
+
+    def count_columns(self) -> None:
+        """Make the length of the cache that of the sequences without their last token, pads included.
+
+        The stock method cuts longer sequences at that length when the cache goes on.
+        """
+        self.cache.advance(self.num_uncounted)
+        self.num_uncounted = 0
 
     def leave(self, num_tokens: int, answer: Tensor | None = None) -> None:
         """Put a copy of the state into the store, if there is one and the cache has read just `num_tokens`.
@@ -233,6 +245,17 @@ def _pictures(inputs: Mapping[str, Any], config: PreTrainedConfig, carried: Read
     if carried is None or not hasattr(config, "vision_config"):
         return Pictures.of(inputs, config)
     return carried.pictures
+
+
+def drops_caches(model) -> bool:
+    """Return whether `model` trains with gradient checkpointing, with which it reads without a cache."""
+    return bool(model.training and text_model_of(model).gradient_checkpointing)
+
+
+def refuse_dropped_cache(model, what: str) -> None:
+    """Raise `ValueError` if `model` would drop the cache that `what` needs."""
+    if drops_caches(model):
+        raise ValueError(f"{what} needs a cache, which gradient checkpointing excludes: call model.eval().")
 
 
 def start_cache(kept: KeptState, model) -> VisualRWKVCache:
@@ -261,7 +284,7 @@ def without_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return input_ids if attention_mask is None else input_ids[:, attention_mask[0].bool()]
 
 
-def _option(name: str, inputs: Mapping, configs: Sequence[GenerationConfig | None]) -> Any:
+def option_of(name: str, inputs: Mapping, configs: Sequence[GenerationConfig | None]) -> Any:
     """Return an option of `generate()`: from its arguments, else from the first configuration that has it."""
     values = [inputs.get(name), *(getattr(config, name, None) for config in configs)]
     return next((value for value in values if value is not None), None)
@@ -271,8 +294,8 @@ def _hindrances(inputs: Mapping[str, Any], configs: Sequence[GenerationConfig | 
     """Return the names of inputs and options with which a prompt must be read at once and from its start."""
     given = {name: inputs.get(name) is not None for name in PREPARED_INPUTS}
     given["mm_encoder_outputs"] = bool(inputs.get("mm_encoder_outputs"))
-    given |= {name: bool(_option(name, inputs, configs)) for name in WHOLE_PROMPT_OPTIONS}
-    given["use_cache=False"] = _option("use_cache", inputs, configs) is False
+    given |= {name: bool(option_of(name, inputs, configs)) for name in WHOLE_PROMPT_OPTIONS}
+    given["use_cache=False"] = option_of("use_cache", inputs, configs) is False
     return [name for name, is_given in given.items() if is_given]
 
 

@@ -17,7 +17,7 @@ from .chat_template import TURN_END
 from .kept_state import KeptState
 from .placement import compute_device
 from .prompt_identity import picture_inputs_of, pixel_inputs_of
-from .reading_plan import mask_of
+from .reading_plan import drops_caches, mask_of
 from .state_store import StateStore
 from .tuned_state import InitialStates, TunedState
 
@@ -103,8 +103,9 @@ class VisualRWKVScoringMixin:
 
         Raises:
             ValueError: no answers, an empty one, texts without a tokenizer; inputs that no state can continue; pixels
-                that require a gradient although a kept state has read them, or with an `initial_state` while gradients
-                are checkpointed; as `generate` for a kept state and for `initial_state`.
+                that require a gradient although a kept state has read them; a model that trains with gradient
+                checkpointing, unless pixels require a gradient and there is no `initial_state`; as `generate` for a
+                kept state and for `initial_state`.
         """
         ids = answer_ids(answers, tokenizer, end_of_turn)
         inputs = _left_padded(inputs)
@@ -131,6 +132,8 @@ class VisualRWKVScoringMixin:
         """
         ids = inputs.get("input_ids")
         if self.state_store is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if drops_caches(self):
             return None
         if (
             ids is None

@@ -9,11 +9,12 @@ from transformers import DynamicCache, StaticCache
 
 from visualrwkv_hf import (
     KeptState,
+    StateStore,
     VisualRWKVCache,
     VisualRWKVForConditionalGeneration,
     VisualRWKVStaticCache,
 )
-from visualrwkv_hf.prompt_identity import Pictures, identify_prompt
+from visualrwkv_hf.prompt_identity import Pictures, PromptIdentity, identify_prompt
 
 VERSIONS = (5, 6, 7)
 GREEDY = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -252,6 +253,156 @@ def test_a_users_cache_is_used(model, inputs):
     assert cache.get_seq_length() == output.shape[1] - 1
 
 
+@pytest.mark.parametrize("num_pads", [0, 3], ids=["", "padded"])
+def test_a_whole_chat_with_its_pictures_goes_on_from_a_running_cache(model, num_pads):
+    """The picture of the first turn is given again, and only that of the second is encoded."""
+    first = padded(prompt(model, before=5), num_pads) | {"pixel_values": pixels(3)[:1]}
+    cache = VisualRWKVCache(model.config)
+    options = GREEDY | {"suppress_tokens": [model.config.image_token_id]}  # random weights would write it
+    answer = model.generate(**first, **options, past_key_values=cache)
+    for pictures in (pixels(3)[:2], pixels(3)):
+        chat = torch.cat([answer, prompt(model, 2, 4, seed=len(pictures))], 1)
+        mask = torch.nn.functional.pad(
+            first["attention_mask"], (0, chat.shape[1] - first["attention_mask"].shape[1]), value=1
+        )
+        whole = {"input_ids": chat, "attention_mask": mask, "pixel_values": pictures}
+        with counted_calls(model.model.vision_tower) as encoded:
+            answer = model.generate(**whole, **options, past_key_values=cache)
+        assert len(encoded) == 1
+        assert answer.tolist() == model.generate(**whole, **options).tolist()
+    chat = torch.cat([answer, torch.ones(1, 4, dtype=torch.long)], 1)
+    with counted_calls(model.model.vision_tower) as encoded:
+        answer = model.generate(chat, pixel_values=pixels(3), **options, past_key_values=cache.copy())
+    assert not encoded
+    assert answer.tolist() == model.generate(chat, **options, past_key_values=cache).tolist()
+    chat = torch.cat([answer, prompt(model, 2, 4, seed=4)], 1)
+    with pytest.raises(ValueError, match="17 image placeholders, the pictures give 51 tokens"):
+        model.generate(chat, pixel_values=pixels(3), **options, past_key_values=cache)
+
+
+def test_rows_of_a_running_cache_take_their_own_pictures(model):
+    """Row 0 has a picture in both turns, row 1 only in the second."""
+    words = torch.randint(1, 300, (1, 26), generator=torch.Generator().manual_seed(6))
+    cache = VisualRWKVCache(model.config)
+    options = GREEDY | {"suppress_tokens": [model.config.image_token_id]}
+    ids = torch.cat([prompt(model), words])
+    answers = model.generate(ids, pixel_values=pixels(3)[:1], **options, past_key_values=cache)
+    chats = torch.cat([answers, prompt(model, 2, 4, seed=1).repeat(2, 1)], 1)
+    found = model.generate(chats, pixel_values=pixels(3), **options, past_key_values=cache)
+    assert found.tolist() == model.generate(chats, pixel_values=pixels(3), **options).tolist()
+
+
+def padded(ids: torch.Tensor, *pads: int) -> dict[str, torch.Tensor]:
+    """Put so many pads on the left of each row of `ids`, which begins with as many tokens to drop."""
+    mask = torch.stack([torch.arange(ids.shape[1]) >= count for count in pads]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def goes_on(model, output, inputs: dict) -> tuple[list, list]:
+    """Return what the model says to further words: from the cache of `output`, and from the whole text."""
+    question = torch.randint(
+        1, 300, (len(inputs["input_ids"]), 5), generator=torch.Generator().manual_seed(9)
+    )
+    whole = torch.cat([output.sequences, question], 1)
+    more = whole.shape[1] - inputs["input_ids"].shape[1]
+    mask = torch.nn.functional.pad(
+        inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])), (0, more), value=1
+    )
+    expected = model.generate(**{**inputs, "input_ids": whole, "attention_mask": mask}, **GREEDY)
+    found = model.generate(whole, attention_mask=mask, past_key_values=output.past_key_values, **GREEDY)
+    return found.tolist(), expected.tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 3}], ids=["greedy", "assisted"])
+def test_a_returned_cache_counts_the_padding_of_its_prompt(model, options):
+    """On a CPU the pads of one row are not read: cut at the cache's length, the next prompt lost nothing even so."""
+    inputs = padded(prompt(model, before=7), 4) | {"pixel_values": pixels()}
+    cache = VisualRWKVCache(model.config)
+    for past in ({}, {"past_key_values": cache}):
+        output = model.generate(**inputs, **past, **options, **GREEDY, return_dict_in_generate=True)
+        assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
+        found, expected = goes_on(model, output, inputs)
+        assert found == expected
+    assert cache is output.past_key_values
+
+
+def test_a_cache_from_states_of_different_lengths_counts_the_columns(model):
+    """One row has read 12 of its 16 tokens and the other 3 of 11: the cache counts 16, not 12 and 8."""
+    inputs = padded(torch.randint(1, 300, (2, 16), generator=torch.Generator().manual_seed(5)), 0, 5)
+    states = []
+    for ids, mask, length in zip(*inputs.values(), (12, 3)):
+        ids = ids[mask.bool()][:length]
+        with torch.no_grad():
+            cache = model(ids[None], use_cache=True).past_key_values
+        states.append(KeptState.of(cache, [PromptIdentity(ids)], torch.float32))
+    past = KeptState.stack(states)
+    output = model.generate(**inputs, past_key_values=past, **GREEDY, return_dict_in_generate=True)
+    assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
+    found, expected = goes_on(model, output, inputs)
+    assert found == expected
+
+
+def test_after_assisted_decoding_the_cache_records_no_past(model, inputs):
+    """Else each further token would add a whole state to it."""
+    own = VisualRWKVCache(model.config)
+    for past in ({}, {"past_key_values": own}):
+        output = model.generate(
+            **inputs, **GREEDY, **past, prompt_lookup_num_tokens=3, return_dict_in_generate=True
+        )
+        cache = output.past_key_values
+        assert not any(layer.record_past or any(layer.history.values()) for layer in cache.layers)
+        found, expected = goes_on(model, output, inputs)
+        assert found == expected
+        assert not any(any(layer.history.values()) for layer in cache.layers)
+    assert cache is own
+
+
+def test_a_cache_that_its_user_records_goes_on_recording(model, inputs):
+    cache = VisualRWKVCache(model.config)
+    cache.activate_past_recording()
+    words = inputs["input_ids"][:, -6:]
+    model.generate(words, past_key_values=cache, **GREEDY)
+    assert cache.is_recording_past(0)
+    cache.crop(-5)
+    fresh = VisualRWKVCache(model.config)
+    with torch.no_grad():
+        model(model.generate(words, **GREEDY)[:, : cache.get_seq_length()], past_key_values=fresh)
+    for found, expected in zip(cache.layer_tensors(), fresh.layer_tensors()):
+        for name in expected:  # float32, the same tokens read in other pieces
+            torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_training_with_gradient_checkpointing_is_refused_where_a_cache_is_needed(model, inputs):
+    """It reads without a cache: each token would be the answer to the one before it alone."""
+    state = model(**inputs, use_cache=True).past_key_values
+    expected = model.generate(**inputs, **GREEDY, use_cache=False)
+    model.model.language_model.gradient_checkpointing = True
+    model.train()
+    try:
+        for needs_cache in (
+            lambda: model.generate(**inputs, **GREEDY),
+            lambda: model.generate(inputs["input_ids"][:, -3:], past_key_values=state, **GREEDY),
+            lambda: model.score(inputs, [[5]]),
+            lambda: model.read(None, []),
+            lambda: model.watch(None, []),
+        ):
+            with pytest.raises(ValueError, match=r"gradient checkpointing excludes: call model.eval\(\)"):
+                needs_cache()
+        assert model.generate(**inputs, **GREEDY, use_cache=False).tolist() == expected.tolist()
+        # With a store, calls for the last logits alone read by way of a cache.
+        model.state_store = StateStore(2)
+        last = torch.tensor([inputs["input_ids"].shape[1] - 1])
+        with torch.no_grad():
+            found = model(**inputs, use_cache=False, logits_to_keep=last).logits
+            # float32, the head's product with another number of rows
+            expected_logits = model(**inputs, use_cache=False).logits[:, -1:]
+        torch.testing.assert_close(found, expected_logits, atol=1e-5, rtol=1e-5)
+        assert model.eval().generate(**inputs, **GREEDY).tolist() == expected.tolist()
+    finally:
+        model.state_store = None
+        model.eval().model.language_model.gradient_checkpointing = False
+
+
 def test_a_key_value_cache_is_refused(model, inputs):
     with pytest.raises(ValueError, match=r"must be a KeptState or a VisualRWKVCache, got DynamicCache"):
         model.generate(**inputs, **GREEDY, past_key_values=DynamicCache())
@@ -409,3 +560,18 @@ def test_scan_orders_given_equal_scan_orders_derived(model, inputs):
         derived = model(ids, pixel_values=pixels(2)).logits
         given = model(ids, pixel_values=pixels(2), scan_orders=orders).logits
     torch.testing.assert_close(given, derived, atol=0, rtol=0)
+
+
+def test_packed_samples_with_pictures_are_told_apart_by_their_positions(model):
+    """Logits and loss are those with `cu_seq_lens_q`, and the logits those of each sample alone."""
+    rows = [prompt(model), prompt(model, 1, 8, seed=2), torch.ones(1, 4, dtype=torch.long)]
+    ids, lengths = torch.cat(rows, 1), [row.shape[1] for row in rows]
+    packed = {"input_ids": ids, "labels": ids, "pixel_values": pixels(2)}
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    with torch.no_grad():
+        found = model(**packed, position_ids=torch.cat([torch.arange(length) for length in lengths])[None])
+        told = model(**packed, cu_seq_lens_q=bounds)
+        alone = [model(row, pixel_values=pixels(2)[i : i + 1]).logits for i, row in enumerate(rows[:2])]
+    assert torch.equal(found.logits, told.logits) and torch.equal(found.loss, told.loss)
+    # float32, the same sums in another order
+    torch.testing.assert_close(found.logits[:, : -lengths[-1]], torch.cat(alone, 1), atol=1e-4, rtol=1e-4)

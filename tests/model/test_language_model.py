@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import rwkv as oracle
 from tiny import awake, text_config
-from transformers import DynamicCache
+from transformers import DataCollatorWithFlattening, DynamicCache
 
 from visualrwkv_hf import VisualRWKVCache, VisualRWKVForCausalLM, VisualRWKVTextModel
 from visualrwkv_hf.generations import GENERATIONS
@@ -138,6 +138,46 @@ def test_gradients_reach_every_parameter(model):
     ]
     assert without == []
     model.zero_grad()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"position_ids_start": 2}], ids=["from 0", "from 2"])
+def test_samples_that_only_their_positions_tell_apart_are_read_alone(model, options):
+    """What DataCollatorWithFlattening makes by default; logits and loss are those of each sample."""
+    rows = [{"input_ids": ids_of((1, length), seed=length)[0].tolist()} for length in (9, 1, 30, 4)]
+    packed = DataCollatorWithFlattening(**options)(rows)
+    assert "cu_seq_lens_q" not in packed
+    found = model(**packed)
+    assert found.past_key_values is None
+    alone = [model(torch.tensor([row["input_ids"]])).logits for row in rows]
+    torch.testing.assert_close(found.logits, torch.cat(alone, 1), atol=ATOL, rtol=0)
+    told = model(**DataCollatorWithFlattening(return_flash_attn_kwargs=True, **options)(rows))
+    torch.testing.assert_close(found.loss, told.loss, atol=ATOL, rtol=0)
+    hidden = model.model(packed["input_ids"], position_ids=packed["position_ids"]).last_hidden_state
+    torch.testing.assert_close(model.lm_head(hidden), found.logits, atol=ATOL, rtol=0)
+    with pytest.raises(ValueError, match="position_ids that begin anew"):
+        model(**packed, past_key_values=VisualRWKVCache(model.config))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "positions, mask",
+    [
+        ([0, 1, 2, 3, 4, 5], None),
+        ([7, 8, 9, 10, 11, 12], None),
+        ([0, 1, 2, 5, 6, 9], None),
+        ([1, 1, 0, 1, 2, 3], [0, 0, 1, 1, 1, 1]),
+        ([0, 1, 2, 3, 1, 1], [1, 1, 1, 1, 0, 0]),
+    ],
+    ids=["from 0", "from 7", "with gaps", "pads on the left", "pads on the right"],
+)
+def test_positions_of_one_text_change_nothing(model, positions, mask):
+    ids = ids_of((1, len(positions)))
+    arguments = {"labels": ids, "attention_mask": None if mask is None else torch.tensor([mask])}
+    expected = model(ids, **arguments)
+    found = model(ids, **arguments, position_ids=torch.tensor([positions]))
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
+    assert found.past_key_values.get_seq_length() == len(positions)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(model):

@@ -27,6 +27,7 @@ from tiny_training import (
 from transformers import AutoModelForImageTextToText
 
 from visualrwkv_hf import (
+    StateStore,
     VisualRWKVDataCollator,
     VisualRWKVForConditionalGeneration,
     load_conversations,
@@ -102,6 +103,76 @@ def test_a_compressor_is_trained_with_the_projector():
     ]
     assert any(".compressor." in name for name in names)
     assert all(".compressor." in name or ".multi_modal_projector." in name for name in names)
+
+
+def prompt_tuned(model) -> "peft.PeftModel":
+    """Return an RWKV-7 that forgets slowly, with eight learned vectors of random values before each prompt."""
+    for block in model.model.language_model.layers:
+        block.att.w0.data.fill_(-12)
+        block.att.a0.data.fill_(-12)
+    text = model.config.text_config
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(
+        model,
+        peft.PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=8,
+            token_dim=text.hidden_size,
+            num_layers=text.num_hidden_layers,
+            num_attention_heads=text.hidden_size // text.head_dim,
+        ),
+    )
+    return tuned.eval()
+
+
+@torch.no_grad()
+def greedy_by_forward(model, inputs: dict, count: int) -> list[list[int]]:
+    """Return the prompt and the likeliest `count` tokens after it, all read anew for each."""
+    inputs = dict(inputs)
+    for _ in range(count):
+        word = model(**inputs, use_cache=False).logits[:, -1:].argmax(-1)
+        mask = inputs["attention_mask"]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], word], 1)
+        inputs["attention_mask"] = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    return inputs["input_ids"].tolist()
+
+
+@pytest.mark.parametrize("prompt", ["picture", "two turns", "long text"])
+def test_a_learned_prompt_is_read_before_the_question(prompt):
+    """PEFT puts it before the prompt by a method of its own, so nothing may have read the prompt before that."""
+    model = prompt_tuned(tiny_model(7))
+    chats = {
+        "picture": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}],
+        "two turns": [{"role": role, "content": QUESTION} for role in ("user", "assistant", "user")],
+        "long text": [{"role": "user", "content": QUESTION * 60}],
+    }
+    processor = tiny_processor(model.get_base_model())
+    text = processor.apply_chat_template(chats[prompt], add_generation_prompt=True)
+    pictures = [Image.new("RGB", (56, 56), "red")] if prompt == "picture" else None
+    inputs = processor(text=text, images=pictures, return_tensors="pt")
+    assert prompt != "long text" or inputs["input_ids"].shape[1] > 512
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = greedy_by_forward(model, inputs, greedy["max_new_tokens"])
+    for _ in range(2):  # the first call leaves a method of the model in the model's own attributes
+        assert model.generate(**inputs, **greedy).tolist() == expected
+    store = StateStore(4)
+    assert model.generate(**inputs, **greedy, state_store=store).tolist() == expected and not len(store)
+    base = model.get_base_model()
+    assert base.generate(**inputs, **greedy).tolist() == greedy_by_forward(base, inputs, 6)
+    once = model.generate(**inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    found, plain = once.logits[0], logits(base, inputs)[:, -1]
+    assert (found - plain).abs().max() > 1e-2, "the learned prompt changes the answer"
+    torch.testing.assert_close(found, logits(model, inputs)[:, -1], atol=1e-4, rtol=1e-4)  # float32
+
+
+def test_a_learned_prompt_cannot_follow_a_kept_state():
+    model = prompt_tuned(tiny_model(7))
+    processor = tiny_processor(model.get_base_model())
+    chat = [{"role": "user", "content": QUESTION}]
+    state = model.get_base_model().read(processor, [*chat, {"role": "assistant", "content": "Red."}])
+    inputs = processor(text=processor.apply_chat_template(chat), return_tensors="pt")
+    with pytest.raises(ValueError, match="it has not read the learned prompt"):
+        model.generate(**inputs, past_key_values=state, max_new_tokens=2)
 
 
 def test_finetune_with_lora_saves_adapters_or_the_merged_model(data, tmp_path, capsys):

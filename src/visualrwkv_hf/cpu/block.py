@@ -216,19 +216,20 @@ def decode_block(
         because they have been replaced (LoRA) or have hooks, because there are too many rows, or because a weight or a
         state is not as ops.c reads it.
     """
-    if not serves(hidden_states) or not has_native_parts(block) or lacks_values(block, v_first):
+    if not serves(hidden_states) or not has_native_parts(block):
         return None
     ready = ReadyBlock.of(block, hidden_states)
-    states = None if ready is None else States.of(ready.sizes, [state], hidden_states.dtype)
-    if ready is None or states is None:
+    if ready is None or lacks_values(ready, block, v_first):
+        return None
+    states = States.of(ready.sizes, [state], hidden_states.dtype)
+    if states is None:
         return None
     return call_blocks(PackedBlocks.of([ready]), states, hidden_states, v_first, token_order.mask())
 
 
-def lacks_values(block: RwkvBlock, v_first: Tensor | None) -> bool:
+def lacks_values(ready: ReadyBlock, block: nn.Module, v_first: Tensor | None) -> bool:
     """Return whether a block mixes the values of layer 0 with its own, and they are not given."""
-    hands_on_values = GENERATIONS[block.att.config.rwkv_version].hands_on_values
-    return v_first is None and hands_on_values and block.layer_idx > 0
+    return v_first is None and GENERATIONS[ready.version].hands_on_values and block.layer_idx != 0
 
 
 class ReadyBlock(NamedTuple):

@@ -52,7 +52,7 @@ def decode_blocks(
     if not serves(hidden_states, MAX_ROWS_OF_BLOCKS if in_pools else MAX_ROWS) or _has_any_global_hook():
         return None
     blocks = ready_blocks(layers, hidden_states)
-    if blocks is None or len(states) != blocks.number or lacks_values(layers[0], v_first):
+    if blocks is None or len(states) != blocks.number or lacks_values(blocks.first, layers[0], v_first):
         return None
     found = States.of(blocks.first.sizes, states, hidden_states.dtype)
     return None if found is None else call_blocks(blocks, found, hidden_states, v_first, token_order.mask())

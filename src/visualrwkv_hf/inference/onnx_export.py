@@ -274,7 +274,7 @@ def save_graphs(models: dict[str, Any], folder: Path) -> None:
     constants = [value.const_value for value in values]
     digests = [sha256(constant.tobytes()).hexdigest() for constant in constants]
     unique = dict(zip(digests, constants))
-    written = ir.external_data.convert_tensors_to_external(unique.values(), folder, WEIGHTS)
+    written = ir.external_data.convert_tensors_to_external([*unique.values()], folder, WEIGHTS)
     shared = dict(zip(unique, written))
     try:
         for value, constant, digest in zip(values, constants, digests):

@@ -423,7 +423,7 @@ class Answerer:
 
     def _inputs(self, asked: Asked, job: Job) -> Any:
         if asked.messages is None:
-            refuse_half_characters([asked.prompt])
+            refuse_half_characters([asked.prompt or ""])
             return self.processor.tokenizer(asked.prompt, return_tensors="pt").to(self.model.device)
         opened = open_media(job.files, asked.sampling, self.limits, job.cancelled.is_set)
         refuse_many_tiles([*chain(*opened)], self.processor, self.limits)
