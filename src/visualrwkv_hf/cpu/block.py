@@ -227,7 +227,7 @@ def decode_block(
     return call_blocks(PackedBlocks.of([ready]), states, hidden_states, v_first, token_order.mask())
 
 
-def lacks_values(ready: ReadyBlock, block: nn.Module, v_first: Tensor | None) -> bool:
+def lacks_values(ready: ReadyBlock, block: Any, v_first: Tensor | None) -> bool:
     """Return whether a block mixes the values of layer 0 with its own, and they are not given."""
     return v_first is None and GENERATIONS[ready.version].hands_on_values and block.layer_idx != 0
 
