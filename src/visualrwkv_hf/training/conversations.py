@@ -4,13 +4,12 @@ A conversation is LLaVA's list of turns `{"from": "human" | "gpt", "value": text
 literal `<image>` for every picture. Releases differ in their `PromptFormat`.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..chat_template import TURN_END
+from ..chat_template import TURN_END, collapse
 from ..processing_visualrwkv import SHORT_ANSWER
 
 IMAGE = "<image>"
@@ -70,11 +69,6 @@ class Turn(NamedTuple):
 
     speaker: str
     text: str
-
-
-def collapse(text: str) -> str:
-    """Strip the text and replace every run of blank lines by one newline."""
-    return re.sub(r"\n(\s*\n)+", "\n", text.strip())
 
 
 def format_conversation(
