@@ -39,7 +39,7 @@ BASE64_TEXT = re.compile(r"[A-Za-z0-9+/=\s]{65,}")
 ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 """How Python prints an object without a representation of its own, such as `<_io.BytesIO object at 0x7f…>`."""
 
-MOST_SCANS, MOST_EXIF_PARTS = 100, 64
+MOST_SCANS, MOST_EXIF_PARTS = 32, 64
 """How many scans a JPEG can have, each of which is as much work as the whole picture, and how many pieces its EXIF data
 can come in, which Pillow joins one after the other. A usual one has ten scans at most, and one piece."""
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")

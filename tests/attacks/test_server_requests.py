@@ -216,7 +216,7 @@ def test_a_small_tiff_of_a_huge_tile_is_refused(client):
 def test_a_jpeg_of_very_many_parts_is_refused(client, kind):
     """Each of 500,000 scans is as much work as the picture; pieces of EXIF data are joined one after the other."""
     url = "data:image/jpeg;base64," + base64.b64encode(slow_jpegs()[kind]).decode()
-    refused(client.post(CHAT, json=chat(user("What is it?", url))), "more than 100 scans")
+    refused(client.post(CHAT, json=chat(user("What is it?", url))), "more than 32 scans")
 
 
 def test_what_a_data_url_holds_is_never_quoted(client):
