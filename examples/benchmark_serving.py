@@ -190,8 +190,9 @@ def serving(server: str, folder: Path, clients: int, log: Path) -> Iterator[str]
         address = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + SECONDS_TO_START
         while True:
-            if process.poll() is not None or time.monotonic() > deadline:
-                what = "has not started" if process.poll() is None else "has stopped"
+            has_stopped = process.poll() is not None
+            if has_stopped or time.monotonic() > deadline:
+                what = "has stopped" if has_stopped else f"does not answer after {SECONDS_TO_START} s"
                 raise RuntimeError(f"The server {what}:\n{log.read_text('utf-8')[-4000:]}")
             try:
                 if httpx.get(f"{address}/health", timeout=5).status_code == 200:

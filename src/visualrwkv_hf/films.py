@@ -131,6 +131,8 @@ def _evenly(times: Sequence[float], number: int) -> list[int]:
 def film_frames(source, sampling: FrameSampling = FrameSampling()) -> list[Image.Image]:
     """Return the frames of a film that are sampled, as pictures in RGB.
 
+    A film is turned upright as its display matrix says, as a picture's file is by its EXIF data.
+
     Args:
         source: a path, a http(s) URL, a file's contents as bytes or as base64 text with or without its prefix
             `data:video/...;base64,`; a list of pictures, or an array or tensor [N, H, W, 3] or [N, 3, H, W]; a single
@@ -139,8 +141,6 @@ def film_frames(source, sampling: FrameSampling = FrameSampling()) -> list[Image
             list are its frames, and are all taken unless `num_frames` is given. They have no times, so `fps` is
             refused.
         sampling: which frames.
-
-    A film is turned upright as its display matrix says, as a picture's file is by its EXIF data.
 
     Raises:
         ValueError: it cannot be read as a film, or a frame is too large.

@@ -222,8 +222,8 @@ class Fetcher:
 class _Place:
     """A fetch's turn: one of the places of its client and one of all.
 
-    A resolver that does not answer keeps its thread, and the fetch's places until then, even if the fetch was given up:
-    otherwise a client could fill all threads. The threads end with the process.
+    The thread of a resolver cannot be ended. While it runs it keeps the places, even if the fetch was given up:
+    otherwise a client could start any number of threads. The threads end with the process.
     """
 
     def __init__(self, *places: asyncio.Semaphore):

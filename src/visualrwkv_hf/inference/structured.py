@@ -24,7 +24,8 @@ MAX_CHARACTERS = 2**16
 MAX_DEPTH = 64
 """How deep a schema may be nested."""
 MAX_PARTS = 1000
-"""The most rules and the most opening brackets of a grammar: llguidance calls itself for each that is in another."""
+"""The most rules, and the most opening brackets, of a grammar. llguidance reads nested ones by recursion, and some
+thousands overflow its stack, which ends the process."""
 LIMITS = dict(step_max_items=20_000, max_grammar_size=100_000, max_lexer_states=50_000)
 """Of llguidance: the work for one token, the symbols of a grammar, and the memory of its lexer."""
 JSON_SPACE = r"( |\n( {0,32}|\t{0,8}))?"
@@ -101,7 +102,11 @@ class Grammar:
 
     @classmethod
     def of_lark(cls, grammar: str) -> "Grammar":
-        """Return a grammar in llguidance's variant of Lark, in which the rule `start` is the whole answer."""
+        """Return a grammar in llguidance's variant of Lark, in which the rule `start` is the whole answer.
+
+        Raises:
+            ValueError: it is too long, or has too many rules or brackets.
+        """
         _refuse_long(grammar, "grammar")
         for what, count in (
             ("rules", grammar.count(":")),

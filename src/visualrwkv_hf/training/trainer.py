@@ -112,8 +112,8 @@ class VisualRWKVTrainer(Trainer):
     def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
         """Tell the sampler its epoch, then run the epoch.
 
-        After a resumption in several processes, Trainer and accelerate do not reach it: it is inside of a sampler for
-        the rest of the epoch, around one for this process, around one of batches.
+        After a resumption in several processes three samplers of batches are nested: one skips what was read, one
+        takes this process's share, and the innermost has the sampler, which Trainer and accelerate do not reach there.
         """
         batches: Any = getattr(train_dataloader, "batch_sampler", None)
         while (inner := getattr(batches, "batch_sampler", None)) is not None:
